@@ -1,0 +1,188 @@
+"""Filters and the prepared folder: parquet, counts of everything left out, and a content hash.
+
+The same input and options give the same bytes.
+"""
+
+import hashlib
+import logging
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field
+from pyarrow import parquet
+
+from rec.data.raw import RawData
+from rec.runtime import files
+from rec.runtime.config import Section
+from rec.runtime.errors import UserError
+
+log = logging.getLogger(__name__)
+
+META, ITEMS, INTERACTIONS, USERS = "meta.json", "items.parquet", "interactions.parquet", "users.parquet"
+SCHEMA_VERSION = 1
+
+
+class Filters(Section):
+    """What is kept of a source."""
+
+    k_core: int = Field(5, ge=0)
+    """Drop users and items with fewer interactions, again and again until none is left to drop."""
+
+    min_length: int = Field(3, ge=3)
+    """Drop users with fewer interactions after that: leave-one-out needs one each to train, validate and test."""
+
+    repeats: Literal["keep", "drop"] = "keep"
+    """A user's later interactions with an item that is already in the sequence."""
+
+
+def prepare(source: str, raw: RawData, out: Path, filters: Filters) -> dict[str, Any]:
+    """Filter, index and write one prepared folder; returns its ``meta.json``.
+
+    Users are numbered from 0 by their first interaction in the source, items from 1 by their place in the item
+    table (0 is padding); interactions are sorted by user, then time, then source order.
+
+    Raises:
+        UserError: if nothing is left, an item id occurs twice, or ``out`` holds something else.
+    """
+    wanted = {"source": source, "filters": filters.model_dump(), "raw_sha256": _raw_hash(raw.files)}
+    existing = _existing(out)
+    if existing is not None:
+        if {key: existing.get(key) for key in wanted} != wanted:
+            raise UserError(f"{out} holds other prepared data; choose another folder or delete it")
+        log.info("%s is already prepared", out)
+        return existing
+    item_ids = raw.items["item_id"].to_pylist()
+    if len(set(item_ids)) < len(item_ids):
+        twice = next(item for row, item in enumerate(item_ids) if item in item_ids[:row])
+        raise UserError(f"{raw.files[-1]}: item_id {twice!r} occurs twice")
+
+    table, counts = raw.interactions, dict(raw.dropped)
+    users, user_names = _encode(table["user_id"])
+    items, item_names = _encode(table["item_id"])
+    times = table["timestamp"].to_numpy()
+    keep = np.ones(len(users), dtype=bool)
+    if filters.repeats == "drop":
+        order = np.lexsort((np.arange(len(times)), times))
+        _, first = np.unique(users[order].astype(np.int64) * len(item_names) + items[order], return_index=True)
+        keep[:] = False
+        keep[order[first]] = True
+        counts["repeats"] = int((~keep).sum())
+    kept_by_core = _k_core(users, items, keep, filters.k_core)
+    counts["k_core"] = int(keep.sum() - kept_by_core.sum())
+    long_enough = np.bincount(users[kept_by_core], minlength=len(user_names)) >= filters.min_length
+    kept = kept_by_core & long_enough[users]
+    counts["min_length"] = int(kept_by_core.sum() - kept.sum())
+    if not kept.any():
+        raise UserError(
+            f"no interaction of {raw.files[0]} is left after filtering"
+            f" (read {len(table)}, left out: {_phrase(counts)}); lower k_core or check the file"
+        )
+
+    users, items, times = users[kept], items[kept], times[kept]
+    new_user = _renumber(np.unique(users), len(user_names))
+    item_table, new_item, without_text = _index_items(raw.items, np.unique(items), item_names)
+    users, items = new_user[users], new_item[items] + 1
+    order = np.lexsort((np.arange(len(times)), times, users))
+    interactions = pa.table(
+        {
+            "user": pa.array(users[order], pa.int32()),
+            "item": pa.array(items[order], pa.int32()),
+            "timestamp": pa.array(times[order], pa.int64()),
+        }
+    )
+    user_table = pa.table({"user_id": pa.array(user_names[np.flatnonzero(new_user >= 0)])})
+    tables = {ITEMS: item_table, INTERACTIONS: interactions, USERS: user_table}
+    counted = {
+        "read": len(table) + sum(raw.dropped.values()),
+        "left_out": counts,
+        "users": len(user_table),
+        "items": len(item_table),
+        "interactions": len(interactions),
+        "items_without_text": without_text,
+    }
+    return _write(out, tables, {"schema_version": SCHEMA_VERSION, **wanted, "counts": counted})
+
+
+def _existing(out: Path) -> dict[str, Any] | None:
+    if (out / META).is_file():
+        return files.read_json(out / META)
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is no prepared folder; choose another one")
+    return None
+
+
+def _encode(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """Codes by first occurrence, and the values that they stand for."""
+    encoded = pc.dictionary_encode(column).combine_chunks()
+    if isinstance(encoded, pa.ChunkedArray):
+        encoded = encoded.chunk(0)
+    return encoded.indices.to_numpy(), encoded.dictionary.to_numpy(zero_copy_only=False)
+
+
+def _k_core(users: np.ndarray, items: np.ndarray, keep: np.ndarray, k: int) -> np.ndarray:
+    keep = keep.copy()
+    while True:
+        enough_user = np.bincount(users[keep], minlength=int(users.max(initial=0)) + 1) >= k
+        enough_item = np.bincount(items[keep], minlength=int(items.max(initial=0)) + 1) >= k
+        smaller = keep & enough_user[users] & enough_item[items]
+        if smaller.sum() == keep.sum():
+            return keep
+        keep = smaller
+
+
+def _renumber(survivors: np.ndarray, size: int) -> np.ndarray:
+    new = np.full(size, -1, dtype=np.int64)
+    new[survivors] = np.arange(len(survivors))
+    return new
+
+
+def _index_items(
+    items: pa.Table, survivors: np.ndarray, names: np.ndarray
+) -> tuple[pa.Table, np.ndarray, int]:
+    """The surviving rows of the item table, the new number of each old code, and how many have no text.
+
+    An item that is interacted with but not described stays, with empty text, at the end.
+    """
+    row_of = {item: row for row, item in enumerate(items["item_id"].to_pylist())}
+    undescribed = len(row_of)
+    order = sorted(survivors, key=lambda code: (row_of.get(names[code], undescribed), names[code]))
+    new = np.full(len(names), -1, dtype=np.int64)
+    new[order] = np.arange(len(order))
+    rows = [row_of.get(names[code]) for code in order]
+    text_columns = [name for name in items.column_names if name != "item_id"]
+    columns: dict[str, Any] = {"item_id": [names[code] for code in order]}
+    for name in text_columns:
+        values = items[name].to_pylist()
+        columns[name] = ["" if row is None else str(values[row] or "").strip() for row in rows]
+    table = pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
+    without = sum(not any(columns[name][row] for name in text_columns) for row in range(len(order)))
+    return table, new, without
+
+
+def _write(out: Path, tables: dict[str, pa.Table], meta: dict[str, Any]) -> dict[str, Any]:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.parent / f"{files.TEMPORARY_PREFIX}{out.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    digest = hashlib.sha256()
+    for name, table in tables.items():
+        parquet.write_table(table, temporary / name, compression="zstd")
+        digest.update(files.sha256_file(temporary / name).encode())
+    meta["content_hash"] = digest.hexdigest()[:16]
+    files.write_json(temporary / META, meta)
+    if out.exists():
+        out.rmdir()  # empty, as checked above
+    files.publish_folder(temporary, out)
+    return meta
+
+
+def _raw_hash(paths: list[Path]) -> str:
+    return hashlib.sha256("".join(files.sha256_file(path) for path in paths).encode()).hexdigest()[:16]
+
+
+def _phrase(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items() if count) or "none"

@@ -1,0 +1,181 @@
+"""Checkpoints of every job: written aside, complete or invisible, resumed from the newest whole one.
+
+Invariants:
+- A folder called ``step-N`` with a ``manifest.json`` whose files all have the listed sizes is a complete
+  checkpoint. The manifest is written last, the folder renamed into place after it, so a kill at any moment
+  leaves either the previous state or a complete new checkpoint.
+- Every rank writes its own ``rank-R.pt``; nothing that differs between ranks goes through one file.
+- Rank 0 alone chooses what to resume and tells the others, so that ranks never disagree.
+- Old checkpoints are deleted only after the new one is in place.
+
+accelerate's ``save_state`` and DeepSpeed's ``latest`` file have none of these properties, which is why both are
+used only through the ``write`` callback below.
+"""
+
+import logging
+import random
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rec.runtime import files
+from rec.runtime.errors import UserError
+from rec.runtime.ranks import Ranks
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One complete checkpoint on disk."""
+
+    folder: Path
+    step: int
+    meta: dict[str, Any]
+    world_size: int
+
+    def state(self, rank: int) -> dict[str, Any]:
+        """What rank ``rank`` saved; its random generators are restored as a side effect of ``restore_rng``."""
+        return torch.load(self.folder / f"rank-{rank}.pt", map_location="cpu", weights_only=True)
+
+
+class Checkpoints:
+    """The checkpoints of one job, in ``folder``.
+
+    Args:
+        folder: where ``step-N`` folders live.
+        ranks: the processes that save and load together.
+        keep_last: how many complete checkpoints survive pruning.
+    """
+
+    def __init__(self, folder: Path, ranks: Ranks | None = None, keep_last: int = 2) -> None:
+        self.folder = folder
+        self.ranks = ranks or Ranks()
+        self.keep_last = keep_last
+
+    def save(
+        self,
+        step: int,
+        state: dict[str, Any],
+        meta: dict[str, Any] | None = None,
+        write: Callable[[Path], None] | None = None,
+    ) -> Path:
+        """Write checkpoint ``step``; every rank calls this.
+
+        Args:
+            step: finished steps (or epochs); names the folder.
+            state: this rank's own state, tensors and plain values only; the random generators are added.
+            meta: small JSON facts that belong to the job (config hash, data hash), the same on every rank.
+            write: called on every rank with the temporary folder, for engines that write their own files.
+        """
+        final, temporary = self._name(step), self.folder / f"{files.TEMPORARY_PREFIX}step-{step}"
+        if self.ranks.is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
+            # A folder of this name that is still here is incomplete, or resuming would have started after it.
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        self.ranks.barrier()
+        if write is not None:
+            write(temporary)
+        torch.save({"state": state, "rng": rng_state()}, temporary / f"rank-{self.ranks.rank}.pt")
+        self.ranks.barrier()
+        if self.ranks.is_first:
+            manifest = {
+                "schema_version": SCHEMA_VERSION,
+                "step": step,
+                "world_size": self.ranks.size,
+                "meta": meta or {},
+                "files": files.describe_files(temporary),
+            }
+            files.write_json(temporary / MANIFEST, manifest)
+            files.publish_folder(temporary, final)
+            self._prune()
+        self.ranks.barrier()
+        return final
+
+    def newest(self) -> Checkpoint | None:
+        """The newest complete checkpoint, the same on every rank; None if there is none."""
+        found = self._newest_complete() if self.ranks.is_first else None
+        return self.ranks.broadcast(found)
+
+    def resume(self, meta: dict[str, Any] | None = None) -> tuple[Checkpoint, dict[str, Any]] | None:
+        """The newest complete checkpoint and this rank's state, its random generators restored.
+
+        Raises:
+            UserError: if it was written for other ``meta`` (another recipe or data set), or by another number
+                of processes.
+        """
+        checkpoint = self.newest()
+        if checkpoint is None:
+            return None
+        for key, expected in (meta or {}).items():
+            if checkpoint.meta.get(key) != expected:
+                raise UserError(
+                    f"{checkpoint.folder} was written with another {key.replace('_', ' ')}"
+                    f" ({checkpoint.meta.get(key)}, now {expected}); use a new run folder"
+                )
+        if checkpoint.world_size != self.ranks.size:
+            raise UserError(
+                f"{checkpoint.folder} was written by {checkpoint.world_size} processes, this job has"
+                f" {self.ranks.size}; start it with as many processes as before"
+            )
+        saved = checkpoint.state(self.ranks.rank)
+        restore_rng(saved["rng"])
+        return checkpoint, saved["state"]
+
+    def _name(self, step: int) -> Path:
+        return self.folder / f"step-{step}"
+
+    def _steps(self) -> list[int]:
+        """Steps of every folder that is named like a checkpoint, newest first."""
+        names = (re.fullmatch(r"step-(\d+)", path.name) for path in self.folder.glob("step-*"))
+        return sorted((int(name[1]) for name in names if name), reverse=True)
+
+    def _newest_complete(self) -> Checkpoint | None:
+        for step in self._steps():
+            folder = self._name(step)
+            try:
+                manifest = files.read_json(folder / MANIFEST)
+                problem = files.what_differs(folder, manifest["files"])
+            except (OSError, ValueError, KeyError) as error:
+                problem = f"no readable {MANIFEST} ({type(error).__name__})"
+            if problem is None:
+                return Checkpoint(folder, step, manifest["meta"], manifest["world_size"])
+            log.warning("ignoring incomplete checkpoint %s: %s", folder, problem)
+        return None
+
+    def _prune(self) -> None:
+        for step in self._steps()[self.keep_last :]:
+            files.remove_folder(self._name(step), MANIFEST)
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of Python's, NumPy's and torch's global generators, as tensors and plain values."""
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    version, internal, gauss = random.getstate()
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_rng(saved: dict[str, Any]) -> None:
+    """Set the global generators to what ``rng_state`` returned."""
+    version, internal, gauss = saved["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, cached = saved["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(saved["torch"])
+    if saved["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(saved["cuda"])

@@ -1,0 +1,128 @@
+"""Recipes: YAML files and ``key=value`` overrides, checked against typed sections before anything heavy starts."""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from rec.runtime.errors import UserError
+
+
+class Section(BaseModel):
+    """Base of every configuration section: immutable, unknown keys are errors, docstrings under fields."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True
+    )
+
+
+AnySection = TypeVar("AnySection", bound=Section)
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML recipe.
+
+    Raises:
+        UserError: if the file is missing, is not YAML, or does not hold a mapping.
+    """
+    if not path.is_file():
+        raise UserError(f"recipe not found: {path}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a YAML recipe: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a recipe: expected 'key: value' lines at the top level")
+    return content
+
+
+def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of ``content`` with dotted ``key=value`` overrides applied; values are parsed as YAML."""
+    result = json.loads(json.dumps(content))
+    for override in overrides:
+        dotted, separator, value = override.partition("=")
+        if not separator or not dotted:
+            raise UserError(f"override {override!r} is not of the form key=value")
+        *parents, leaf = dotted.split(".")
+        target = result
+        for key in parents:
+            if target.get(key) is None:
+                target[key] = {}
+            target = target[key]
+            if not isinstance(target, dict):
+                raise UserError(f"override {override!r}: {key!r} is a value, not a section")
+        try:
+            target[leaf] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"override {override!r}: the value is not valid YAML") from error
+    return result
+
+
+def build(section: type[AnySection], content: dict[str, Any]) -> AnySection:
+    """Validate ``content`` against ``section``.
+
+    Raises:
+        UserError: one line that names the key, the section and, for a typo, the nearest valid key.
+    """
+    try:
+        return section.model_validate(content)
+    except ValidationError as error:
+        problems = error.errors()
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise UserError(_one_line(section, problems[0]) + more) from None
+
+
+def load(section: type[AnySection], path: Path, overrides: Sequence[str] = ()) -> AnySection:
+    """Read, override and validate a recipe file."""
+    return build(section, apply_overrides(read_recipe(path), overrides))
+
+
+def to_yaml(section: Section) -> str:
+    """The resolved configuration as YAML, every default written out."""
+    return yaml.safe_dump(section.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def hash_of(content: Any) -> str:
+    """The first 16 hex digits of the SHA-256 of ``content``'s canonical JSON form."""
+    if isinstance(content, Section):
+        content = content.model_dump(mode="json")
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def _one_line(root: type[Section], problem: ErrorDetails) -> str:
+    *parents, leaf = [str(part) for part in problem["loc"]] or ["recipe"]
+    where = ".".join(parents) or "the recipe"
+    if problem["type"] == "extra_forbidden":
+        valid = _keys_at(root, parents)
+        near = difflib.get_close_matches(leaf, valid, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(valid)}"
+        return f"unknown key {leaf!r} in {where}; {hint}"
+    if problem["type"] == "missing":
+        return f"missing key {leaf!r} in {where}"
+    dotted = ".".join([*parents, leaf])
+    return f"{dotted}: {problem['msg']}, got {problem['input']!r}"
+
+
+def _keys_at(root: type[Section], path: list[str]) -> list[str]:
+    current: Any = root
+    for key in path:
+        field = current.model_fields.get(key) if isinstance(current, type) else None
+        if field is None:
+            return []
+        current = next((t for t in _types_of(field.annotation) if issubclass(t, Section)), None)
+        if current is None:
+            return []
+    return list(current.model_fields)
+
+
+def _types_of(annotation: Any) -> list[type]:
+    if isinstance(annotation, type):
+        return [annotation]
+    return [part for part in getattr(annotation, "__args__", ()) if isinstance(part, type)]

@@ -1,0 +1,96 @@
+"""Files that are either whole or absent: write aside, flush to disk, rename."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+TEMPORARY_PREFIX = ".tmp-"
+
+
+def fsync(path: Path) -> None:
+    """Flush a file's contents, or a folder's entries, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace ``path`` atomically: readers see the old bytes or the new ones, never a mixture."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The process id keeps two writers of one name (a restarted job beside its dying predecessor) apart.
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}")
+    with temporary.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+    fsync(path.parent)
+
+
+def write_text(path: Path, content: str) -> None:
+    """Replace a UTF-8 text file atomically."""
+    write_bytes(path, content.encode())
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replace a JSON file atomically; keys keep their order."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def publish_folder(temporary: Path, final: Path) -> None:
+    """Make a finished folder visible under its final name, after everything in it is on disk.
+
+    Raises:
+        FileExistsError: if ``final`` exists; published folders are never overwritten.
+    """
+    if final.exists():
+        raise FileExistsError(final)
+    for path in sorted(temporary.rglob("*")):
+        fsync(path)
+    fsync(temporary)
+    temporary.rename(final)
+    fsync(final.parent)
+
+
+def remove_folder(folder: Path, marker: str) -> None:
+    """Delete a published folder, its completeness marker first: a kill in between leaves it incomplete, not wrong."""
+    (folder / marker).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """``{relative name: {"bytes": size, "sha256": digest}}`` of every file below ``folder``."""
+    return {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def what_differs(folder: Path, described: dict[str, dict[str, Any]], hashes: bool = True) -> str | None:
+    """The first file of ``described`` that is missing or differs on disk, as a phrase; None if all agree."""
+    for name, expected in described.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes, not {expected['bytes']}"
+        if hashes and sha256_file(path) != expected["sha256"]:
+            return f"{name} does not match its checksum"
+    return None

@@ -1,0 +1,134 @@
+"""A run folder: the resolved recipe, one metrics file, one result, and locks that die with their process."""
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import resource
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rec.runtime import config, files
+from rec.runtime.errors import UserError
+
+log = logging.getLogger(__name__)
+
+CONFIG, METRICS, RESULT = "config.yaml", "metrics.jsonl", "result.json"
+
+
+class RunFolder:
+    """The folder of one run.
+
+    Args:
+        path: created if absent.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot create the run folder {path}: {error.strerror}") from error
+
+    def claim(self, recipe: config.Section) -> None:
+        """Write the resolved recipe, or check that the one that is here is the same.
+
+        Raises:
+            UserError: if the folder holds a run of another recipe; names the first key that differs.
+        """
+        target, text = self.path / CONFIG, config.to_yaml(recipe)
+        if not target.exists():
+            files.write_text(target, text)
+        elif target.read_text(encoding="utf-8") != text:
+            before, now = config.read_recipe(target), recipe.model_dump(mode="json")
+            raise UserError(
+                f"{self.path} holds a run of another recipe ({_first_difference(before, now)});"
+                " use another run folder, or start over with --fresh"
+            )
+
+    def log(self, event: str, **fields: Any) -> None:
+        """Append one line to the metrics file; one write call, so that lines of several processes never mix."""
+        line = json.dumps({"event": event, "time_s": round(time.time(), 3), **fields}, ensure_ascii=False) + "\n"
+        descriptor = os.open(self.path / METRICS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            os.write(descriptor, line.encode())
+        finally:
+            os.close(descriptor)
+
+    def events(self, event: str | None = None) -> list[dict[str, Any]]:
+        """The metrics lines, or those of one kind; a line that a kill cut short is left out."""
+        path, found = self.path / METRICS, []
+        if not path.exists():
+            return found
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+        return [row for row in found if event is None or row["event"] == event]
+
+    def steps(self, event: str) -> list[dict[str, Any]]:
+        """One row a step: a step that ran again after a resume counts once, the last time."""
+        return [row for _, row in sorted({row["step"]: row for row in self.events(event)}.items())]
+
+    def write_result(
+        self,
+        command: str,
+        config_hash: str,
+        protocol: dict[str, Any],
+        rows: list[dict[str, Any]],
+        wall_s: float,
+        claims: list[dict[str, Any]] | None = None,
+        **more: Any,
+    ) -> dict[str, Any]:
+        """Write ``result.json``, the final figures of a run, and return them."""
+        peak_kib = max(
+            resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+        )
+        result = {
+            "command": command,
+            "config_hash": config_hash,
+            "protocol": protocol,
+            "rows": rows,
+            "claims": claims or [],
+            "wall_s": round(wall_s, 1),
+            "peak_rss_bytes": peak_kib * 1024,
+            **more,
+        }
+        files.write_json(self.path / RESULT, result)
+        return result
+
+    def result(self) -> dict[str, Any] | None:
+        """The final figures, or None while the run is not finished."""
+        path = self.path / RESULT
+        return files.read_json(path) if path.exists() else None
+
+    @contextlib.contextmanager
+    def lock(self, role: str) -> Iterator[None]:
+        """Hold the only right to be ``role`` in this run; the kernel releases it when the process dies.
+
+        Raises:
+            UserError: if a living process holds it; names its host and process id.
+        """
+        path = self.path / f".{role}.lock"
+        with path.open("a+") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                stream.seek(0)
+                owner = stream.read().strip() or "another process"
+                raise UserError(f"{self.path} is in use: its {role} runs as {owner}") from None
+            stream.truncate(0)
+            stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            stream.flush()
+            yield
+
+
+def _first_difference(before: Any, now: Any, path: str = "") -> str:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in [*before, *(key for key in now if key not in before)]:
+            if before.get(key) != now.get(key):
+                return _first_difference(before.get(key), now.get(key), f"{path}.{key}".lstrip("."))
+    return f"{path}: {before!r} there, {now!r} now"
