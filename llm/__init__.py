@@ -1,0 +1,1 @@
+"""Language models: tokenizer, small LMs on behaviour histories, prompts, text encoders, generation with vLLM."""

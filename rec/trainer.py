@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from rec.batches import TrainWindows
 from rec.config import RecConfig
 from rec.data.prepared import Prepared
 from rec.evaluation import evaluate
 from rec.item_encoder import IDTable, ItemEncoder
+from rec.losses import linear_cross_entropy
 from rec.models import MODELS
 from rec.models.base import SequenceRecommender
 from rec.runtime import files
@@ -58,7 +58,8 @@ def train(
             for inputs, targets in windows.epoch(config.train.seed, epoch):
                 inputs, targets = inputs.to(device), targets.to(device)
                 valid = inputs > 0
-                loss = F.cross_entropy(model.scores(model(inputs)[valid]), targets[valid] - 1)
+                states, table = model(inputs)[valid], model.items.table()[1:]
+                loss = linear_cross_entropy(states, table, targets[valid] - 1)
                 state.optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 state.optimizer.step()

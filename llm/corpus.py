@@ -1,0 +1,72 @@
+"""Training histories as token rows: "item → item → … [EOS]" (LMRec, section 3.1)."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from llm.tokenizer import ARROW
+from rec.data.prepared import Prepared
+
+IGNORED = -100
+
+
+class HistoryCorpus:
+    """The training part of every user's history, cut at item boundaries into rows of at most ``context`` tokens.
+
+    Only a history's end carries [EOS]: a cut is not an end. Where the cuts fall changes with the epoch, so that
+    every item also begins a row now and then, as it begins a prompt.
+
+    Args:
+        data: the prepared data.
+        texts: one text per item.
+        tokenizer: with an arrow token.
+        context: tokens in a row, at most.
+    """
+
+    def __init__(
+        self, data: Prepared, texts: list[str], tokenizer: PreTrainedTokenizerBase, context: int
+    ) -> None:
+        self.context = context
+        self.arrow, self.eos = tokenizer.convert_tokens_to_ids(ARROW), tokenizer.eos_token_id
+        longest = context - 1
+        self.head = [ids[:longest] for ids in tokenizer(texts)["input_ids"]]
+        self.inner = [ids[:longest] for ids in tokenizer([f" {text}" for text in texts])["input_ids"]]
+        numbers = (data.sequence - 1).numpy()
+        bounds = zip(data.offsets[:-1].tolist(), data.train_ends.tolist(), strict=True)
+        self.histories = [numbers[begin:end] for begin, end in bounds]
+
+    def rows(self, seed: int, epoch: int) -> list[list[int]]:
+        """All rows of one epoch, in history order."""
+        rng = np.random.default_rng([seed, epoch])
+        rows = []
+        for history in self.histories:
+            cut = int(rng.integers(min(len(history), 8))) if epoch else 0
+            for part in (history[:cut], history[cut:]):
+                rows += self._cut(part)
+            rows[-1].append(self.eos)
+        return rows
+
+    def batches(self, seed: int, epoch: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Input ids [B, T] (right-padded with [EOS]) and labels [B, T] (padding ignored), rows of like length together."""
+        rows = self.rows(seed, epoch)
+        order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
+        batches = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
+        for index in np.random.default_rng([seed, epoch, 1]).permutation(len(batches)):
+            chosen = [torch.tensor(rows[row]) for row in batches[index]]
+            ids = torch.nn.utils.rnn.pad_sequence(chosen, batch_first=True, padding_value=self.eos)
+            labels = torch.nn.utils.rnn.pad_sequence(chosen, batch_first=True, padding_value=IGNORED)
+            yield ids, labels
+
+    def _cut(self, history: np.ndarray) -> list[list[int]]:
+        rows: list[list[int]] = []
+        for item in history.tolist():
+            tokens = self.inner[item]
+            # One place is kept for the arrow, one for [EOS].
+            if rows and len(rows[-1]) + len(tokens) + 2 <= self.context:
+                rows[-1] += [self.arrow, *tokens]
+            else:
+                rows.append(list(self.head[item]))
+        return rows

@@ -1,0 +1,151 @@
+"""vLLM behind four calls: generate, load weights, score a fixed text, tell the version. No other file imports vllm.
+
+Invariants:
+- One call of ``generate`` runs under one set of weights: weights change between calls only.
+- Nothing computed under old weights is ever reused: the prefix cache is reset with the weights (and the reset is
+  checked, vLLM only returns False), and every prompt carries the version as cache salt.
+"""
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig
+
+from llm.config import EngineConfig
+from rec.runtime.errors import UserError
+
+log = logging.getLogger(__name__)
+
+MIN_HEAD_DIM_ON_CPU = 32
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One generated text.
+
+    Attributes:
+        token_ids: generated tokens, the end-of-sequence token included if there is one.
+        logprobs: log p of each of them when it was drawn, in nats.
+        text: the tokens as text, without special tokens.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    text: str
+
+
+class Engine:
+    """A vLLM engine in this process.
+
+    Args:
+        model: folder or hub name of a causal LM with its tokenizer.
+        config: precision and memory.
+        max_length: prompt and completion together, in tokens.
+        seed: of the engine; requests carry seeds of their own.
+
+    Raises:
+        UserError: if vLLM cannot run this model here.
+    """
+
+    def __init__(self, model: str | Path, config: EngineConfig, max_length: int, seed: int = 0) -> None:
+        check_model(model)
+        # In this process, so that the engine dies with it and no second one has to be watched.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(config.kv_cache_gib))
+        from vllm import LLM
+
+        on_gpu = torch.cuda.is_available()
+        self.llm = LLM(
+            model=str(model),
+            dtype=config.dtype,
+            max_model_len=max_length,
+            max_num_seqs=config.max_num_seqs,
+            seed=seed % 2**31,
+            enforce_eager=not on_gpu,
+            gpu_memory_utilization=config.gpu_memory_utilization if on_gpu else 0.5,
+            # The temperature belongs to the distribution that is sampled from, so to its log-probs too.
+            logprobs_mode="processed_logprobs",
+            disable_log_stats=True,
+        )
+        self.version = "initial"
+
+    def generate(
+        self,
+        prompts: Sequence[list[int]],
+        seeds: Sequence[int],
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        progress: bool = False,
+    ) -> list[Completion]:
+        """Sample one completion a prompt, without top-p or top-k; the same seed gives the same text.
+
+        Args:
+            prompts: token ids.
+            seeds: one a prompt.
+            max_new_tokens: of each completion.
+            temperature: 0 takes the most probable token each time.
+            progress: show vLLM's own bar.
+        """
+        from vllm import SamplingParams
+
+        params = [
+            SamplingParams(temperature=temperature, max_tokens=max_new_tokens, logprobs=0, seed=seed % 2**63)
+            for seed in seeds
+        ]
+        outputs = self.llm.generate(self._salted(prompts), params, use_tqdm=progress)
+        return [self._completion(output.outputs[0]) for output in outputs]
+
+    def logprobs_of(self, token_ids: list[int]) -> list[float]:
+        """log p of every token of a fixed text given those before it, from the second on."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=1.0, max_tokens=1, prompt_logprobs=0)
+        [output] = self.llm.generate(self._salted([token_ids]), params, use_tqdm=False)
+        scored = zip(token_ids[1:], output.prompt_logprobs[1:], strict=True)
+        return [entry[token].logprob for token, entry in scored]
+
+    def load_weights(self, folder: Path, version: str) -> None:
+        """Replace the weights by those in ``folder``, a complete model of the same architecture.
+
+        The caller checks the folder first: vLLM accepts one with a missing tensor, and a failed reload leaves an
+        engine that dies at its next request.
+        """
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM refused to reset its prefix cache after a change of weights")
+        self.version = version
+
+    def _salted(self, prompts: Sequence[list[int]]) -> list[dict]:
+        return [{"prompt_token_ids": list(prompt), "cache_salt": self.version} for prompt in prompts]
+
+    @staticmethod
+    def _completion(output) -> Completion:
+        token_ids = list(output.token_ids)
+        drawn = [step[token].logprob for token, step in zip(token_ids, output.logprobs, strict=True)]
+        return Completion(token_ids, drawn, output.text)
+
+
+def check_model(model: str | Path) -> None:
+    """Refuse early, in one line, what vLLM refuses late, in a hundred.
+
+    Raises:
+        UserError: if there is no such model, or its heads are too small for vLLM on CPU.
+    """
+    try:
+        config = AutoConfig.from_pretrained(str(model))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{model} is no language model: {str(error).strip().splitlines()[0]}") from error
+    heads = getattr(config, "num_attention_heads", None)
+    if not torch.cuda.is_available() and heads:
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        if head_dim < MIN_HEAD_DIM_ON_CPU:
+            raise UserError(
+                f"{model} has attention heads of {head_dim}; vLLM on CPU needs at least {MIN_HEAD_DIM_ON_CPU}:"
+                " use fewer heads or a wider model"
+            )

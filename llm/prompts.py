@@ -1,0 +1,59 @@
+"""Items as text, and the prompts that ask an LLM about them."""
+
+import re
+import string
+
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
+
+from rec.runtime.errors import UserError
+
+# After Figure 3 and section 4.2 of SeRALM: descriptive knowledge and whom the item attracts.
+TEMPLATES = {
+    "movies": (
+        "Here is a movie: {item}. Describe its plot, cast and themes in a few sentences,"
+        " then say which viewers enjoy it and why."
+    ),
+    "retail": (
+        "Here is a product of a shop: {item}. Describe what it is and how it is used in a few sentences,"
+        " then say which customers buy it and what else they like."
+    ),
+}
+NO_TEXT = "unknown item"
+
+
+def item_texts(items: pa.Table, template: str) -> list[str]:
+    """One line of text for every row of ``items``.
+
+    Empty fields leave no debris: "{title} ({year}), {genres}" without a year and genres gives the title alone.
+
+    Raises:
+        UserError: if the template names a column that is not there.
+    """
+    fields = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    for name in fields:
+        if name not in items.column_names:
+            raise UserError(
+                f"llm.item_text names {{{name}}}, the prepared items have: {', '.join(items.column_names)}"
+            )
+    rows = items.select(list(dict.fromkeys(fields))).to_pylist()
+    return [_tidy(template.format_map(row)) or NO_TEXT for row in rows]
+
+
+def prompt_tokens(texts: list[str], prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of the prompt about each item; with the tokenizer's chat template if it has one."""
+    template = TEMPLATES.get(prompt, prompt)
+    if "{item}" not in template:
+        raise UserError(f"llm.knowledge.prompt has no {{item}}; write one, or name one of {', '.join(TEMPLATES)}")
+    prompts = [template.replace("{item}", text) for text in texts]
+    if tokenizer.chat_template:
+        chats = [[{"role": "user", "content": text}] for text in prompts]
+        prompts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+        return tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    return tokenizer(prompts)["input_ids"]
+
+
+def _tidy(text: str) -> str:
+    text = re.sub(r"\(\s*\)|\[\s*\]", "", text)
+    text = re.sub(r"\s+", " ", text)
+    return re.sub(r"(\s*[,;:|-]\s*)+$|^(\s*[,;:|-]\s*)+", "", text).strip()

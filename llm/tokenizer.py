@@ -1,0 +1,54 @@
+"""Byte-level BPE trained on the item texts, as LMRec's, and the safe way to load anyone's tokenizer."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from rec.runtime.errors import UserError
+
+ARROW, EOS, PAD = "→", "<|eos|>", "<|pad|>"
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int, context: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with at most ``vocabulary`` tokens.
+
+    The arrow between items is one token that takes the space before it along, so that an item's tokens do not
+    depend on its neighbours.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    arrow = AddedToken(ARROW, lstrip=True, normalized=False)
+    # Each item occurs at the head of a text and, with a space, after an arrow.
+    both = (form for text in texts for form in (text, f" {text}"))
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary - 1,
+        special_tokens=[EOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(both, trainer)
+    tokenizer.add_tokens([arrow])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=EOS, bos_token=EOS, pad_token=PAD, model_max_length=context
+    )
+
+
+def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to a model.
+
+    Raises:
+        UserError: if there is none, or it has no end-of-sequence token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(model))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"{model} has no usable tokenizer: {first}") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {model} has no end-of-sequence token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

@@ -1,0 +1,38 @@
+"""How a process starts and ends: plain log lines, one clear line on a user's mistake, a traceback on a bug."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+from rec.runtime.errors import EXIT_USER_ERROR, UserError
+from rec.runtime.memory import keep_freed_memory
+
+QUIET = ("httpx", "matplotlib", "filelock", "fsspec", "transformers", "torch.distributed")
+
+
+def set_up_logging(role: str = "") -> None:
+    """Log to standard error, a line an event, with the role of this process."""
+    prefix = f"[{role}] " if role else ""
+    logging.basicConfig(
+        level=logging.INFO, format=f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S", force=True
+    )
+    for name in QUIET:
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def run_main(main: Callable[[], None], role: str = "", debug: bool = False) -> None:
+    """Run a process's entry function; a ``UserError`` ends it with one line and exit code 2."""
+    set_up_logging(role)
+    keep_freed_memory()
+    # Progress bars of libraries would drown our own lines in a log file.
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    try:
+        main()
+    except UserError as error:
+        if debug:
+            raise
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(EXIT_USER_ERROR)
