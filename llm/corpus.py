@@ -26,9 +26,7 @@ class HistoryCorpus:
         context: tokens in a row, at most.
     """
 
-    def __init__(
-        self, data: Prepared, texts: list[str], tokenizer: PreTrainedTokenizerBase, context: int
-    ) -> None:
+    def __init__(self, data: Prepared, texts: list[str], tokenizer: PreTrainedTokenizerBase, context: int) -> None:
         self.context = context
         self.arrow, self.eos = tokenizer.convert_tokens_to_ids(ARROW), tokenizer.eos_token_id
         longest = context - 1

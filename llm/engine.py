@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch._dynamo
 from transformers import AutoConfig
 
 from llm.config import EngineConfig
@@ -56,11 +57,14 @@ class Engine:
         # In this process, so that the engine dies with it and no second one has to be watched.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(config.kv_cache_gib))
         from vllm import LLM
 
         on_gpu = torch.cuda.is_available()
+        if not on_gpu:
+            # vLLM compiles a tiny log-prob kernel even when told to run eagerly: 17 s for nothing.
+            torch._dynamo.config.disable = True
         self.llm = LLM(
             model=str(model),
             dtype=config.dtype,
@@ -81,7 +85,6 @@ class Engine:
         seeds: Sequence[int],
         max_new_tokens: int,
         temperature: float = 1.0,
-        progress: bool = False,
     ) -> list[Completion]:
         """Sample one completion a prompt, without top-p or top-k; the same seed gives the same text.
 
@@ -90,7 +93,6 @@ class Engine:
             seeds: one a prompt.
             max_new_tokens: of each completion.
             temperature: 0 takes the most probable token each time.
-            progress: show vLLM's own bar.
         """
         from vllm import SamplingParams
 
@@ -98,7 +100,7 @@ class Engine:
             SamplingParams(temperature=temperature, max_tokens=max_new_tokens, logprobs=0, seed=seed % 2**63)
             for seed in seeds
         ]
-        outputs = self.llm.generate(self._salted(prompts), params, use_tqdm=progress)
+        outputs = self.llm.generate(self._salted(prompts), params, use_tqdm=False)
         return [self._completion(output.outputs[0]) for output in outputs]
 
     def logprobs_of(self, token_ids: list[int]) -> list[float]:
@@ -117,6 +119,8 @@ class Engine:
         engine that dies at its next request.
         """
         self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+        if not torch.cuda.is_available():
+            self.llm.collective_rpc(_repack_tied_heads)
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM refused to reset its prefix cache after a change of weights")
         self.version = version
@@ -129,6 +133,18 @@ class Engine:
         token_ids = list(output.token_ids)
         drawn = [step[token].logprob for token, step in zip(token_ids, output.logprobs, strict=True)]
         return Completion(token_ids, drawn, output.text)
+
+
+def _repack_tied_heads(worker) -> None:
+    """On CPU vLLM keeps a packed copy of the output head; a reload leaves a tied one at its old weights.
+
+    Checkpoints with tied embeddings hold no head, so the reload finds "no weights" for it and keeps the copy.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for module in worker.get_model().modules():
+        if isinstance(module, ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)
 
 
 def check_model(model: str | Path) -> None:

@@ -11,14 +11,17 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from llm.config import LLMConfig
-from llm.engine import Engine
+from llm.engine import Completion, Engine
 from llm.prompts import item_texts, prompt_tokens
 from llm.tokenizer import load_tokenizer
 from rec.data.prepared import Prepared
 from rec.runtime import config, files
 from rec.runtime.logs import run_main
+from rec.runtime.progress import progress
 
 log = logging.getLogger(__name__)
+
+PROMPTS_A_CALL = 2048
 
 
 def generate_knowledge(data: Prepared, model: str | Path, settings: LLMConfig, out: Path, version: str) -> None:
@@ -28,10 +31,13 @@ def generate_knowledge(data: Prepared, model: str | Path, settings: LLMConfig, o
     tokenizer = load_tokenizer(model)
     prompts = prompt_tokens(texts, knowledge.prompt, tokenizer)
     engine = Engine(model, settings.engine, max(map(len, prompts)) + knowledge.max_new_tokens, knowledge.seed)
-    seeds = [knowledge.seed * 1_000_003 + item for item in range(len(prompts))]
-    completions = engine.generate(
-        prompts, seeds, knowledge.max_new_tokens, knowledge.temperature, progress=True
-    )
+    completions: list[Completion] = []
+    with progress("Knowledge", len(prompts)) as advance:
+        for begin in range(0, len(prompts), PROMPTS_A_CALL):
+            part = prompts[begin : begin + PROMPTS_A_CALL]
+            seeds = [knowledge.seed * 1_000_003 + begin + place for place in range(len(part))]
+            completions += engine.generate(part, seeds, knowledge.max_new_tokens, knowledge.temperature)
+            advance(len(completions))
     table = pa.table(
         {
             "item_id": data.items["item_id"],

@@ -33,9 +33,7 @@ def item_texts(items: pa.Table, template: str) -> list[str]:
     fields = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
     for name in fields:
         if name not in items.column_names:
-            raise UserError(
-                f"llm.item_text names {{{name}}}, the prepared items have: {', '.join(items.column_names)}"
-            )
+            raise UserError(f"llm.item_text names {{{name}}}, the prepared items have: {', '.join(items.column_names)}")
     rows = items.select(list(dict.fromkeys(fields))).to_pylist()
     return [_tidy(template.format_map(row)) or NO_TEXT for row in rows]
 

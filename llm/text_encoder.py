@@ -51,7 +51,5 @@ class TextEncoder:
             ).to(self.model.device)
             hidden = self.model(**batch).last_hidden_state.float()
             mask = batch["attention_mask"][..., None]
-            vectors[rows] = torch.nn.functional.layer_norm(
-                (hidden * mask).sum(1) / mask.sum(1), (self.dim,)
-            ).cpu()
+            vectors[rows] = torch.nn.functional.layer_norm((hidden * mask).sum(1) / mask.sum(1), (self.dim,)).cpu()
         return vectors

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,16 @@ log = logging.getLogger(__name__)
 MODEL, STOP_METRIC = "model", "NDCG@10"
 
 
-def build_model(config: RecConfig, data: Prepared, items: ItemEncoder | None = None) -> SequenceRecommender:
-    """An untrained recommender, its weights a function of ``config.train.seed``."""
+def build_model(
+    config: RecConfig, data: Prepared, make_items: Callable[[], ItemEncoder] | None = None
+) -> SequenceRecommender:
+    """An untrained recommender with the item encoder that ``make_items`` makes, by default an ID table.
+
+    Its weights are a function of ``config.train.seed``.
+    """
     torch.manual_seed(config.train.seed)
-    sizes = config.sasrec
-    return MODELS[config.model](sizes, items or IDTable(data.n_items, sizes.dim))
+    items = make_items() if make_items else IDTable(data.n_items, config.sasrec.dim)
+    return MODELS[config.model](config.sasrec, items)
 
 
 def train(
@@ -80,7 +86,7 @@ class _State:
         self.optimizer = torch.optim.Adam(
             model.parameters(), lr=config.train.lr, betas=(0.9, 0.98), weight_decay=config.train.weight_decay
         )
-        self.best, self.best_epoch, self.waited = -1.0, -1, 0
+        self.best, self.best_epoch, self.waited = 0.0, -1, 0
         self.best_weights = self._weights()
         self.checkpoints = Checkpoints(run.path / "checkpoints", keep_last=1)
         self.meta = {"config_hash": hash_of(config), "data_hash": data.meta["content_hash"]}
@@ -93,6 +99,8 @@ class _State:
         """Restore the newest checkpoint if there is one; returns the first epoch to run."""
         found = self.checkpoints.resume(self.meta)
         if found is None:
+            # A model that comes trained must not lose to its own first epoch.
+            self.best = evaluate(self.model, self.data, "valid", self.config.evaluate)[STOP_METRIC]
             return 0
         checkpoint, saved = found
         self.model.load_state_dict(saved["model"])

@@ -3,8 +3,8 @@
 import importlib.util
 from pathlib import Path
 
-from rec.data.readers import recbole
 from rec.data.raw import RawData
+from rec.data.readers import recbole
 from rec.runtime.errors import UserError
 
 

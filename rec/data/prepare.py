@@ -12,8 +12,8 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field
 from pyarrow import parquet
+from pydantic import Field
 
 from rec.data.raw import RawData
 from rec.runtime import files
@@ -140,9 +140,7 @@ def _renumber(survivors: np.ndarray, size: int) -> np.ndarray:
     return new
 
 
-def _index_items(
-    items: pa.Table, survivors: np.ndarray, names: np.ndarray
-) -> tuple[pa.Table, np.ndarray, int]:
+def _index_items(items: pa.Table, survivors: np.ndarray, names: np.ndarray) -> tuple[pa.Table, np.ndarray, int]:
     """The surviving rows of the item table, the new number of each old code, and how many have no text.
 
     An item that is interacted with but not described stays, with empty text, at the end.

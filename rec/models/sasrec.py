@@ -60,9 +60,7 @@ class SASRec(SequenceRecommender):
         if config.dim % config.heads:
             raise ValueError(f"dim {config.dim} is not divisible by heads {config.heads}")
         self.positions = nn.Embedding(config.max_length, config.dim)
-        self.blocks = nn.ModuleList(
-            Block(config.dim, config.heads, config.dropout) for _ in range(config.blocks)
-        )
+        self.blocks = nn.ModuleList(Block(config.dim, config.heads, config.dropout) for _ in range(config.blocks))
         self.norm = nn.LayerNorm(config.dim)
         nn.init.normal_(self.positions.weight, std=0.02)
         for module in self.blocks.modules():

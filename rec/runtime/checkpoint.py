@@ -44,7 +44,7 @@ class Checkpoint:
     world_size: int
 
     def state(self, rank: int) -> dict[str, Any]:
-        """What rank ``rank`` saved; its random generators are restored as a side effect of ``restore_rng``."""
+        """What rank ``rank`` saved: its own ``state`` and the random generators' ``rng``."""
         return torch.load(self.folder / f"rank-{rank}.pt", map_location="cpu", weights_only=True)
 
 

@@ -17,9 +17,7 @@ from rec.runtime.errors import UserError
 class Section(BaseModel):
     """Base of every configuration section: immutable, unknown keys are errors, docstrings under fields."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True)
 
 
 AnySection = TypeVar("AnySection", bound=Section)

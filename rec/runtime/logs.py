@@ -14,9 +14,7 @@ QUIET = ("httpx", "matplotlib", "filelock", "fsspec", "transformers", "torch.dis
 def set_up_logging(role: str = "") -> None:
     """Log to standard error, a line an event, with the role of this process."""
     prefix = f"[{role}] " if role else ""
-    logging.basicConfig(
-        level=logging.INFO, format=f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S", force=True
-    )
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S", force=True)
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
 

@@ -52,7 +52,7 @@ class RunFolder:
 
     def log(self, event: str, **fields: Any) -> None:
         """Append one line to the metrics file; one write call, so that lines of several processes never mix."""
-        line = json.dumps({"event": event, "time_s": round(time.time(), 3), **fields}, ensure_ascii=False) + "\n"
+        line = json.dumps({"event": event, "time_s": round(time.time(), 3), "pid": os.getpid(), **fields}) + "\n"
         descriptor = os.open(self.path / METRICS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             os.write(descriptor, line.encode())
@@ -61,13 +61,22 @@ class RunFolder:
 
     def events(self, event: str | None = None) -> list[dict[str, Any]]:
         """The metrics lines, or those of one kind; a line that a kill cut short is left out."""
-        path, found = self.path / METRICS, []
+        rows, _ = self.events_from(0)
+        return [row for row in rows if event is None or row["event"] == event]
+
+    def events_from(self, offset: int) -> tuple[list[dict[str, Any]], int]:
+        """The whole lines from byte ``offset`` on, and where they end: what was added since the last look."""
+        path, rows = self.path / METRICS, []
         if not path.exists():
-            return found
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            return rows, offset
+        with path.open("rb") as stream:
+            stream.seek(offset)
+            text = stream.read()
+        whole = text[: text.rfind(b"\n") + 1]
+        for line in whole.splitlines():
             with contextlib.suppress(ValueError):
-                found.append(json.loads(line))
-        return [row for row in found if event is None or row["event"] == event]
+                rows.append(json.loads(line))
+        return rows, offset + len(whole)
 
     def steps(self, event: str) -> list[dict[str, Any]]:
         """One row a step: a step that ran again after a resume counts once, the last time."""
@@ -84,9 +93,7 @@ class RunFolder:
         **more: Any,
     ) -> dict[str, Any]:
         """Write ``result.json``, the final figures of a run, and return them."""
-        peak_kib = max(
-            resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-        )
+        peak_kib = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
         result = {
             "command": command,
             "config_hash": config_hash,

@@ -7,10 +7,27 @@ import pyarrow as pa
 
 from rec.data import raw
 
-GENRES_100K = (
-    "unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy Film-Noir Horror"
-    " Musical Mystery Romance Sci-Fi Thriller War Western"
-).split()
+GENRES_100K = [
+    "unknown",
+    "Action",
+    "Adventure",
+    "Animation",
+    "Children's",
+    "Comedy",
+    "Crime",
+    "Documentary",
+    "Drama",
+    "Fantasy",
+    "Film-Noir",
+    "Horror",
+    "Musical",
+    "Mystery",
+    "Romance",
+    "Sci-Fi",
+    "Thriller",
+    "War",
+    "Western",
+]
 
 
 def read(folder: Path) -> raw.RawData:
@@ -22,9 +39,7 @@ def read(folder: Path) -> raw.RawData:
     ratings_path = raw.find_file(folder, "u.data", "ratings.dat")
     folder = ratings_path.parent
     if ratings_path.name.startswith("u.data"):
-        ratings = raw.read_delimited(
-            ratings_path, "\t", ["user_id", "item_id", "rating", "timestamp"], quoted=False
-        )
+        ratings = raw.read_delimited(ratings_path, "\t", ["user_id", "item_id", "rating", "timestamp"], quoted=False)
         items_path = raw.find_file(folder, "u.item")
         columns = ["item_id", "title", "date", "video_date", "url", *GENRES_100K]
         table = raw.read_delimited(items_path, "|", columns, encoding="latin-1", quoted=False)
@@ -34,9 +49,7 @@ def read(folder: Path) -> raw.RawData:
             for row in zip(*flags, strict=True)
         ]
     else:
-        ratings = raw.read_delimited(
-            ratings_path, "::", ["user_id", "item_id", "rating", "timestamp"], quoted=False
-        )
+        ratings = raw.read_delimited(ratings_path, "::", ["user_id", "item_id", "rating", "timestamp"], quoted=False)
         items_path = raw.find_file(folder, "movies.dat")
         columns = ["item_id", "title", "genres"]
         table = raw.read_delimited(items_path, "::", columns, encoding="latin-1", quoted=False)

@@ -1,0 +1,129 @@
+"""The ``align`` section of a recipe, and the whole recipe of the main job."""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from llm.config import LLMConfig
+from rec.config import RecConfig, TrainConfig
+from rec.data.builtin import BUILTIN
+from rec.runtime.config import Section
+
+
+class ObjectiveConfig(Section):
+    """Eq. 6 to 8 of SeRALM."""
+
+    alpha: float = Field(0.1, ge=0)
+    """Coefficient α of the KL penalty to the frozen original."""
+    baseline: Literal["none", "one", "leave-one-out"] = "none"
+    """Subtracted from the weight p(y|x,s)/p(y|x): nothing (Eq. 6), its expectation 1 (Eq. 10), or the mean over the
+    other samples of the batch. None of them changes the expected gradient, the last one changes its variance most."""
+    max_ratio: float | None = Field(None, gt=0)
+    """Clip p(y|x,s)/p(y|x) at this value; null for the paper's unclipped ratio."""
+
+
+class TrainerConfig(Section):
+    """The trainer job: DeepSpeed for the LLM, DDP for the recommender."""
+
+    processes: int = Field(2, ge=1)
+    """Ranks on this machine."""
+    zero_stage: Literal[1, 2, 3] = 2
+    bf16: bool = False
+    batch_size: int = Field(32, ge=2)
+    """Samples (x, y) a step, over all ranks."""
+    steps: int = Field(300, ge=1)
+    lr: float = Field(1e-4, gt=0)
+    """Of the LLM (AdamW, constant after warm-up)."""
+    warmup_steps: int = Field(10, ge=0)
+    clip_norm: float = Field(1.0, gt=0)
+    rec_lr: float = Field(1e-4, gt=0)
+    """Of the recommender (Adam)."""
+    checkpoint_every: int = Field(50, ge=1)
+    """Steps."""
+    keep_snapshots: int = Field(4, ge=2)
+    seed: int = 42
+
+
+class GeneratorConfig(Section):
+    """The generator job: vLLM and the recommender snapshot."""
+
+    batches_per_call: int = Field(4, ge=1)
+    """Trainer batches that one vLLM call generates, where the staleness bound allows."""
+    gpus: int = Field(1, ge=1)
+    """GPUs taken from the trainer on a machine that has more than one."""
+
+
+class AlignConfig(Section):
+    """Asynchronous alignment training."""
+
+    objective: ObjectiveConfig = ObjectiveConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    generator: GeneratorConfig = GeneratorConfig()
+    refresh_every: int = Field(50, ge=1)
+    """Trainer steps between snapshots (SeRALM: 50)."""
+    max_lag_steps: int = Field(100, ge=1)
+    """Hard bound: step t never trains on a sample whose weights are older than step t - max_lag_steps."""
+    fresh_items: int = Field(1, ge=1)
+    """The last so many items of a history get a freshly sampled text; the others read their stored one."""
+    knowledge_on_target: bool = False
+    """Whether scored candidates carry knowledge too."""
+    knowledge_dropout: float = Field(0.0, ge=0, lt=1)
+    finish: TrainConfig = TrainConfig()
+    """Training of the recommender on the aligned LLM's knowledge, after alignment."""
+    wait_timeout_s: float = Field(600, gt=0)
+    """Longest wait of one job for the other before it gives up with a message."""
+    max_restarts: int = Field(3, ge=0)
+    """Restarts of a job that dies without having got any further."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.max_lag_steps < self.refresh_every:
+            raise ValueError(
+                f"max_lag_steps {self.max_lag_steps} is below refresh_every {self.refresh_every}:"
+                " the generator would wait for a snapshot that the trainer publishes only with more samples"
+            )
+        if self.trainer.batch_size % self.trainer.processes:
+            raise ValueError(
+                f"trainer.batch_size {self.trainer.batch_size} is not divisible by"
+                f" trainer.processes {self.trainer.processes}"
+            )
+        return self
+
+
+class MainJob(Section):
+    """A recipe of the main job: ``recalign demo`` and ``recalign align``."""
+
+    data: str
+    """A prepared folder, or the name of a built-in data set."""
+    run: Path
+    """The run folder."""
+    rec: RecConfig = RecConfig()
+    llm: LLMConfig = LLMConfig()
+    align: AlignConfig = AlignConfig()
+
+
+class Stages:
+    """Where the stages of a main job keep their things, inside its run folder."""
+
+    def __init__(self, run: Path) -> None:
+        self.run = Path(run)
+        self.data = self.run / "data"
+        self.base, self.llm, self.na, self.final = (self.run / name for name in ("base", "llm", "na", "seralm"))
+        self.na_knowledge = self.run / "knowledge" / "not-aligned.parquet"
+        self.final_knowledge = self.run / "knowledge" / "aligned.parquet"
+        self.snapshots, self.samples = self.run / "snapshots", self.run / "samples"
+        self.control = self.run / "control"
+        self.checkpoints = self.run / "checkpoints"
+
+    def llm_model(self, llm: LLMConfig) -> str:
+        """The original LLM: the one the recipe names, or the one trained here."""
+        return llm.model or str(self.llm / "model")
+
+    def encoder_model(self, llm: LLMConfig) -> str:
+        """The text encoder; ``llm`` is the original LLM, never the aligned one: a text keeps its vector."""
+        return self.llm_model(llm) if llm.encoder.model == "llm" else llm.encoder.model
+
+    def data_folder(self, data: str) -> Path:
+        """The prepared folder: the named one, or that of a built-in data set."""
+        return self.data if data in BUILTIN else Path(data)

@@ -1,0 +1,213 @@
+"""The generator job: samples texts with vLLM, scores them with the recommender snapshot, writes the sample log.
+
+``python -m align.generator --config RUN/config.yaml``, in a process of its own. It holds no state of its own: its
+place is the first step without a batch, its weights are the newest snapshot. Kill it at any time and start it again.
+
+Staleness rule (hard, in trainer steps): the batch of step t is generated only under a snapshot made at step
+t - max_lag_steps or later. Where the newest one is older, the generator waits; nothing is ever dropped.
+"""
+
+import logging
+import time
+from dataclasses import dataclass
+
+import torch
+
+from align.config import MainJob, Stages
+from align.order import Pair, PairOrder
+from align.samples import Sample, SampleLog
+from align.scoring import log_p_y_given_x, log_p_y_given_xs, make_inputs
+from align.snapshots import Snapshot, SnapshotStore
+from align.start import read_config
+from llm.engine import Engine
+from llm.prompts import item_texts, prompt_tokens
+from llm.text_encoder import TextEncoder
+from llm.tokenizer import load_tokenizer
+from rec.data.prepared import Prepared
+from rec.models.base import SequenceRecommender
+from rec.runtime.config import hash_of
+from rec.runtime.logs import run_main
+from rec.runtime.runfolder import RunFolder
+
+log = logging.getLogger(__name__)
+
+
+def last_step_allowed(snapshot_step: int, max_lag_steps: int) -> int:
+    """The newest step whose batch may be generated under a snapshot of ``snapshot_step``."""
+    return snapshot_step + max_lag_steps
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What stays the same for the whole run: data, prompts, the frozen recommender, the frozen text encoder."""
+
+    data: Prepared
+    prompts: list[list[int]]
+    order: PairOrder
+    base: SequenceRecommender
+    encoder: TextEncoder
+
+
+class Generator:
+    """The generator's loop.
+
+    Args:
+        job: the recipe; its earlier stages (base recommender, LLM, not-aligned recommender) are finished.
+    """
+
+    def __init__(self, job: MainJob) -> None:
+        self.job, self.stages, self.run = job, Stages(job.run), RunFolder(job.run)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        stages, llm = self.stages, job.llm
+        data = Prepared.load(stages.data_folder(job.data))
+        base = SequenceRecommender.from_pretrained(stages.base / "model").to(self.device)
+        tokenizer = load_tokenizer(stages.llm_model(llm))
+        prompts = prompt_tokens(item_texts(data.items, llm.item_text), llm.knowledge.prompt, tokenizer)
+        self.sources = Sources(
+            data,
+            prompts,
+            PairOrder(data, base.config.max_length, job.align.trainer.seed),
+            base,
+            TextEncoder(stages.encoder_model(llm), llm.encoder),
+        )
+        self.store, self.log = SnapshotStore(stages.snapshots), SampleLog(stages.samples)
+        # The canary is scored too, with one token generated after it.
+        self.longest = max(map(len, prompts)) + llm.knowledge.max_new_tokens + 1
+        self.engine: Engine | None = None
+        self.snapshot: Snapshot | None = None
+        self.recommender: SequenceRecommender | None = None
+
+    def loop(self) -> None:
+        """Generate until every step of the run has its batch."""
+        align = self.job.align
+        self.engine = Engine(self.stages.llm_model(self.job.llm), self.job.llm.engine, self.longest)
+        waited = 0.0
+        while (step := self.log.next_step()) < align.trainer.steps:
+            waited += self._refresh(step)
+            last = min(
+                step + align.generator.batches_per_call - 1,
+                last_step_allowed(self.snapshot.step, align.max_lag_steps),
+                align.trainer.steps - 1,
+            )
+            self._generate(range(step, last + 1), waited)
+            waited = 0.0
+        log.info("all %d batches are written", align.trainer.steps)
+
+    def _refresh(self, step: int) -> float:
+        """Load the newest snapshot if there is a newer one, waiting where ``step`` needs it; seconds waited."""
+        begin, align = time.monotonic(), self.job.align
+        while True:
+            current = -1 if self.snapshot is None else self.snapshot.version
+            newer = self.store.newest(after=current)
+            if newer is not None:
+                waited = time.monotonic() - begin
+                self._load(newer)
+                begin = time.monotonic() - waited
+            if self.snapshot and step <= last_step_allowed(self.snapshot.step, align.max_lag_steps):
+                return waited if newer is not None else time.monotonic() - begin
+            if time.monotonic() - begin > align.wait_timeout_s:
+                raise TimeoutError(
+                    f"waited {align.wait_timeout_s:.0f} s for a snapshot of step"
+                    f" {step - align.max_lag_steps} or later in {self.store.folder}"
+                )
+            time.sleep(0.02)
+
+    def _load(self, snapshot: Snapshot) -> None:
+        """Swap both models, then prove by the canary that vLLM computes what the trainer computed."""
+        begin = time.monotonic()
+        self.engine.load_weights(snapshot.llm, f"v{snapshot.version}")
+        self.recommender = SequenceRecommender.from_pretrained(snapshot.recommender).to(self.device)
+        self.snapshot = snapshot
+        load_s = time.monotonic() - begin
+        scored = self.engine.logprobs_of(snapshot.canary_tokens)
+        difference = max(abs(ours - theirs) for ours, theirs in zip(scored, snapshot.canary_logprobs, strict=True))
+        self.run.log(
+            "refresh",
+            step=snapshot.version,
+            version=snapshot.version,
+            version_step=snapshot.step,
+            load_s=round(load_s, 4),
+            canary_s=round(time.monotonic() - begin - load_s, 4),
+            canary_max_difference=difference,
+        )
+        if difference > self.job.llm.engine.canary_tolerance:
+            raise RuntimeError(
+                f"vLLM's log-probs of the canary differ from the trainer's by {difference:.2g} nats after loading"
+                f" {snapshot.folder} (allowed: {self.job.llm.engine.canary_tolerance:g})"
+            )
+
+    def _generate(self, steps: range, waited_s: float) -> None:
+        """Sample, score and write the batches of ``steps`` with one vLLM call."""
+        begin, batch_size = time.monotonic(), self.job.align.trainer.batch_size
+        ordinals = range(steps.start * batch_size, steps.stop * batch_size)
+        pairs = [self.sources.order.pair(ordinal) for ordinal in ordinals]
+        fresh = [pair.items[-self.job.align.fresh_items :] for pair in pairs]
+        asked = [(ordinal, nth, item) for ordinal, own in zip(ordinals, fresh, strict=True)
+                 for nth, item in enumerate(own)]  # fmt: skip
+        completions = self.engine.generate(
+            [self.sources.prompts[item - 1] for _, _, item in asked],
+            [self._seed(ordinal, nth) for ordinal, nth, _ in asked],
+            self.job.llm.knowledge.max_new_tokens,
+        )
+        generated_s = time.monotonic() - begin
+        answers = iter(completions)
+        grouped = [[next(answers) for _ in own] for own in fresh]
+        texts = [[completion.text.strip() for completion in own] for own in grouped]
+        with_text, without = self._score(pairs, texts)
+        samples = [
+            Sample(
+                ordinal=ordinal,
+                user=pair.user,
+                items=pair.items,
+                target=pair.target,
+                fresh_items=own,
+                prompts=[self.sources.prompts[item - 1] for item in own],
+                token_ids=[completion.token_ids for completion in answers_],
+                logprobs=[completion.logprobs for completion in answers_],
+                texts=texts_,
+                log_p_y_given_xs=with_text[place],
+                log_p_y_given_x=without[place],
+                version=self.snapshot.version,
+                version_step=self.snapshot.step,
+            )
+            for place, (ordinal, pair, own, answers_, texts_) in enumerate(
+                zip(ordinals, pairs, fresh, grouped, texts, strict=True)
+            )
+        ]
+        for nth, step in enumerate(steps):
+            self.log.append(step, samples[nth * batch_size : (nth + 1) * batch_size])
+        self.run.log(
+            "generated",
+            step=steps.start,
+            batches=len(steps),
+            version=self.snapshot.version,
+            texts=len(completions),
+            tokens=sum(len(completion.token_ids) for completion in completions),
+            empty_texts=sum(not text for own in texts for text in own),
+            generate_s=round(generated_s, 4),
+            busy_s=round(time.monotonic() - begin, 4),
+            waited_s=round(waited_s, 4),
+        )
+
+    @torch.no_grad()
+    def _score(self, pairs: list[Pair], texts: list[list[str]]) -> tuple[list[float], list[float]]:
+        inputs = make_inputs(
+            [pair.items for pair in pairs], [pair.target for pair in pairs], texts, self.sources.encoder
+        ).to(self.device)
+        with_text = log_p_y_given_xs(self.recommender, inputs)
+        return with_text.tolist(), log_p_y_given_x(self.sources.base, inputs).tolist()
+
+    def _seed(self, ordinal: int, nth: int) -> int:
+        """The same sample gets the same seed, however often the generator is restarted."""
+        return int(hash_of([self.job.align.trainer.seed, ordinal, nth])[:15], 16)
+
+
+def main() -> None:
+    """Entry of the generator process."""
+    job = read_config(__doc__)
+    with RunFolder(job.run).lock("generator"):
+        Generator(job).loop()
+
+
+if __name__ == "__main__":
+    run_main(main, "generator")

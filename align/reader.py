@@ -1,0 +1,80 @@
+"""The recommender of the trainer job: it reads the texts and learns from the true next item."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from align.objective import recommender_loss
+from align.samples import Sample
+from align.scoring import Inputs, log_p_y_given_xs, make_inputs
+from llm.text_encoder import TextEncoder
+from rec.models.base import SequenceRecommender
+
+
+class _Likelihood(nn.Module):
+    """log p(y|x,s) as a forward pass, which is what DDP can synchronise."""
+
+    def __init__(self, recommender: SequenceRecommender) -> None:
+        super().__init__()
+        self.recommender = recommender
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        return log_p_y_given_xs(self.recommender, inputs)
+
+
+class Reader:
+    """The recommender with parameters θ_r, in DDP over all ranks.
+
+    Args:
+        recommender: trained with not-aligned knowledge.
+        encoder: the frozen text encoder.
+        lr: of Adam.
+        device: of this rank.
+        distributed: whether there are other ranks.
+    """
+
+    def __init__(
+        self,
+        recommender: SequenceRecommender,
+        encoder: TextEncoder,
+        lr: float,
+        device: torch.device,
+        distributed: bool,
+    ) -> None:
+        self.recommender, self.encoder, self.device = recommender.to(device), encoder, device
+        likelihood = _Likelihood(self.recommender)
+        self.likelihood = DistributedDataParallel(likelihood) if distributed else likelihood
+        self.optimizer = torch.optim.Adam(recommender.parameters(), lr=lr, betas=(0.9, 0.98))
+
+    def update(self, samples: list[Sample]) -> dict[str, float]:
+        """One step of Eq. 9 on this rank's samples."""
+        inputs = make_inputs(
+            [sample.items for sample in samples],
+            [sample.target for sample in samples],
+            [sample.texts for sample in samples],
+            self.encoder,
+        ).to(self.device)
+        self.likelihood.train()
+        log_p = self.likelihood(inputs)
+        loss = recommender_loss(log_p)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        scored = torch.tensor([sample.log_p_y_given_xs for sample in samples], device=self.device)
+        return {"rec_loss": loss.item(), "reward_drift": (log_p.detach() - scored).abs().mean().item()}
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write the recommender; rank 0 calls this."""
+        self.recommender.save_pretrained(folder)
+
+    def state(self) -> dict[str, Any]:
+        """Weights and optimizer."""
+        return {"model": self.recommender.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore what ``state`` returned."""
+        self.recommender.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])

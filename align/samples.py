@@ -1,0 +1,128 @@
+"""The sample log: what the generator hands to the trainer, one file a trainer step, in order.
+
+Invariants:
+- ``batch-N.parquet`` holds exactly the samples that step N trains on, ordinals N·B to (N+1)·B - 1; it is written
+  whole, once, and never changed. A sample is therefore never lost, repeated or reordered, whichever job dies when.
+- The generator's place in the run is the first N without a file; the trainer's is its step. Neither is stored.
+"""
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pyarrow as pa
+from pyarrow import parquet
+
+from rec.runtime import files
+
+SCHEMA_VERSION = b"1"
+SCHEMA = pa.schema(
+    {
+        "ordinal": pa.int64(),
+        "user": pa.int32(),
+        "items": pa.list_(pa.int32()),
+        "target": pa.int32(),
+        "fresh_items": pa.list_(pa.int32()),
+        "prompts": pa.list_(pa.list_(pa.int32())),
+        "token_ids": pa.list_(pa.list_(pa.int32())),
+        "logprobs": pa.list_(pa.list_(pa.float32())),
+        "texts": pa.list_(pa.string()),
+        "log_p_y_given_xs": pa.float64(),
+        "log_p_y_given_x": pa.float64(),
+        "version": pa.int32(),
+        "version_step": pa.int32(),
+    },
+    metadata={b"schema_version": SCHEMA_VERSION},
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One (x, y, s) with everything that Algorithm 1 needs of it.
+
+    Attributes:
+        ordinal: its number in the run.
+        user: user number.
+        items: item numbers of x, oldest first.
+        target: item number of y.
+        fresh_items: item numbers that got a fresh text: the last ones of ``items``, oldest first.
+        prompts: token ids of the prompt about each fresh item.
+        token_ids: token ids of each text s.
+        logprobs: log p of each of these tokens when it was drawn.
+        texts: each text as a string.
+        log_p_y_given_xs: log p(y|x,s) under the recommender of ``version``.
+        log_p_y_given_x: log p(y|x) under the frozen recommender.
+        version: snapshot that wrote and scored it.
+        version_step: trainer steps that snapshot had finished.
+    """
+
+    ordinal: int
+    user: int
+    items: list[int]
+    target: int
+    fresh_items: list[int]
+    prompts: list[list[int]]
+    token_ids: list[list[int]]
+    logprobs: list[list[float]]
+    texts: list[str]
+    log_p_y_given_xs: float
+    log_p_y_given_x: float
+    version: int
+    version_step: int
+
+
+class SampleLog:
+    """The sample log in ``folder``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def append(self, step: int, samples: list[Sample]) -> None:
+        """Write the batch of one step; does nothing if a predecessor already wrote it."""
+        target = self._path(step)
+        if target.exists():
+            return
+        sink = pa.BufferOutputStream()
+        parquet.write_table(pa.Table.from_pylist([asdict(sample) for sample in samples], SCHEMA), sink)
+        files.write_bytes(target, sink.getvalue().to_pybytes())
+
+    def next_step(self) -> int:
+        """The first step that has no batch."""
+        names = (re.fullmatch(r"batch-(\d+)\.parquet", path.name) for path in self.folder.glob("batch-*"))
+        return max((int(name[1]) for name in names if name), default=-1) + 1
+
+    def read(self, step: int) -> list[Sample]:
+        """The batch of ``step``.
+
+        Raises:
+            FileNotFoundError: if it is not written yet.
+            ValueError: if the file is damaged or of another schema version.
+        """
+        path = self._path(step)
+        try:
+            table = parquet.read_table(path)
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+        found = (table.schema.metadata or {}).get(b"schema_version")
+        if found != SCHEMA_VERSION:
+            raise ValueError(f"{path} has schema version {found}, this program reads {SCHEMA_VERSION}")
+        return [Sample(**row) for row in table.to_pylist()]
+
+    def wait(self, step: int, timeout_s: float, poll: Callable[[], None] = lambda: None) -> float:
+        """Wait until the batch of ``step`` is there; returns the seconds waited.
+
+        Raises:
+            TimeoutError: naming the file that did not come.
+        """
+        begin = time.monotonic()
+        while not self._path(step).exists():
+            if time.monotonic() - begin > timeout_s:
+                raise TimeoutError(f"waited {timeout_s:.0f} s for the generator to write {self._path(step)}")
+            poll()
+            time.sleep(0.01)
+        return time.monotonic() - begin
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"batch-{step:08d}.parquet"

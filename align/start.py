@@ -1,0 +1,31 @@
+"""How both jobs start: their one argument, and dying with whoever started them."""
+
+import argparse
+import ctypes
+import os
+import signal
+import sys
+from pathlib import Path
+
+from align.config import MainJob
+from rec.runtime import config
+
+PR_SET_PDEATHSIG = 1
+PARENT = "RECALIGN_PARENT"
+
+
+def read_config(description: str) -> MainJob:
+    """Parse ``--config recipe.yaml key=value …`` and tie this process to its parent if that asked for it."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="a recipe, or the config.yaml of a run folder")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. align.trainer.lr=1e-5")
+    arguments = parser.parse_args()
+    if PARENT in os.environ:
+        die_with_parent()
+    return config.load(MainJob, arguments.config, arguments.overrides)
+
+
+def die_with_parent() -> None:
+    """Get SIGKILL when the parent process dies, however it dies (Linux): no orphan ever writes to a run folder."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

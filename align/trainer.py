@@ -1,0 +1,222 @@
+"""The trainer job: Algorithm 1's updates of the LLM and the recommender, on samples in the order of the log.
+
+``accelerate launch --config_file launch/accelerate/cpu.yaml -m align.trainer --config RUN/config.yaml``
+
+The trainer is a deterministic function of (initial weights, seed, sample log). It publishes snapshot 0 before its
+first step, then one every ``refresh_every`` steps, and the last one after its last step.
+"""
+
+import logging
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
+
+from align.config import MainJob, Stages
+from align.objective import reward_weights
+from align.policy import Policy, deepspeed_config
+from align.reader import Reader
+from align.samples import Sample, SampleLog
+from align.snapshots import LLM, RECOMMENDER, SnapshotStore
+from align.start import read_config
+from llm.prompts import item_texts, prompt_tokens
+from llm.text_encoder import TextEncoder
+from llm.tokenizer import load_tokenizer
+from rec.data.prepared import Prepared
+from rec.models.base import SequenceRecommender
+from rec.runtime.checkpoint import Checkpoints
+from rec.runtime.config import hash_of
+from rec.runtime.errors import UserError
+from rec.runtime.logs import run_main
+from rec.runtime.progress import progress
+from rec.runtime.ranks import Ranks
+from rec.runtime.runfolder import RunFolder
+
+log = logging.getLogger(__name__)
+
+CANARY_TOKENS = 24
+
+
+def make_accelerator(job: MainJob) -> Accelerator:
+    """The process group and DeepSpeed: gloo on CPU, NCCL on GPU.
+
+    Raises:
+        UserError: if another number of processes was started than the recipe says.
+    """
+    on_gpu = torch.cuda.is_available()
+    group = InitProcessGroupKwargs(
+        # Named on CPU: without it every process would believe that it is alone.
+        backend=None if on_gpu else "gloo",
+        timeout=timedelta(seconds=job.align.wait_timeout_s + 60),
+    )
+    accelerator = Accelerator(
+        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed_config(job.align.trainer)),
+        mixed_precision="bf16" if job.align.trainer.bf16 else "no",
+        kwargs_handlers=[group],
+    )
+    if accelerator.num_processes != job.align.trainer.processes:
+        raise UserError(
+            f"align.trainer.processes is {job.align.trainer.processes}, but {accelerator.num_processes} were"
+            " started; give accelerate launch the same --num_processes"
+        )
+    return accelerator
+
+
+class Trainer:
+    """The trainer's loop; one instance a rank."""
+
+    def __init__(self, job: MainJob) -> None:
+        self.job, self.stages, self.run = job, Stages(job.run), RunFolder(job.run)
+        self.accelerator = make_accelerator(job)
+        self.ranks = Ranks.current()
+        align, original = job.align, self.stages.llm_model(job.llm)
+        torch.manual_seed(align.trainer.seed)
+        data = Prepared.load(self.stages.data_folder(job.data))
+        self.tokenizer = load_tokenizer(original)
+        self.policy = Policy(original, align, self.accelerator)
+        self.reader = Reader(
+            SequenceRecommender.from_pretrained(self.stages.na / "model"),
+            TextEncoder(self.stages.encoder_model(job.llm), job.llm.encoder),
+            align.trainer.rec_lr,
+            self.accelerator.device,
+            distributed=self.ranks.size > 1,
+        )
+        self.store = SnapshotStore(self.stages.snapshots, align.trainer.keep_snapshots)
+        self.log = SampleLog(self.stages.samples)
+        self.checkpoints = Checkpoints(self.stages.checkpoints, self.ranks)
+        self.meta = {"config_hash": hash_of(job), "data_hash": data.meta["content_hash"]}
+        texts = item_texts(data.items.slice(0, 1), job.llm.item_text)
+        self.canary = self._canary(prompt_tokens(texts, job.llm.knowledge.prompt, self.tokenizer)[0])
+
+    def loop(self) -> None:
+        """Train to the last step, from the newest complete checkpoint if there is one."""
+        align, begin = self.job.align, time.monotonic()
+        step = self._resume()
+        if step == 0:
+            self._publish(0)
+        with progress("Align", align.trainer.steps) as advance:
+            while step < align.trainer.steps:
+                waited = self._wait_for(step)
+                started = time.monotonic()
+                row = self._update(step)
+                step += 1
+                published_s = 0.0
+                if step % align.refresh_every == 0 or step == align.trainer.steps:
+                    published_s = self._publish(step)
+                if step % align.trainer.checkpoint_every == 0 or step == align.trainer.steps:
+                    self.checkpoints.save(step, {"reader": self.reader.state()}, self.meta, self.policy.save)
+                if self.ranks.is_first:
+                    busy = time.monotonic() - started
+                    row |= {"waited_s": round(waited, 4), "busy_s": round(busy, 4)}
+                    self.run.log("train", step=step - 1, publish_s=round(published_s, 4), **row)
+                    advance(step, f"reward {row['reward']:.3f}  KL {row['kl']:.3f}  lag {row['lag_steps']}")
+        log.info("rank %d: %d steps, %.0f s", self.ranks.rank, step, time.monotonic() - begin)
+
+    def _resume(self) -> int:
+        """Restore the newest complete checkpoint; returns the steps that it had finished."""
+        if self.ranks.is_first:
+            self.run.log(
+                "trainer_started",
+                engine=type(self.policy.engine).__name__,
+                zero_stage=self.policy.stage,
+                world_size=self.ranks.size,
+                backend=torch.distributed.get_backend(),
+            )
+        found = self.checkpoints.resume(self.meta)
+        if found is None:
+            return 0
+        checkpoint, saved = found
+        self.policy.load(checkpoint.folder)
+        self.reader.load_state(saved["reader"])
+        log.info("resuming after step %d", checkpoint.step)
+        return checkpoint.step
+
+    def _wait_for(self, step: int) -> float:
+        """Rank 0 waits for the batch of ``step`` and tells the others; seconds waited."""
+        outcome: float | str = 0.0
+        if self.ranks.is_first:
+            try:
+                outcome = self.log.wait(step, self.job.align.wait_timeout_s)
+            except TimeoutError as error:
+                outcome = str(error)
+        outcome = self.ranks.broadcast(outcome)
+        if isinstance(outcome, str):
+            raise TimeoutError(outcome)
+        return outcome
+
+    def _update(self, step: int) -> dict[str, float]:
+        """One iteration of Algorithm 1's lines 5 and 6; returns the step's figures, the same on every rank."""
+        samples = self.log.read(step)
+        # Dropout is a function of (seed, step, rank), so a resumed run draws the same.
+        torch.manual_seed(int(hash_of([self.job.align.trainer.seed, step, self.ranks.rank])[:15], 16))
+        objective = self.job.align.objective
+        with_text = torch.tensor([sample.log_p_y_given_xs for sample in samples])
+        without = torch.tensor([sample.log_p_y_given_x for sample in samples])
+        # The baseline needs the whole batch, which every rank can read.
+        weights = reward_weights(with_text, without, objective.baseline, objective.max_ratio)
+        share = len(samples) // self.ranks.size
+        mine = slice(self.ranks.rank * share, (self.ranks.rank + 1) * share)
+        figures = self.policy.update(step, samples[mine], weights[mine])
+        figures |= self.reader.update(samples[mine])
+        figures = self._mean_over_ranks(figures)
+        ratio = (with_text - without).exp()
+        lags = [step - sample.version_step for sample in samples]
+        assert max(lags) <= self.job.align.max_lag_steps, "a sample is staler than the bound allows"
+        newest = step // self.job.align.refresh_every
+        return {
+            **figures,
+            "reward": ratio.mean().item(),
+            "reward_std": ratio.std().item(),
+            "lag_steps": max(lags),
+            "lag_steps_mean": sum(lags) / len(lags),
+            "lag_versions": newest - min(sample.version for sample in samples),
+            "versions": sorted({sample.version for sample in samples}),
+            "texts": sum(len(sample.texts) for sample in samples),
+            "text_tokens": self._mean_tokens(samples),
+        }
+
+    def _publish(self, step: int) -> float:
+        """Publish both models as they are after ``step`` steps; every rank takes part; seconds it took."""
+        begin = time.monotonic()
+        canary_logprobs = self.policy.logprobs_of(self.canary)
+        weights = self.policy.gathered_weights()
+
+        def write(folder: Path) -> None:
+            self.policy.save_pretrained(folder / LLM, weights)
+            self.tokenizer.save_pretrained(folder / LLM)
+            self.reader.save_pretrained(folder / RECOMMENDER)
+
+        if self.ranks.is_first:
+            version = -(-step // self.job.align.refresh_every)
+            self.store.publish(version, step, write, self.canary, canary_logprobs)
+            self.run.log("published", step=version, version=version, version_step=step)
+        self.ranks.barrier()
+        return time.monotonic() - begin
+
+    def _mean_over_ranks(self, figures: dict[str, float]) -> dict[str, float]:
+        values = torch.tensor(list(figures.values()), dtype=torch.float64, device=self.accelerator.device)
+        if self.ranks.size > 1:
+            torch.distributed.all_reduce(values)
+        return dict(zip(figures, (values / self.ranks.size).tolist(), strict=True))
+
+    def _canary(self, prompt: list[int]) -> list[int]:
+        """A fixed text: the first item's prompt, repeated to a fair length, or cut to it."""
+        return (prompt * CANARY_TOKENS)[:CANARY_TOKENS]
+
+    @staticmethod
+    def _mean_tokens(samples: list[Sample]) -> float:
+        lengths = [len(tokens) for sample in samples for tokens in sample.token_ids]
+        return sum(lengths) / len(lengths)
+
+
+def main() -> None:
+    """Entry of every trainer rank."""
+    trainer = Trainer(read_config(__doc__))
+    trainer.loop()
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run_main(main, "trainer")

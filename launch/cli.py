@@ -1,0 +1,146 @@
+"""The ``recalign`` command."""
+
+import argparse
+import shlex
+import shutil
+import sys
+from importlib import resources
+from pathlib import Path
+
+from rec.runtime.errors import UserError
+from rec.runtime.logs import run_main
+
+# Heavy modules are imported by the commands that need them, so that --help and mistakes answer at once.
+
+DEMO_RECIPE = "seralm-ml-100k.yaml"
+SOURCES = ("recbole", "movielens", "online-retail", "table")
+
+
+def main() -> None:
+    """Entry of the ``recalign`` command."""
+    arguments = _parser().parse_args()
+    run_main(lambda: arguments.handler(arguments), debug=arguments.debug)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="recalign", description="Train large language models and sequential recommenders together."
+    )
+    parser.add_argument("--debug", action="store_true", help="show a traceback for a user's mistake too")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = _add(commands, "demo", _demo, "run the main job on MovieLens-100K, nothing to configure", """\
+examples:
+  recalign demo                              # resumes, or says that it is done
+  recalign demo --fresh                      # starts over
+  recalign demo --run /tmp/demo align.trainer.steps=100
+""")  # fmt: skip
+    demo.add_argument("--run", type=Path, default=Path("runs/demo"), help="run folder (default: runs/demo)")
+    _add_run_options(demo)
+
+    align = _add(commands, "align", _align, "run the main job of a recipe: trainer and generator on this machine", """\
+examples:
+  recalign align launch/recipes/seralm-online-retail.yaml
+  recalign align my.yaml align.refresh_every=10 align.max_lag_steps=20
+  recalign align runs/demo/config.yaml       # resume a run
+""")  # fmt: skip
+    align.add_argument("recipe", type=Path, help="YAML recipe")
+    _add_run_options(align)
+
+    prepare = _add(commands, "prepare", _prepare, "turn a public source into a prepared folder", """\
+examples:
+  recalign prepare movielens --raw ml-1m --out data/ml-1m
+  recalign prepare online-retail --raw online_retail.csv.gz --out data/online-retail
+  recalign prepare online-retail --raw online_retail.csv.gz --users invoices --out data/invoices
+  recalign prepare recbole --raw dataset/ml-100k --out data/ml-100k
+  recalign prepare table --raw my-data --out data/mine   # interactions.csv and items.csv, or .parquet
+""")  # fmt: skip
+    prepare.add_argument("source", choices=SOURCES, help="format of the raw data")
+    prepare.add_argument("--raw", type=Path, required=True, help="folder or file of the raw data")
+    prepare.add_argument("--out", type=Path, required=True, help="the prepared folder to make")
+    prepare.add_argument("--users", choices=("customers", "invoices"), help="online-retail: whose sequences")
+    prepare.add_argument("--k-core", type=int, default=5, help="least interactions of users and items (default: 5)")
+    prepare.add_argument(
+        "--min-length", type=int, default=3, help="least interactions of a user after that (default: 3)"
+    )
+    prepare.add_argument("--repeats", choices=("keep", "drop"), default="keep", help="a user's repeated items")
+    return parser
+
+
+def _add(commands, name: str, handler, summary: str, examples: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(handler=handler)
+    return parser
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the recipe")
+    parser.add_argument("--fresh", action="store_true", help="delete the run folder first")
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    recipe = Path(str(resources.files("launch.recipes").joinpath(DEMO_RECIPE)))
+    _run_main_job(recipe, [*arguments.overrides, f"run={arguments.run}"], arguments.fresh)
+
+
+def _align(arguments: argparse.Namespace) -> None:
+    _run_main_job(arguments.recipe, arguments.overrides, arguments.fresh)
+
+
+def _run_main_job(recipe: Path, overrides: list[str], fresh: bool) -> None:
+    from align.config import MainJob
+    from rec.runtime import config
+
+    job = config.load(MainJob, recipe, overrides)
+    if fresh:
+        _delete_run(job.run)
+
+    from launch import summary
+    from launch.main_job import MainJobRun
+
+    command = shlex.join(["recalign", *sys.argv[1:]])
+    result = MainJobRun(job).execute(command)
+    summary.print_result(result)
+    sys.stdout.write(f"\nEverything is in {job.run}: result.json, metrics.jsonl, plots/, knowledge/, seralm/model\n")
+
+
+def _delete_run(folder: Path) -> None:
+    from rec.runtime.runfolder import CONFIG, RunFolder
+
+    if not folder.exists():
+        return
+    if not (folder / CONFIG).exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is no run folder (no {CONFIG}); not deleting it")
+    with RunFolder(folder).lock("launcher"):
+        shutil.rmtree(folder)
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
+    from rec.data import readers
+    from rec.data.prepare import Filters, prepare
+    from rec.runtime import config
+
+    if arguments.users and arguments.source != "online-retail":
+        raise UserError("--users belongs to online-retail only")
+    options = {"users": arguments.users} if arguments.users else {}
+    filters = config.build(
+        Filters,
+        {"k_core": arguments.k_core, "min_length": arguments.min_length, "repeats": arguments.repeats},
+    )
+    raw = readers.read(arguments.source, arguments.raw, **options)
+    counts = prepare(arguments.source, raw, arguments.out, filters)["counts"]
+    lines = [
+        f"{arguments.out}: {counts['users']:,} users, {counts['items']:,} items, {counts['interactions']:,} interactions"
+    ]
+    lines += [f"  left out, {reason.replace('_', ' ')}: {count:,}" for reason, count in counts["left_out"].items()]
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

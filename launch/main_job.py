@@ -1,0 +1,205 @@
+"""The main job, stage by stage: data, base recommender, LLM, not-aligned knowledge, alignment, final recommender.
+
+Every stage leaves its result in the run folder and is skipped when that is there; an interrupted stage goes on where
+it was. Running the same command again is therefore always right.
+"""
+
+import logging
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from pyarrow import parquet
+
+from align.config import MainJob, Stages
+from align.snapshots import SnapshotStore
+from launch import summary, supervise
+from llm.engine import check_model
+from llm.pretrain import pretrain
+from llm.prompts import item_texts, prompt_tokens
+from llm.text_encoder import TextEncoder
+from llm.tokenizer import load_tokenizer
+from rec.config import RecConfig
+from rec.data.builtin import BUILTIN
+from rec.data.prepare import Filters, prepare
+from rec.data.prepared import Prepared
+from rec.evaluation import evaluate, protocol
+from rec.item_encoder import KnowledgeConcat
+from rec.models.base import SequenceRecommender
+from rec.runtime import config, files
+from rec.runtime.errors import EXIT_USER_ERROR, UserError
+from rec.runtime.runfolder import RunFolder
+from rec.trainer import build_model, train
+
+log = logging.getLogger(__name__)
+
+
+class MainJobRun:
+    """One main job in its run folder.
+
+    Args:
+        job: the resolved recipe.
+    """
+
+    def __init__(self, job: MainJob) -> None:
+        self.job, self.stages, self.run = job, Stages(job.run), RunFolder(job.run)
+        self.data: Prepared
+
+    def execute(self, command: str) -> dict[str, Any]:
+        """Run every stage that is not done yet; returns the content of ``result.json``."""
+        with self.run.lock("launcher"):
+            self.run.claim(self.job)
+            finished = self.run.result()
+            if finished is not None:
+                log.info("%s is finished; --fresh starts over", self.run.path)
+                return finished
+            begin = time.monotonic()
+            stages: list[tuple[str, Callable[[], None]]] = [
+                ("Prepare the data", self.prepare),
+                ("Train the base recommender", self.train_base),
+                ("Train the LLM", self.train_llm),
+                ("Write the not-aligned LLM's knowledge", self.write_na_knowledge),
+                ("Train the recommender on it", self.train_na),
+                ("Align", self.align),
+                ("Write the aligned LLM's knowledge", self.write_final_knowledge),
+                ("Finish the recommender on it", self.train_final),
+            ]
+            for number, (title, stage) in enumerate(stages, start=1):
+                log.info("%d/%d %s", number, len(stages), title)
+                started = time.monotonic()
+                stage()
+                self.run.log("stage", step=number, title=title, seconds=round(time.monotonic() - started, 1))
+            return self._conclude(command, time.monotonic() - begin)
+
+    def prepare(self) -> None:
+        """A prepared folder, and every mistake in the recipe that can be seen without training anything."""
+        folder = self.stages.data_folder(self.job.data)
+        if self.job.data in BUILTIN:
+            prepare(self.job.data, BUILTIN[self.job.data](), folder, Filters())
+        self.data = Prepared.load(folder)
+        check(self.job, self.data)
+
+    def train_base(self) -> None:
+        """The recommender without knowledge; frozen, it is Rec_f, which gives p(y|x)."""
+        train(build_model(self.job.rec, self.data), self.data, self.job.rec, RunFolder(self.stages.base), "Base")
+
+    def train_llm(self) -> None:
+        """A small LM on the training histories, unless the recipe names a model."""
+        if self.job.llm.model is None:
+            pretrain(self.data, self.job.llm, RunFolder(self.stages.llm))
+
+    def write_na_knowledge(self) -> None:
+        """One text an item, by the original LLM."""
+        self._write_knowledge(self.stages.llm_model(self.job.llm), "original", self.stages.na_knowledge)
+
+    def train_na(self) -> None:
+        """Base+NA_LLM: the recommender that reads those texts."""
+        vectors = self._encode(self.stages.na_knowledge)
+
+        def items() -> KnowledgeConcat:
+            sizes = (self.data.n_items, self.job.rec.sasrec.dim, vectors.shape[1])
+            align = self.job.align
+            encoder = KnowledgeConcat(*sizes, align.knowledge_on_target, align.knowledge_dropout)
+            encoder.set_knowledge(vectors)
+            return encoder
+
+        model = build_model(self.job.rec, self.data, items)
+        train(model, self.data, self.job.rec, RunFolder(self.stages.na), "Base+NA_LLM")
+
+    def align(self) -> None:
+        """Algorithm 1, asynchronously: trainer and generator as processes of their own."""
+        newest = SnapshotStore(self.stages.snapshots).newest()
+        if newest is None or newest.step < self.job.align.trainer.steps:
+            supervise.align(self.job)
+
+    def write_final_knowledge(self) -> None:
+        """One text an item, by the aligned LLM."""
+        newest = SnapshotStore(self.stages.snapshots).newest()
+        self._write_knowledge(str(newest.llm), f"v{newest.version}", self.stages.final_knowledge)
+
+    def train_final(self) -> None:
+        """Base+SeRALM: the aligned recommender, finished on the aligned LLM's texts."""
+        newest = SnapshotStore(self.stages.snapshots).newest()
+        model = SequenceRecommender.from_pretrained(newest.recommender)
+        self._finish(model, self.stages.final_knowledge, self.stages.final, "Base+SeRALM")
+        # The control: the same further training, from the same recommender, on the texts it already had.
+        control = SequenceRecommender.from_pretrained(self.stages.na / "model")
+        self._finish(control, self.stages.na_knowledge, self.stages.control, "Control")
+
+    def _finish(self, model: SequenceRecommender, knowledge: Path, folder: Path, title: str) -> None:
+        model.items.set_knowledge(self._encode(knowledge))
+        train(model, self.data, self._finishing, RunFolder(folder), title)
+
+    @property
+    def _finishing(self) -> RecConfig:
+        return self.job.rec.model_copy(update={"train": self.job.align.finish})
+
+    def _write_knowledge(self, model: str, version: str, out: Path) -> None:
+        if out.exists():
+            return
+        settings = self.run.path / "knowledge" / "llm.yaml"
+        files.write_text(settings, config.to_yaml(self.job.llm))
+        command = [
+            sys.executable, "-m", "llm.knowledge", "--config", str(settings), "--model", model,
+            "--data", str(self.stages.data_folder(self.job.data)), "--version", version, "--out", str(out),
+        ]  # fmt: skip
+        log_path = self.run.path / "logs" / "knowledge.log"
+        log_path.parent.mkdir(exist_ok=True)
+        with log_path.open("wb") as stream:
+            code = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, check=False).returncode
+        if code:
+            tail = log_path.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
+            mistakes = [line.removeprefix("error: ") for line in tail if line.startswith("error: ")]
+            if code == EXIT_USER_ERROR and mistakes:
+                raise UserError(mistakes[0])
+            raise RuntimeError(f"generation ended with exit code {code}; {log_path}:\n" + "\n".join(tail))
+
+    def _encode(self, knowledge: Path) -> torch.Tensor:
+        encoder = TextEncoder(self.stages.encoder_model(self.job.llm), self.job.llm.encoder)
+        return encoder(parquet.read_table(knowledge)["text"].to_pylist())
+
+    def _conclude(self, command: str, wall_s: float) -> dict[str, Any]:
+        rows = []
+        for method, folder in (
+            ("Base", self.stages.base),
+            ("Base+NA_LLM", self.stages.na),
+            ("Base+NA_LLM, trained on", self.stages.control),
+            ("Base+SeRALM", self.stages.final),
+        ):
+            model = SequenceRecommender.from_pretrained(folder / "model")
+            metrics = evaluate(model, self.data, "test", self.job.rec.evaluate)
+            rows.append({"method": method, "model": self.job.rec.model, **metrics.summary()})
+        result = self.run.write_result(
+            command,
+            config.hash_of(self.job),
+            protocol("test", self.job.rec.evaluate),
+            rows,
+            wall_s,
+            data={"name": self.job.data, **self.data.meta["counts"]},
+            asynchronous=summary.asynchronous(self.run),
+        )
+        summary.draw(self.run, self.stages)
+        return result
+
+
+def check(job: MainJob, data: Prepared) -> None:
+    """Everything that would otherwise stop the job after minutes of work.
+
+    Raises:
+        UserError: on an item template, prompt, model, tokenizer or encoder that cannot be used.
+    """
+    texts = item_texts(data.items, job.llm.item_text)
+    if job.llm.model is not None:
+        check_model(job.llm.model)
+        prompt_tokens(texts[:1], job.llm.knowledge.prompt, load_tokenizer(job.llm.model))
+    elif "{item}" not in job.llm.knowledge.prompt:
+        raise UserError(
+            "llm.knowledge.prompt must hold {item}: an LM that is trained here continues an item's text, it does"
+            " not follow instructions"
+        )
+    if job.llm.encoder.model != "llm":
+        load_tokenizer(job.llm.encoder.model)

@@ -1,0 +1,144 @@
+"""What a finished main job looks like: one table, the asynchronous figures, a few plots."""
+
+from typing import Any
+
+import matplotlib
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from rich.console import Console
+from rich.table import Table
+
+from align.config import Stages
+from rec.runtime.runfolder import RunFolder
+
+matplotlib.use("Agg")
+
+
+def asynchronous(run: RunFolder) -> dict[str, Any]:
+    """Figures of the asynchronous training, from the metrics file alone.
+
+    Waiting shares leave out the first step: there both jobs wait for each other to start.
+    """
+    train, generated = run.steps("train"), run.steps("generated")
+    published, refreshed = run.steps("published"), run.steps("refresh")
+    started = run.events("trainer_started")
+    later_train, later_generated = train[1:] or train, generated[1:] or generated
+    seconds = sum(row["generate_s"] for row in later_generated)
+    return {
+        "steps": len(train),
+        "snapshots_published": len(published),
+        "snapshots_loaded": len(refreshed),
+        "versions_consumed": len({version for row in train for version in row["versions"]}),
+        "lag_steps_mean": _round(sum(row["lag_steps_mean"] for row in train) / len(train)),
+        "lag_steps_max": max(row["lag_steps"] for row in train),
+        "tokens_per_s": _round(sum(row["tokens"] for row in later_generated) / max(seconds, 1e-9)),
+        "texts_generated": sum(row["texts"] for row in generated),
+        "empty_texts": sum(row["empty_texts"] for row in generated),
+        "trainer_waiting_share": _waiting_share(later_train),
+        "generator_waiting_share": _waiting_share(later_generated),
+        "canary_max_difference": max(row["canary_max_difference"] for row in refreshed),
+        "refresh_s_mean": _round(sum(row["load_s"] for row in refreshed) / len(refreshed)),
+        "engine": started[-1]["engine"],
+        "zero_stage": started[-1]["zero_stage"],
+        "trainer_ranks": started[-1]["world_size"],
+        "restarts": len(run.events("restarted")),
+        "reward_first_last": [_mean(train[:20], "reward"), _mean(train[-20:], "reward")],
+        "kl_last": _mean(train[-20:], "kl"),
+    }
+
+
+def print_result(result: dict[str, Any], console: Console | None = None) -> None:
+    """The table and the asynchronous figures, for people."""
+    console = console or Console(width=110, highlight=False)
+    data, protocol = result["data"], result["protocol"]
+    table = Table(
+        title=f"{data['name']}: {data['users']:,} users, {data['items']:,} items, {data['interactions']:,} interactions",
+        caption=f"{protocol['split']}; candidates: {protocol['candidates']}; seen items {protocol['seen_items']};"
+        f" ties: {protocol['ties']}; ± is the standard error over users",
+        title_justify="left",
+        caption_justify="left",
+    )
+    for name in ("method", "HR@10", "NDCG@10"):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    for row in result["rows"]:
+        values = [f"{row[name]:.4f} ± {row[f'{name}_se']:.4f}" for name in ("HR@10", "NDCG@10")]
+        table.add_row(f"{row['model']} {row['method']}", *values)
+    console.print(table)
+    a = result["asynchronous"]
+    console.print(
+        f"Alignment: {a['steps']} steps of {a['engine']} (ZeRO-{a['zero_stage']}) on {a['trainer_ranks']} ranks;"
+        f" {a['snapshots_published']} snapshots published, {a['snapshots_loaded']} loaded by vLLM,"
+        f" samples of {a['versions_consumed']} versions trained on"
+    )
+    console.print(
+        f"Staleness: mean {a['lag_steps_mean']} steps, max {a['lag_steps_max']};"
+        f" generated {a['tokens_per_s']:,.0f} tokens/s;"
+        f" waiting: trainer {a['trainer_waiting_share']:.0%}, generator {a['generator_waiting_share']:.0%} of its time"
+    )
+    console.print(
+        f"Canary: vLLM and trainer differ by at most {a['canary_max_difference']:.1e} nats after every swap;"
+        f" reward p(y|x,s)/p(y|x) {a['reward_first_last'][0]:.3f} → {a['reward_first_last'][1]:.3f},"
+        f" KL to the original {a['kl_last']:.3f} nats a text; restarts: {a['restarts']}"
+    )
+
+
+def draw(run: RunFolder, stages: Stages) -> None:
+    """Write ``plots/alignment.png`` and ``plots/training.png``."""
+    folder = run.path / "plots"
+    folder.mkdir(exist_ok=True)
+    train = run.steps("train")
+    steps = [row["step"] for row in train]
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    panels = [
+        ("losses", ["rec_loss"], "-log p(y|x,s), nats"),
+        ("KL to the original LLM", ["kl"], "nats a text"),
+        ("reward", ["reward"], "mean p(y|x,s) / p(y|x)"),
+        ("staleness", ["lag_steps", "lag_steps_mean"], "trainer steps"),
+    ]
+    for axis, (title, names, unit) in zip(axes.flat, panels, strict=True):
+        for name in names:
+            values = [row[name] for row in train]
+            smooth = len(train) >= 40 and not name.startswith("lag")
+            axis.plot(steps, values, alpha=0.3 if smooth else 1, linewidth=1, label=name)
+            if smooth:
+                axis.plot(steps, _moving_mean(values, 20), linewidth=1.6, label=f"{name}, mean of 20 steps")
+        _dress(axis, title, "trainer step", unit)
+    twin = axes[0, 0].twinx()
+    twin.plot(steps, [row["policy_loss"] for row in train], color="tab:green", alpha=0.4, linewidth=1)
+    twin.set_ylabel("policy loss (green)")
+    figure.savefig(folder / "alignment.png", dpi=120)
+    plt.close(figure)
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
+    for name, where in (("Base", stages.base), ("Base+NA_LLM", stages.na), ("Base+SeRALM", stages.final)):
+        rows = [row for row in RunFolder(where).steps("epoch") if "NDCG@10" in row]
+        left.plot([row["step"] for row in rows], [row["NDCG@10"] for row in rows], marker=".", label=name)
+    _dress(left, "recommenders", "epoch", "validation NDCG@10")
+    rows = RunFolder(stages.llm).steps("lm_step") if stages.llm.exists() else []
+    right.plot([row["step"] for row in rows], [row["loss"] for row in rows], label="LM loss")
+    _dress(right, "LLM from scratch", "step", "nats a token")
+    figure.savefig(folder / "training.png", dpi=120)
+    plt.close(figure)
+
+
+def _dress(axis: Axes, title: str, x: str, y: str) -> None:
+    axis.set(title=title, xlabel=x, ylabel=y)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+
+
+def _moving_mean(values: list[float], width: int) -> list[float]:
+    return [sum(values[max(0, i - width + 1) : i + 1]) / (i + 1 - max(0, i - width + 1)) for i in range(len(values))]
+
+
+def _waiting_share(rows: list[dict[str, Any]]) -> float:
+    waited, busy = (sum(row[name] for row in rows) for name in ("waited_s", "busy_s"))
+    return _round(waited / max(waited + busy, 1e-9))
+
+
+def _mean(rows: list[dict[str, Any]], name: str) -> float:
+    return _round(sum(row[name] for row in rows) / len(rows))
+
+
+def _round(value: float) -> float:
+    return round(value, 4)

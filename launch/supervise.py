@@ -1,0 +1,200 @@
+"""Start the trainer and the generator on this machine, watch both, restart whichever dies.
+
+Each job resumes from its own durable state, so a restart needs nothing from here. A job that dies again and again
+without having got any further is given up on. Both jobs die with this process, however it dies.
+"""
+
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+
+import torch
+
+from align.config import MainJob, Stages
+from align.samples import SampleLog
+from align.start import PARENT, die_with_parent
+from rec.runtime.checkpoint import Checkpoints
+from rec.runtime.errors import UserError
+from rec.runtime.progress import progress
+from rec.runtime.runfolder import CONFIG, RunFolder
+
+log = logging.getLogger(__name__)
+
+POLL_S, STOP_GRACE_S, LOG_TAIL_LINES = 0.2, 10.0, 200
+MISTAKE = re.compile(r"error: ")
+EXCEPTION = re.compile(r"(\[rank\d+\]: )?[\w.]*(?<!ChildFailed)(Error|Exception|Interrupt)\b.*")
+
+
+@dataclass
+class Child:
+    """One job: how to start it, and how far it got when it last died."""
+
+    name: str
+    command: list[str]
+    environment: dict[str, str]
+    log_path: Path
+    place: Callable[[], int]
+    process: subprocess.Popen | None = None
+    last_place: int = -1
+    futile_restarts: int = 0
+    errors: list[str] = field(default_factory=list)
+
+    def start(self) -> None:
+        """Start it, its output appended to its log file."""
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        self.last_place = self.place()
+        with self.log_path.open("ab") as stream:
+            self.process = subprocess.Popen(
+                self.command,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **self.environment, PARENT: str(os.getpid())},
+                preexec_fn=die_with_parent,
+            )
+
+    def stop(self) -> None:
+        """End it: politely, then not."""
+        if self.process is None or self.process.poll() is not None:
+            return
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(STOP_GRACE_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def last_words(self) -> str:
+        """The line of its log that says why it ended: a user's mistake, an exception, or simply the last one.
+
+        The launcher prints a page about the fact that a rank failed after the rank has said why.
+        """
+        lines = [line.strip() for line in self.log_path.read_text(encoding="utf-8", errors="replace").splitlines()]
+        for pattern in (MISTAKE, EXCEPTION):
+            found = [line for line in lines[-LOG_TAIL_LINES:] if pattern.match(line)]
+            if found:
+                return found[-1]
+        return next((line for line in reversed(lines) if line), "(it wrote nothing)")
+
+
+def align(job: MainJob) -> None:
+    """Run alignment training to its end.
+
+    Raises:
+        UserError: with a job's own message, if that called it a user's mistake.
+        RuntimeError: if a job keeps dying; with the end of its log.
+    """
+    run = RunFolder(job.run)
+    trainer, generator = _trainer(job), _generator(job)
+    children = [trainer, generator]
+    try:
+        for child in children:
+            child.start()
+        with progress("Align", job.align.trainer.steps) as advance:
+            follow = _Follower(run)
+            while trainer.process.poll() != 0:
+                for child in children:
+                    _restart_if_dead(child, job.align.max_restarts, run)
+                row = follow.newest("train")
+                if row:
+                    lag, wait = row["lag_steps"], row["waited_s"]
+                    advance(row["step"] + 1, f"reward {row['reward']:.3f}  lag {lag} steps  waited {wait:.2f} s")
+                time.sleep(POLL_S)
+    finally:
+        for child in children:
+            child.stop()
+
+
+def _restart_if_dead(child: Child, max_restarts: int, run: RunFolder) -> None:
+    code = child.process.poll()
+    if code is None or code == 0:
+        return
+    last_words = child.last_words()
+    if MISTAKE.match(last_words):
+        raise UserError(last_words.removeprefix("error: "))
+    child.futile_restarts = 0 if child.place() > child.last_place else child.futile_restarts + 1
+    if child.futile_restarts > max_restarts:
+        raise RuntimeError(
+            f"the {child.name} died {child.futile_restarts} times without getting any further (exit code {code}):"
+            f" {last_words}; see {child.log_path}"
+        )
+    log.warning("the %s died (exit code %d: %s); starting it again", child.name, code, last_words)
+    run.log("restarted", job=child.name, exit_code=code)
+    child.start()
+
+
+def _trainer(job: MainJob) -> Child:
+    stages, on_gpu = Stages(job.run), torch.cuda.is_available()
+    config = "gpu.yaml" if on_gpu else "cpu.yaml"
+    environment = {"TOKENIZERS_PARALLELISM": "false"}
+    if on_gpu:
+        environment |= _visible(_gpu_split(job)[0])
+    else:
+        threads = max(1, (os.cpu_count() or 1) // job.align.trainer.processes)
+        environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch",
+        "--config_file", str(resources.files("launch.accelerate").joinpath(config)),
+        "--num_processes", str(job.align.trainer.processes),
+        "--main_process_port", str(_free_port()),
+        "-m", "align.trainer", "--config", str(job.run / CONFIG),
+    ]  # fmt: skip
+
+    def place() -> int:
+        newest = Checkpoints(stages.checkpoints).newest()
+        return newest.step if newest else 0
+
+    return Child("trainer", command, environment, job.run / "logs" / "trainer.log", place)
+
+
+def _generator(job: MainJob) -> Child:
+    stages = Stages(job.run)
+    environment = {"TOKENIZERS_PARALLELISM": "false"}
+    if torch.cuda.is_available():
+        environment |= _visible(_gpu_split(job)[1])
+    command = [sys.executable, "-m", "align.generator", "--config", str(job.run / CONFIG)]
+    place = SampleLog(stages.samples).next_step
+    return Child("generator", command, environment, job.run / "logs" / "generator.log", place)
+
+
+def _gpu_split(job: MainJob) -> tuple[list[int], list[int]]:
+    """GPUs of the trainer and of the generator; a single one is shared."""
+    gpus, wanted = list(range(torch.cuda.device_count())), job.align.generator.gpus
+    if len(gpus) == 1:
+        return gpus, gpus
+    if len(gpus) < job.align.trainer.processes + wanted:
+        raise UserError(
+            f"align.trainer.processes {job.align.trainer.processes} and align.generator.gpus {wanted} need more"
+            f" than the {len(gpus)} GPUs of this machine"
+        )
+    return gpus[: job.align.trainer.processes], gpus[-wanted:]
+
+
+def _visible(gpus: list[int]) -> dict[str, str]:
+    return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class _Follower:
+    """Reads the lines that were added to the metrics file since the last look."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self.run, self.offset = run, 0
+
+    def newest(self, event: str) -> dict | None:
+        rows, self.offset = self.run.events_from(self.offset)
+        found = [row for row in rows if row["event"] == event]
+        return found[-1] if found else None
