@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from llm.config import LLMConfig
 from rec.config import RecConfig, TrainConfig
 from rec.data.builtin import BUILTIN
-from rec.runtime.config import Section
+from rec.runtime.config import Section, hash_of
 
 
 class ObjectiveConfig(Section):
@@ -101,6 +101,11 @@ class MainJob(Section):
     rec: RecConfig = RecConfig()
     llm: LLMConfig = LLMConfig()
     align: AlignConfig = AlignConfig()
+
+    @property
+    def identity(self) -> str:
+        """Hash of everything that decides the result: all keys but the place of the run folder."""
+        return hash_of(self.model_dump(mode="json", exclude={"run"}))
 
 
 class Stages:

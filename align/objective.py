@@ -71,9 +71,13 @@ def recommender_loss(log_p_y_given_xs: Tensor) -> Tensor:
     return -log_p_y_given_xs.mean()
 
 
-def sampled_kl(logprobs: Tensor, reference_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """KL(p || p_orig) estimated on these texts: mean over rows of Σ_t log p - log p_orig, in nats a text."""
-    return ((logprobs - reference_logprobs) * mask).sum(1).mean()
+def sampled_kl(logprobs: Tensor, reference_logprobs: Tensor, mask: Tensor, ratios: Tensor) -> Tensor:
+    """KL(p || p_orig) in nats a text, from texts of an older p.
+
+    The mean of Σ_t log p - log p_orig over rows, weighted by their importance ratios [M] (self-normalised): without
+    the weights a stale sample makes the estimate negative as soon as p moves away from it.
+    """
+    return (ratios * ((logprobs - reference_logprobs) * mask).sum(1)).sum() / ratios.sum()
 
 
 def importance_ratios(logprobs: Tensor, sampling_logprobs: Tensor, mask: Tensor) -> Tensor:

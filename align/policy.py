@@ -85,7 +85,7 @@ class Policy:
             ratios = importance_ratios(logprobs, _align_to(mask, drawn), mask)
             return {
                 "policy_loss": loss.item(),
-                "kl": sampled_kl(logprobs, reference, mask).item(),
+                "kl": sampled_kl(logprobs, reference, mask, ratios).item(),
                 "text_logprob": (logprobs * mask).sum(1).mean().item(),
                 "importance_ratio": ratios.mean().item(),
                 "effective_sample_fraction": effective_sample_fraction(ratios).item(),
@@ -140,7 +140,9 @@ class Policy:
             return reference.to(self.accelerator.device, dtype)
         content = deepspeed_config(self.config.trainer)
         content.pop("gradient_clipping")
-        return deepspeed.initialize(model=reference, config=content)[0].eval()
+        engine = deepspeed.initialize(model=reference, config=content)[0]
+        engine.eval()  # returns nothing, unlike a module's
+        return engine
 
     @property
     def _persistent(self) -> set[str]:

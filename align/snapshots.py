@@ -126,7 +126,7 @@ class SnapshotStore:
             problem = files.what_differs(folder, manifest["files"])
             if manifest["schema_version"] != SCHEMA_VERSION:
                 problem = f"schema version {manifest['schema_version']}, this program reads {SCHEMA_VERSION}"
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             problem = f"no readable {MANIFEST} ({type(error).__name__})"
         if problem is not None:
             if folder.name not in self._warned:

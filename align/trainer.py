@@ -86,7 +86,7 @@ class Trainer:
         self.store = SnapshotStore(self.stages.snapshots, align.trainer.keep_snapshots)
         self.log = SampleLog(self.stages.samples)
         self.checkpoints = Checkpoints(self.stages.checkpoints, self.ranks)
-        self.meta = {"config_hash": hash_of(job), "data_hash": data.meta["content_hash"]}
+        self.meta = {"config_hash": job.identity, "data_hash": data.meta["content_hash"]}
         texts = item_texts(data.items.slice(0, 1), job.llm.item_text)
         self.canary = self._canary(prompt_tokens(texts, job.llm.knowledge.prompt, self.tokenizer)[0])
 

@@ -135,9 +135,8 @@ def _prepare(arguments: argparse.Namespace) -> None:
     )
     raw = readers.read(arguments.source, arguments.raw, **options)
     counts = prepare(arguments.source, raw, arguments.out, filters)["counts"]
-    lines = [
-        f"{arguments.out}: {counts['users']:,} users, {counts['items']:,} items, {counts['interactions']:,} interactions"
-    ]
+    kept = ", ".join(f"{counts[what]:,} {what}" for what in ("users", "items", "interactions"))
+    lines = [f"{arguments.out}: {kept}"]
     lines += [f"  left out, {reason.replace('_', ' ')}: {count:,}" for reason, count in counts["left_out"].items()]
     sys.stdout.write("\n".join(lines) + "\n")
 

@@ -175,7 +175,7 @@ class MainJobRun:
             rows.append({"method": method, "model": self.job.rec.model, **metrics.summary()})
         result = self.run.write_result(
             command,
-            config.hash_of(self.job),
+            self.job.identity,
             protocol("test", self.job.rec.evaluate),
             rows,
             wall_s,

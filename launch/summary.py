@@ -52,7 +52,7 @@ def print_result(result: dict[str, Any], console: Console | None = None) -> None
     console = console or Console(width=110, highlight=False)
     data, protocol = result["data"], result["protocol"]
     table = Table(
-        title=f"{data['name']}: {data['users']:,} users, {data['items']:,} items, {data['interactions']:,} interactions",
+        title=f"{data['name']}: " + ", ".join(f"{data[what]:,} {what}" for what in ("users", "items", "interactions")),
         caption=f"{protocol['split']}; candidates: {protocol['candidates']}; seen items {protocol['seen_items']};"
         f" ties: {protocol['ties']}; ± is the standard error over users",
         title_justify="left",
@@ -93,7 +93,7 @@ def draw(run: RunFolder, stages: Stages) -> None:
         ("losses", ["rec_loss"], "-log p(y|x,s), nats"),
         ("KL to the original LLM", ["kl"], "nats a text"),
         ("reward", ["reward"], "mean p(y|x,s) / p(y|x)"),
-        ("staleness", ["lag_steps", "lag_steps_mean"], "trainer steps"),
+        ("staleness of the samples trained on", ["lag_steps"], "trainer steps"),
     ]
     for axis, (title, names, unit) in zip(axes.flat, panels, strict=True):
         for name in names:

@@ -48,7 +48,7 @@ class HistoryCorpus:
         return rows
 
     def batches(self, seed: int, epoch: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Input ids [B, T] (right-padded with [EOS]) and labels [B, T] (padding ignored), rows of like length together."""
+        """Input ids [B, T] (right-padded with [EOS]) and labels [B, T] (padding ignored); like lengths together."""
         rows = self.rows(seed, epoch)
         order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
         batches = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]

@@ -40,36 +40,14 @@ def pretrain(data: Prepared, config: LLMConfig, run: RunFolder, title: str = "LL
 
     Called again on the same folder it goes on from the last checkpoint, or returns at once when finished.
     """
-    final = run.path / MODEL
+    final, train = run.path / MODEL, config.train
     if (run.path / "finished.json").exists():
         return final
-    train = config.train
     texts = item_texts(data.items, config.item_text)
     tokenizer = train_tokenizer(texts, config.lmrec.vocabulary, config.lmrec.context)
     corpus = HistoryCorpus(data, texts, tokenizer, config.lmrec.context)
-    torch.manual_seed(train.seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = build_lmrec(config.lmrec, len(tokenizer), tokenizer.eos_token_id).to(device).train()
-    if device == "cpu":
-        # The CPU's fused attention is slow backwards; at these lengths the plain products win.
-        model.set_attn_implementation("eager")
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": train.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=train.lr,
-        betas=(0.9, 0.95),
-    )
-    checkpoints = Checkpoints(run.path / "checkpoints", keep_last=1)
-    meta = {"config_hash": hash_of(config), "data_hash": data.meta["content_hash"]}
-    done = 0
-    if found := checkpoints.resume(meta):
-        checkpoint, saved = found
-        done = checkpoint.step
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        log.info("resuming %s after step %d", run.path, done)
-
+    state = _State(config, len(tokenizer), tokenizer.eos_token_id, run, data.meta["content_hash"])
+    done = state.resume()
     # Rows are cut anew each epoch, so epochs differ a little in length; the schedule ends with the last of them.
     lengths = [-(-len(corpus.rows(train.seed, epoch)) // train.batch_size) for epoch in range(train.epochs)]
     total = sum(lengths)
@@ -78,29 +56,69 @@ def pretrain(data: Prepared, config: LLMConfig, run: RunFolder, title: str = "LL
             first = sum(lengths[:epoch])
             if first + lengths[epoch] <= done:
                 continue
-            for offset, (ids, labels) in enumerate(corpus.batches(train.seed, epoch, train.batch_size)):
-                step = first + offset
+            for step, (ids, labels) in enumerate(corpus.batches(train.seed, epoch, train.batch_size), start=first):
                 if step < done:
                     continue
                 begin = time.monotonic()
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(step, total, train)
-                loss = _loss(model, ids.to(device), labels.to(device), train.bf16)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), train.clip_norm)
-                optimizer.step()
-                tokens = int((labels != IGNORED).sum())
-                seconds = time.monotonic() - begin
-                run.log("lm_step", step=step, loss=loss.item(), tokens=tokens, seconds=seconds)
-                advance(step + 1, f"loss {loss.item():.3f}  {tokens / seconds:,.0f} tokens/s")
+                loss = state.update(ids, labels, learning_rate(step, total, train))
+                seconds, tokens = time.monotonic() - begin, int((labels != IGNORED).sum())
+                run.log("lm_step", step=step, loss=loss, tokens=tokens, seconds=seconds)
+                advance(step + 1, f"loss {loss:.3f}  {tokens / seconds:,.0f} tokens/s")
                 if (step + 1) % train.checkpoint_every == 0:
-                    saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-                    checkpoints.save(step + 1, saved, meta)
-    model.save_pretrained(final)
+                    state.save(step + 1)
+    state.model.save_pretrained(final)
     tokenizer.save_pretrained(final)
-    files.write_json(run.path / "finished.json", {"steps": total, "loss": loss.item() if total > done else None})
+    files.write_json(run.path / "finished.json", {"steps": total})
     return final
+
+
+class _State:
+    """What the LM's training is made of, between two steps."""
+
+    def __init__(self, config: LLMConfig, vocabulary: int, eos: int, run: RunFolder, data_hash: str) -> None:
+        self.config = train = config.train
+        torch.manual_seed(train.seed)
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = build_lmrec(config.lmrec, vocabulary, eos).to(self.device).train()
+        if self.device == "cpu":
+            # The CPU's fused attention is slow backwards; at these lengths the plain products win.
+            self.model.set_attn_implementation("eager")
+        matrices = [p for p in self.model.parameters() if p.dim() > 1]
+        vectors = [p for p in self.model.parameters() if p.dim() <= 1]
+        groups = [
+            {"params": matrices, "weight_decay": train.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=train.lr, betas=(0.9, 0.95))
+        self.checkpoints = Checkpoints(run.path / "checkpoints", keep_last=1)
+        self.meta = {"config_hash": hash_of(config), "data_hash": data_hash}
+
+    def update(self, ids: torch.Tensor, labels: torch.Tensor, lr: float) -> float:
+        """One optimizer step; returns the loss before it."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        loss = _loss(self.model, ids.to(self.device), labels.to(self.device), self.config.bf16)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+        self.optimizer.step()
+        return loss.item()
+
+    def save(self, step: int) -> None:
+        """Write the checkpoint of ``step`` finished steps."""
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        self.checkpoints.save(step, state, self.meta)
+
+    def resume(self) -> int:
+        """Restore the newest checkpoint if there is one; returns the steps that it had finished."""
+        found = self.checkpoints.resume(self.meta)
+        if found is None:
+            return 0
+        checkpoint, saved = found
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        log.info("resuming %s after step %d", checkpoint.folder.parent.parent, checkpoint.step)
+        return checkpoint.step
 
 
 def _loss(model: PreTrainedModel, ids: torch.Tensor, labels: torch.Tensor, bf16: bool) -> torch.Tensor:

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from rec.runtime.errors import UserError
 
 ARROW, EOS, PAD = "→", "<|eos|>", "<|pad|>"
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int, context: int) -> PreTrainedTokenizerFast:
@@ -42,6 +43,9 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         UserError: if there is none, or it has no end-of-sequence token.
     """
+    # From a model's folder alone transformers makes up a tokenizer without a vocabulary, and says nothing.
+    if Path(model).is_dir() and not any((Path(model) / name).exists() for name in VOCABULARY_FILES):
+        raise UserError(f"{model} has no usable tokenizer: none of {', '.join(VOCABULARY_FILES)} is there")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(model))
     except (OSError, ValueError, KeyError, TypeError) as error:

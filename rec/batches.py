@@ -1,4 +1,4 @@
-"""Training batches: windows over all training interactions, little padding, an order that is a function of the epoch."""
+"""Training batches: windows over all training interactions, little padding, an order set by seed and epoch."""
 
 from collections.abc import Iterator
 
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rec.data.prepared import Prepared
+from rec.runtime.errors import UserError
 
 POOL = 16
 
@@ -21,12 +22,17 @@ class TrainWindows:
         data: the prepared data.
         max_length: inputs in a window, at most.
         batch_size: windows in a batch.
+
+    Raises:
+        UserError: if there is nothing to learn from: no user has two training interactions.
     """
 
     def __init__(self, data: Prepared, max_length: int, batch_size: int) -> None:
         self.data, self.max_length, self.batch_size = data, max_length, batch_size
         lengths = (data.train_ends - data.offsets[:-1] - 1).numpy()
         counts = np.maximum(0, -(-lengths // max_length))
+        if not counts.any():
+            raise UserError(f"{data.folder} leaves nothing to train on: no user has more than 3 interactions")
         self.users = torch.from_numpy(np.repeat(np.arange(data.n_users), counts))
         nth = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         # Exclusive ends of the inputs; the last target is the last training item.

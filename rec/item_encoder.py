@@ -76,11 +76,9 @@ class KnowledgeConcat(ItemEncoder):
         self.knowledge_dim, self.on_target, self.dropout = knowledge_dim, on_target, dropout
         self.fuse = nn.Linear(dim + knowledge_dim, dim, bias=False)
         with torch.no_grad():
-            # Start as the ID model and let the knowledge in as far as it helps.
-            nn.init.normal_(self.fuse.weight, std=0.02)
+            # Start as the ID model, and let the knowledge in as far as it helps.
+            self.fuse.weight.zero_()
             self.fuse.weight[:, :dim] = torch.eye(dim)
-            # Knowledge vectors are of order 1 and the ID vectors of order 0.02.
-            self.fuse.weight[:, dim:] *= knowledge_dim**-0.5
         self.register_buffer("knowledge", torch.zeros(n_items + 1, knowledge_dim))
 
     def set_knowledge(self, vectors: Tensor) -> None:

@@ -46,21 +46,25 @@ def prepare(source: str, raw: RawData, out: Path, filters: Filters) -> dict[str,
     table (0 is padding); interactions are sorted by user, then time, then source order.
 
     Raises:
-        UserError: if nothing is left, an item id occurs twice, or ``out`` holds something else.
+        UserError: if nothing is left, an item id occurs twice, or ``out`` holds something else or cannot be written.
     """
     wanted = {"source": source, "filters": filters.model_dump(), "raw_sha256": _raw_hash(raw.files)}
+    if raw.options:
+        wanted["options"] = raw.options
     existing = _existing(out)
     if existing is not None:
-        if {key: existing.get(key) for key in wanted} != wanted:
+        if any(existing.get(key) != wanted.get(key) for key in ("source", "options", "filters", "raw_sha256")):
             raise UserError(f"{out} holds other prepared data; choose another folder or delete it")
         log.info("%s is already prepared", out)
         return existing
-    item_ids = raw.items["item_id"].to_pylist()
-    if len(set(item_ids)) < len(item_ids):
-        twice = next(item for row, item in enumerate(item_ids) if item in item_ids[:row])
-        raise UserError(f"{raw.files[-1]}: item_id {twice!r} occurs twice")
+    seen = set()
+    for row, item in enumerate(raw.items["item_id"].to_pylist(), start=1):
+        if item in seen:
+            raise UserError(f"{raw.files[-1]}, data row {row}: item_id {item!r} occurs twice")
+        seen.add(item)
 
     table, counts = raw.interactions, dict(raw.dropped)
+    read = len(table) + sum(raw.dropped.values())
     users, user_names = _encode(table["user_id"])
     items, item_names = _encode(table["item_id"])
     times = table["timestamp"].to_numpy()
@@ -79,7 +83,7 @@ def prepare(source: str, raw: RawData, out: Path, filters: Filters) -> dict[str,
     if not kept.any():
         raise UserError(
             f"no interaction of {raw.files[0]} is left after filtering"
-            f" (read {len(table)}, left out: {_phrase(counts)}); lower k_core or check the file"
+            f" (read {read}, left out: {_phrase(counts)}); lower k_core or check the file"
         )
 
     users, items, times = users[kept], items[kept], times[kept]
@@ -97,19 +101,26 @@ def prepare(source: str, raw: RawData, out: Path, filters: Filters) -> dict[str,
     user_table = pa.table({"user_id": pa.array(user_names[np.flatnonzero(new_user >= 0)])})
     tables = {ITEMS: item_table, INTERACTIONS: interactions, USERS: user_table}
     counted = {
-        "read": len(table) + sum(raw.dropped.values()),
+        "read": read,
         "left_out": counts,
         "users": len(user_table),
         "items": len(item_table),
         "interactions": len(interactions),
         "items_without_text": without_text,
     }
-    return _write(out, tables, {"schema_version": SCHEMA_VERSION, **wanted, "counts": counted})
+    try:
+        return _write(out, tables, {"schema_version": SCHEMA_VERSION, **wanted, "counts": counted})
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error}") from error
 
 
 def _existing(out: Path) -> dict[str, Any] | None:
     if (out / META).is_file():
-        return files.read_json(out / META)
+        try:
+            existing = files.read_json(out / META)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{out / META} cannot be read: {error}; delete {out} or choose another folder") from error
+        return existing if isinstance(existing, dict) else {}
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise UserError(f"{out} exists and is no prepared folder; choose another one")
     return None

@@ -44,20 +44,25 @@ class Prepared:
         """Read a prepared folder.
 
         Raises:
-            UserError: if it is none, or a file of it is missing or unreadable.
+            UserError: if it is none, or a file of it is missing, unreadable or belongs to another folder.
         """
         if not (folder / META).is_file():
             raise UserError(f"{folder} is no prepared folder (no {META}); make one with 'recalign prepare'")
         try:
             meta = files.read_json(folder / META)
             items = parquet.read_table(folder / ITEMS)
-            interactions = parquet.read_table(folder / INTERACTIONS)
-        except (OSError, ValueError, pa.ArrowInvalid) as error:
-            raise UserError(f"{folder} is damaged: {error}; delete it and prepare again") from error
-        users = interactions["user"].to_numpy()
-        ends = np.cumsum(np.bincount(users, minlength=meta["counts"]["users"]))
-        sequence = torch.from_numpy(interactions["item"].to_numpy().astype(np.int64))
-        return cls(folder, meta, items, sequence, torch.from_numpy(np.concatenate([[0], ends])))
+            interactions = parquet.read_table(folder / INTERACTIONS, columns=["user", "item"])
+            sizes = np.bincount(interactions["user"].to_numpy())
+            sequence = torch.from_numpy(interactions["item"].to_numpy().astype(np.int64))
+            found = {"users": len(sizes), "items": len(items), "interactions": len(sequence)}
+            expected = {name: meta["counts"][name] for name in found}
+            if found != expected:
+                raise ValueError(f"its tables hold {found}, its {META} says {expected}")
+        except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{folder} is damaged: {reason}; delete it and prepare again") from error
+        offsets = np.concatenate([[0], np.cumsum(sizes)])
+        return cls(folder, meta, items, sequence, torch.from_numpy(offsets))
 
     @property
     def n_users(self) -> int:

@@ -1,7 +1,9 @@
 """What every reader returns, and the one careful way to read delimited text."""
 
+import csv as standard_csv
 import gzip
 import io
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,12 +25,14 @@ class RawData:
             it breaks ties of time.
         files: what was read.
         dropped: rows that the reader left out, counted by reason.
+        options: the reader's options that differ from their defaults.
     """
 
     items: pa.Table
     interactions: pa.Table
     files: list[Path]
     dropped: dict[str, int] = field(default_factory=dict)
+    options: dict[str, str] = field(default_factory=dict)
 
 
 def find_file(folder: Path, *names: str) -> Path:
@@ -58,7 +62,7 @@ def read_content(path: Path) -> bytes:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"raw data not found: {path}") from None
-    except (EOFError, OSError) as error:  # BadGzipFile is an OSError
+    except (EOFError, OSError, zlib.error) as error:  # BadGzipFile is an OSError
         raise UserError(f"{path} cannot be read: {error}") from error
     if not content.strip():
         raise UserError(f"{path} is empty")
@@ -82,7 +86,8 @@ def read_delimited(
         quoted: whether double quotes enclose fields.
 
     Raises:
-        UserError: naming the file and, for a row with a wrong number of fields, its line.
+        UserError: naming the file and, for a row with a wrong number of fields, its number (the header is row 1);
+            also if there is no row below the header, or the file ends inside double quotes.
     """
     content = read_content(path)
     if len(delimiter) > 1:
@@ -93,8 +98,10 @@ def read_delimited(
         line = content[: error.start].count(b"\n") + 1
         raise UserError(f"{path}, line {line}: not {encoding} text (byte {content[error.start]:#04x})") from None
     names = columns or _header(path, text, delimiter, quoted)
+    if not columns and not text.partition("\n")[2].strip():
+        raise UserError(f"{path} has a header line but no rows")
     try:
-        return csv.read_csv(
+        table = csv.read_csv(
             io.BytesIO(text.encode()),
             # One thread, because only then does the error of a broken row know its number.
             csv.ReadOptions(use_threads=False, column_names=names, skip_rows=0 if columns else 1),
@@ -102,7 +109,17 @@ def read_delimited(
             csv.ConvertOptions(column_types={name: pa.string() for name in names}, strings_can_be_null=False),
         )
     except pa.ArrowInvalid as error:
-        raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
+        if "straddling" in str(error):
+            raise UserError(f"{path}: a row is longer than 1 MiB; is a double quote left open?") from None
+        raise UserError(f"{path}: {first_line(error)}") from None
+    if quoted and _ends_in_quotes(text, table[-1][-1].as_py()):
+        raise UserError(f"{path}, data row {len(table)}: a double quote is left open")
+    return table
+
+
+def first_line(error: Exception) -> str:
+    """What an Arrow error says, without its further lines."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def require_columns(table: pa.Table, path: Path, *names: str) -> None:
@@ -112,36 +129,59 @@ def require_columns(table: pa.Table, path: Path, *names: str) -> None:
             raise UserError(f"{path} has no column {name!r}; it has: {', '.join(table.column_names)}")
 
 
-def to_numbers(table: pa.Table, column: str, path: Path) -> np.ndarray:
-    """A string column as float64.
+def require_ids(table: pa.Table, path: Path, *names: str) -> None:
+    """Raise a UserError that names the first row where one of these string columns is empty."""
+    for name in names:
+        row = pc.index(table[name], "").as_py()
+        if row >= 0:
+            raise UserError(f"{path}, data row {row + 1}: {name} is empty")
+
+
+def cast_strings(strings: pa.ChunkedArray, kind: pa.DataType, path: Path, column: str, what: str) -> pa.ChunkedArray:
+    """A string column as another type.
 
     Raises:
-        UserError: naming the first row that is not a number.
+        UserError: naming the first row that is not ``what``.
     """
-    strings = table[column]
+    trimmed = pc.utf8_trim_whitespace(strings)
     try:
-        return pc.cast(pc.utf8_trim_whitespace(strings), pa.float64()).to_numpy()
+        return pc.cast(trimmed, kind)
     except pa.ArrowInvalid:
-        for row, text in enumerate(strings.to_pylist(), start=1):
+        for row, text in enumerate(trimmed, start=1):
             try:
-                float(text)
-            except ValueError:
-                raise UserError(f"{path}, data row {row}: {column} is {text!r}, not a number") from None
+                pc.cast(text, kind)
+            except pa.ArrowInvalid:
+                value = text.as_py()[:80]
+                raise UserError(f"{path}, data row {row}: {column} is {value!r}, not {what}") from None
         raise
 
 
-def to_seconds(table: pa.Table, column: str, path: Path) -> pa.Array:
-    """A column of seconds since 1970 as int64. Never float32: it cannot tell times a minute apart."""
-    seconds = to_numbers(table, column, path)
-    if not np.isfinite(seconds).all():
-        row = int(np.flatnonzero(~np.isfinite(seconds))[0]) + 1
-        raise UserError(f"{path}, data row {row}: {column} is not a time")
-    return pa.array(seconds.astype(np.int64))
+def to_seconds(table: pa.Table, column: str, path: Path) -> pa.ChunkedArray:
+    """A string column of seconds since 1970 as int64. Never float32: it cannot tell times a minute apart.
+
+    Raises:
+        UserError: naming the first row that is no number, or no time.
+    """
+    strings = table[column]
+    try:
+        return pc.cast(pc.utf8_trim_whitespace(strings), pa.int64())
+    except pa.ArrowInvalid:
+        seconds = cast_strings(strings, pa.float64(), path, column, "a number").to_numpy()
+    bad = ~(np.abs(seconds) < 2**63)  # NaN compares false
+    if bad.any():
+        row = int(np.flatnonzero(bad)[0])
+        raise UserError(f"{path}, data row {row + 1}: {column} is {strings[row].as_py()!r}, not a time")
+    return pa.chunked_array([seconds.astype(np.int64)])
 
 
 def _header(path: Path, text: str, delimiter: str, quoted: bool) -> list[str]:
     first = text.split("\n", 1)[0].rstrip("\r").lstrip("\ufeff")
-    names = [name.strip('"') if quoted else name for name in first.split(delimiter)]
-    if len(set(names)) < len(names) or not all(names):
+    names = next(standard_csv.reader([first], delimiter=delimiter)) if quoted else first.split(delimiter)
+    if not names or len(set(names)) < len(names) or not all(names):
         raise UserError(f"{path}: the header line has empty or repeated column names: {first[:200]}")
     return names
+
+
+def _ends_in_quotes(text: str, last: str) -> bool:
+    """Whether a quote opens the last field and nothing closes it: Arrow then takes the rest of the file for it."""
+    return text.count('"') % 2 == 1 and text.endswith('"' + last.replace('"', '""'))

@@ -146,7 +146,7 @@ class Checkpoints:
             try:
                 manifest = files.read_json(folder / MANIFEST)
                 problem = files.what_differs(folder, manifest["files"])
-            except (OSError, ValueError, KeyError) as error:
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 problem = f"no readable {MANIFEST} ({type(error).__name__})"
             if problem is None:
                 return Checkpoint(folder, step, manifest["meta"], manifest["world_size"])

@@ -99,7 +99,9 @@ def _one_line(root: type[Section], problem: ErrorDetails) -> str:
     where = ".".join(parents) or "the recipe"
     if problem["type"] == "extra_forbidden":
         valid = _keys_at(root, parents)
-        near = difflib.get_close_matches(leaf, valid, n=1)
+        # "lr_rate" means "lr", which is too short for a ratio of letters to see.
+        near = [key for key in valid if leaf.startswith(key) or key.startswith(leaf)]
+        near = near or difflib.get_close_matches(leaf, valid, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(valid)}"
         return f"unknown key {leaf!r} in {where}; {hint}"
     if problem["type"] == "missing":

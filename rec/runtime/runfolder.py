@@ -35,20 +35,20 @@ class RunFolder:
             raise UserError(f"cannot create the run folder {path}: {error.strerror}") from error
 
     def claim(self, recipe: config.Section) -> None:
-        """Write the resolved recipe, or check that the one that is here is the same.
+        """Write the resolved recipe, or check that the one that is here is the same; the folder may have moved.
 
         Raises:
             UserError: if the folder holds a run of another recipe; names the first key that differs.
         """
-        target, text = self.path / CONFIG, config.to_yaml(recipe)
-        if not target.exists():
-            files.write_text(target, text)
-        elif target.read_text(encoding="utf-8") != text:
-            before, now = config.read_recipe(target), recipe.model_dump(mode="json")
-            raise UserError(
-                f"{self.path} holds a run of another recipe ({_first_difference(before, now)});"
-                " use another run folder, or start over with --fresh"
-            )
+        target, now = self.path / CONFIG, recipe.model_dump(mode="json")
+        if target.exists():
+            before = config.read_recipe(target) | {"run": now.get("run")}
+            if before != now:
+                raise UserError(
+                    f"{self.path} holds a run of another recipe ({_first_difference(before, now)});"
+                    " use another run folder, or start over with --fresh"
+                )
+        files.write_text(target, config.to_yaml(recipe))
 
     def log(self, event: str, **fields: Any) -> None:
         """Append one line to the metrics file; one write call, so that lines of several processes never mix."""

@@ -56,6 +56,7 @@ def read(folder: Path) -> raw.RawData:
         genres = [text.replace("|", ", ") for text in table["genres"].to_pylist()]
     titles, years = zip(*map(_split_year, table["title"].to_pylist()), strict=True)
     items = pa.table({"item_id": table["item_id"], "title": titles, "year": years, "genres": genres})
+    raw.require_ids(ratings, ratings_path, "user_id", "item_id")
     interactions = pa.table(
         {
             "user_id": ratings["user_id"],

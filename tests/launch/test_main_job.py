@@ -1,0 +1,214 @@
+"""The main job for real, on a tiny world: vLLM, two DeepSpeed ranks, a separate generator, and kill -9."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from align.config import Stages
+from align.samples import SampleLog
+from align.snapshots import SnapshotStore
+from rec.data.prepared import Prepared
+from rec.runtime.checkpoint import Checkpoints
+from rec.runtime.runfolder import CONFIG, METRICS, RunFolder
+
+ROOT = Path(__file__).parents[2]
+STEPS, BATCH = 40, 4
+RECIPE = {
+    "rec": {
+        "sasrec": {"dim": 16, "heads": 2, "blocks": 1, "max_length": 8, "dropout": 0.1},
+        "train": {"batch_size": 16, "epochs": 3, "lr": 5e-3},
+    },
+    "llm": {
+        "item_text": "{title}, {kind}",
+        "lmrec": {"vocabulary": 400, "context": 48, "dim": 64, "layers": 1, "heads": 2},
+        "train": {"epochs": 2, "batch_size": 16, "lr": 5e-3},
+        "knowledge": {"max_new_tokens": 6},
+    },
+    "align": {
+        "refresh_every": 5,
+        "max_lag_steps": 6,
+        "fresh_items": 2,
+        "objective": {"baseline": "leave-one-out"},
+        "trainer": {"steps": STEPS, "batch_size": BATCH, "checkpoint_every": 3, "warmup_steps": 2, "lr": 1e-3},
+        "generator": {"batches_per_call": 2},
+        "finish": {"batch_size": 16, "epochs": 2},
+        "wait_timeout_s": 120,
+    },
+}
+pytestmark = [pytest.mark.distributed, pytest.mark.vllm]
+
+
+def start(run: Path, *more: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "launch.cli", "align", str(run / CONFIG), f"run={run}", *more]
+    log = (run.parent / f"{run.name}.log").open("ab")
+    return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+
+
+def finish(run: Path, process: subprocess.Popen, timeout_s: float = 300) -> str:
+    code = process.wait(timeout_s)
+    text = (run.parent / f"{run.name}.log").read_text()
+    assert code == 0, text[-3000:]
+    return text
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen, timeout_s: float = 120) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert process.poll() is None, "the job ended before it could be killed"
+        assert time.monotonic() < end, "it did not get there in time"
+        time.sleep(0.01)
+
+
+def is_alive(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "\nState:\tZ" not in status.read_text()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, small_data: Prepared) -> RunFolder:
+    """An undisturbed run."""
+    run = tmp_path_factory.mktemp("main") / "run"
+    run.mkdir()
+    (run / CONFIG).write_text(yaml.safe_dump({"data": str(small_data.folder), "run": str(run), **RECIPE}))
+    # The resolved recipe is what a run folder holds.
+    recipe = run.parent / "recipe.yaml"
+    (run / CONFIG).rename(recipe)
+    command = [sys.executable, "-m", "launch.cli", "align", str(recipe)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Base+SeRALM" in done.stdout
+    return RunFolder(run)
+
+
+def before_alignment(finished: RunFolder, folder: Path) -> RunFolder:
+    """A copy of the run as it was when alignment began."""
+    run = folder / "run"
+    shutil.copytree(finished.path, run)
+    for name in ("checkpoints", "snapshots", "samples", "seralm", "control", "knowledge/aligned.parquet"):
+        path = run / name
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+    (run / "result.json").unlink()
+    (run / METRICS).unlink()
+    return RunFolder(run)
+
+
+def final_weights(run: RunFolder) -> dict[str, torch.Tensor]:
+    newest = SnapshotStore(Stages(run.path).snapshots).newest()
+    assert newest.step == STEPS
+    llm, rec = (load_file(folder / "model.safetensors") for folder in (newest.llm, newest.recommender))
+    return {f"llm.{key}": value for key, value in llm.items()} | {f"rec.{key}": value for key, value in rec.items()}
+
+
+def assert_no_sample_lost_or_repeated(run: RunFolder) -> None:
+    log = SampleLog(Stages(run.path).samples)
+    assert log.next_step() == STEPS
+    ordinals = [sample.ordinal for step in range(STEPS) for sample in log.read(step)]
+    assert ordinals == list(range(STEPS * BATCH))
+    assert [row["step"] for row in run.steps("train")] == list(range(STEPS))
+
+
+def assert_equals_its_own_replay(run: RunFolder, folder: Path) -> None:
+    """Train again from the recorded samples alone: the weights must be the same bit for bit."""
+    replay = folder / "replay"
+    shutil.copytree(run.path, replay)
+    for name in ("checkpoints", "snapshots"):
+        shutil.rmtree(replay / name)
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/accelerate/cpu.yaml",
+        "--main_process_port", "29655", "-m", "align.trainer", "--config", str(replay / CONFIG), f"run={replay}",
+    ]  # fmt: skip
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    trained, replayed = final_weights(run), final_weights(RunFolder(replay))
+    assert all(torch.equal(value, replayed[name]) for name, value in trained.items())
+
+
+def test_an_undisturbed_run_is_what_the_paper_describes(finished):
+    result = finished.result()
+    figures = result["asynchronous"]
+    assert [row["method"] for row in result["rows"]][:2] == ["Base", "Base+NA_LLM"]
+    assert result["rows"][-1]["method"] == "Base+SeRALM"
+    assert all(0 <= row["HR@10"] <= 1 and row["HR@10_se"] > 0 for row in result["rows"])
+    assert figures["engine"] == "DeepSpeedEngine"
+    assert figures["zero_stage"] == 2
+    assert figures["trainer_ranks"] == 2
+    assert figures["snapshots_published"] >= 4
+    assert figures["snapshots_loaded"] >= 4
+    assert figures["versions_consumed"] >= 4
+    assert figures["lag_steps_max"] <= RECIPE["align"]["max_lag_steps"]
+    assert figures["canary_max_difference"] < 1e-3
+    trainers = {row["pid"] for row in finished.events("train")}
+    generators = {row["pid"] for row in finished.events("generated")}
+    assert len(generators) == 1
+    assert not trainers & generators
+    for row in finished.events("refresh"):
+        assert row["canary_max_difference"] < 1e-3
+    assert {path.name for path in (finished.path / "plots").iterdir()} == {"alignment.png", "training.png"}
+    assert_no_sample_lost_or_repeated(finished)
+
+
+def test_alignment_moves_the_llm_and_the_recommender(finished):
+    stages = Stages(finished.path)
+    final = final_weights(finished)
+    original = load_file(stages.llm / "model" / "model.safetensors")
+    assert any(not torch.equal(value, final[f"llm.{name}"]) for name, value in original.items())
+    not_aligned = load_file(stages.na / "model" / "model.safetensors")
+    assert any(not torch.equal(value, final[f"rec.{name}"]) for name, value in not_aligned.items())
+
+
+def test_a_finished_run_says_so_and_another_recipe_is_refused(finished):
+    log = finished.path.parent / "run.log"
+    assert "is finished" in finish(finished.path, start(finished.path))
+    assert start(finished.path, "rec.train.lr=0.5").wait(60) == 2
+    assert log.read_text().strip().splitlines()[-1].startswith("error: ")
+    assert "rec.train.lr: 0.005 there, 0.5 now" in log.read_text()
+
+
+def test_killing_the_generator_and_then_a_rank_changes_nothing(finished, tmp_path):
+    run = before_alignment(finished, tmp_path)
+    process = start(run.path)
+    wait_until(lambda: len(run.steps("train")) > 7, process)
+    os.kill(run.events("generated")[-1]["pid"], signal.SIGKILL)
+    wait_until(lambda: len(run.steps("train")) > 17, process)
+    os.kill(run.events("train")[-1]["pid"], signal.SIGKILL)
+    finish(run.path, process)
+    assert {row["job"] for row in run.events("restarted")} == {"generator", "trainer"}
+    assert_no_sample_lost_or_repeated(run)
+    assert_equals_its_own_replay(run, tmp_path)
+
+
+def test_killing_everything_leaves_no_orphan_and_resumes(finished, tmp_path):
+    run = before_alignment(finished, tmp_path)
+    process = start(run.path)
+    wait_until(lambda: len(run.steps("train")) > 11, process)
+    jobs = {row["pid"] for row in run.events() if row["event"] in ("train", "generated")}
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 10
+    while any(map(is_alive, jobs)) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not any(map(is_alive, jobs)), "a job outlived its launcher"
+    done_before = Checkpoints(run.path / "checkpoints").newest().step
+    # What a kill in the middle of a publication leaves behind.
+    broken = run.path / "snapshots" / "v000099"
+    (broken / "llm").mkdir(parents=True)
+    (broken / "llm" / "model.safetensors").write_bytes(b"half")
+    text = finish(run.path, start(run.path))
+    assert done_before >= 9
+    assert "Base+SeRALM" in text
+    assert "ignoring incomplete snapshot" in text + (run.path / "logs" / "generator.log").read_text()
+    assert_no_sample_lost_or_repeated(run)
+    assert_equals_its_own_replay(run, tmp_path)
+    assert json.loads((run.path / "result.json").read_text())["asynchronous"]["steps"] == STEPS

@@ -1,0 +1,106 @@
+"""Prompts, tokenizer, corpus, text encoder."""
+
+import pyarrow as pa
+import pytest
+import torch
+
+from llm.config import EncoderConfig, LMRecConfig
+from llm.corpus import IGNORED, HistoryCorpus
+from llm.lmrec import build_lmrec
+from llm.prompts import NO_TEXT, TEMPLATES, item_texts, prompt_tokens
+from llm.text_encoder import TextEncoder
+from llm.tokenizer import ARROW, load_tokenizer, train_tokenizer
+from rec.runtime.errors import UserError
+
+TEXTS = ["Toy Story (1995)", "Lumière and Company", "GoldenEye → 007", ""]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(TEXTS, 400, 64)
+
+
+def test_item_texts_leave_no_debris_of_missing_fields():
+    items = pa.table({"t": ["A", "B", "C", ""], "y": ["1995", "", "1996", ""], "g": ["x y", "z", "", ""]})
+    assert item_texts(items, "{t} ({y}), {g}") == ["A (1995), x y", "B , z".replace(" ,", " ,"), "C (1996)", NO_TEXT]
+
+
+def test_an_unknown_field_names_the_fields_there_are():
+    with pytest.raises(UserError, match=r"\{tilte\}, the prepared items have: item_id, title"):
+        item_texts(pa.table({"item_id": ["1"], "title": ["A"]}), "{tilte}")
+
+
+def test_any_text_survives_the_tokenizer(tokenizer):
+    for text in ["Toy Story (1995)", "été 日本 🎬", "tab\tnew\nline"]:
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_the_arrow_is_one_token_and_items_do_not_depend_on_neighbours(tokenizer):
+    joined = tokenizer(f"Toy Story (1995) {ARROW} Lumière and Company")["input_ids"]
+    arrow = tokenizer.convert_tokens_to_ids(ARROW)
+    first, second = tokenizer("Toy Story (1995)")["input_ids"], tokenizer(" Lumière and Company")["input_ids"]
+    assert joined == [*first, arrow, *second]
+
+
+def test_prompts_use_the_chat_template_when_there_is_one(tokenizer):
+    plain = prompt_tokens(["Toy Story"], "{item} →", tokenizer)
+    assert tokenizer.decode(plain[0]) == "Toy Story→"
+    tokenizer.chat_template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %} [assistant]"
+    try:
+        chat = prompt_tokens(["Toy Story"], "movies", tokenizer)
+    finally:
+        tokenizer.chat_template = None
+    assert tokenizer.decode(chat[0]) == f"[user] {TEMPLATES['movies'].replace('{item}', 'Toy Story')} [assistant]"
+
+
+def test_a_prompt_without_the_item_is_refused(tokenizer):
+    with pytest.raises(UserError, match=r"has no \{item\}"):
+        prompt_tokens(["A"], "Describe it.", tokenizer)
+
+
+def test_the_corpus_is_the_training_histories_and_nothing_else(small_data):
+    texts = item_texts(small_data.items, "{title}")
+    tokenizer = train_tokenizer(texts, 400, 48)
+    corpus = HistoryCorpus(small_data, texts, tokenizer, 48)
+    for epoch in (0, 1):
+        rows = corpus.rows(seed=3, epoch=epoch)
+        assert max(map(len, rows)) <= 48
+        told = " ".join(tokenizer.decode(row).replace(ARROW, f" {ARROW}") for row in rows)
+        histories = [text.strip() for text in told.split(tokenizer.eos_token) if text.strip()]
+        assert len(histories) == small_data.n_users
+        for user, history in enumerate(histories):
+            begin, end = small_data.offsets[user], small_data.train_ends[user]
+            expected = [texts[item - 1] for item in small_data.sequence[begin:end].tolist()]
+            # A cut between rows shows as a missing arrow, nothing is lost or repeated.
+            assert " ".join(history.replace(ARROW, " ").split()) == " ".join(expected)
+
+
+def test_corpus_batches_depend_on_seed_and_epoch_alone(small_data):
+    texts = item_texts(small_data.items, "{title}")
+    tokenizer = train_tokenizer(texts, 400, 48)
+    corpus = HistoryCorpus(small_data, texts, tokenizer, 48)
+    again = HistoryCorpus(small_data, texts, tokenizer, 48)
+    first, second = list(corpus.batches(1, 2, 16)), list(again.batches(1, 2, 16))
+    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(first, second, strict=True))
+    for ids, labels in first:
+        assert torch.equal(ids[labels != IGNORED], labels[labels != IGNORED])
+
+
+def test_an_encoder_ignores_padding_and_order_and_maps_no_text_to_zero(tmp_path, tokenizer):
+    torch.manual_seed(0)
+    build_lmrec(LMRecConfig(dim=32, heads=2, layers=1, context=64), len(tokenizer), 0).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    encode = TextEncoder(tmp_path, EncoderConfig(batch_size=2))
+    together = encode(TEXTS)
+    assert together.shape == (4, 32)
+    assert not together[3].any()
+    for text, vector in zip(TEXTS, together, strict=True):
+        torch.testing.assert_close(encode([text])[0], vector, rtol=1e-4, atol=1e-4)
+    assert encode([]).shape == (0, 32)
+
+
+def test_a_model_folder_without_tokenizer_is_one_clear_line(tmp_path):
+    build_lmrec(LMRecConfig(dim=32, heads=1, layers=1, context=16), 300, 0).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="has no usable tokenizer") as caught:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)

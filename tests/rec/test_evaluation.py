@@ -1,0 +1,76 @@
+"""Full ranking against a naive loop over users and items."""
+
+import math
+
+import pytest
+import torch
+
+from rec.config import EvaluateConfig
+from rec.evaluation import evaluate, ranks_of
+from rec.item_encoder import IDTable
+from rec.models.sasrec import SASRec, SASRecConfig
+
+
+def naive_rank(scores: list[float], target: int, left_out: set[int]) -> float:
+    """Place of item ``target`` (from 1) among items 1..N; ties count half."""
+    rank = 1.0
+    for item, score in enumerate(scores, start=1):
+        if item == target or item in left_out:
+            continue
+        if score > scores[target - 1]:
+            rank += 1
+        elif score == scores[target - 1]:
+            rank += 0.5
+    return rank
+
+
+def coarse_model(n_items: int) -> SASRec:
+    """A random model with few distinct scores: many ties."""
+    torch.manual_seed(1)
+    model = SASRec(SASRecConfig(dim=16, heads=2, max_length=6), IDTable(n_items, 16)).eval()
+    plain = model.scores
+    model.scores = lambda states: (plain(states) * 60).round() / 4
+    return model
+
+
+@pytest.mark.parametrize("seen", ["rank", "mask"])
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_full_ranking_equals_a_naive_loop(small_data, seen, split):
+    model = coarse_model(small_data.n_items)
+    metrics = evaluate(model, small_data, split, EvaluateConfig(seen=seen, cutoffs=(1, 10), batch_size=7))
+    ranks, ties = [], 0
+    for user in range(small_data.n_users):
+        sequence = small_data.sequence[small_data.offsets[user] : small_data.offsets[user + 1]].tolist()
+        history, target = (sequence[:-2], sequence[-2]) if split == "valid" else (sequence[:-1], sequence[-1])
+        with torch.no_grad():
+            scores = model.scores(model(torch.tensor([history[-6:]]))[0, -1]).tolist()
+        ties += scores.count(scores[target - 1]) - 1
+        ranks.append(naive_rank(scores, target, set(history) - {target} if seen == "mask" else set()))
+    assert ties > 20
+    assert metrics.ranks.tolist() == ranks
+    summary = metrics.summary()
+    hits = [rank <= 10 for rank in ranks]
+    gains = [1 / math.log2(1 + rank) if rank <= 10 else 0.0 for rank in ranks]
+    assert summary["HR@10"] == pytest.approx(sum(hits) / len(hits))
+    assert summary["NDCG@10"] == pytest.approx(sum(gains) / len(gains))
+    assert summary["MRR"] == pytest.approx(sum(1 / rank for rank in ranks) / len(ranks))
+    mean = sum(gains) / len(gains)
+    variance = sum((gain - mean) ** 2 for gain in gains) / (len(gains) - 1)
+    assert summary["NDCG@10_se"] == pytest.approx(math.sqrt(variance / len(gains)))
+
+
+def test_a_constant_model_is_no_better_than_chance():
+    assert ranks_of(torch.zeros(1, 9), torch.tensor([3])).tolist() == [5.0]
+
+
+def test_a_subset_of_users_gets_the_same_ranks(small_data):
+    model = coarse_model(small_data.n_items)
+    everyone = evaluate(model, small_data, "test", EvaluateConfig())
+    some = evaluate(model, small_data, "test", EvaluateConfig(batch_size=2), users=[5, 3, 11])
+    assert some.ranks.tolist() == everyone.ranks[[5, 3, 11]].tolist()
+
+
+def test_evaluating_leaves_training_mode_alone(small_data):
+    model = coarse_model(small_data.n_items).train()
+    evaluate(model, small_data, "test", EvaluateConfig())
+    assert model.training

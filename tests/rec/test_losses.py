@@ -1,0 +1,31 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from rec import losses
+from rec.losses import linear_cross_entropy
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64])
+@pytest.mark.parametrize("chunk_rows", [1, 3, 1000])
+def test_chunked_cross_entropy_equals_the_plain_one(monkeypatch, rows, chunk_rows):
+    monkeypatch.setattr(losses, "CHUNK_BYTES", 4 * 50 * chunk_rows)
+    torch.manual_seed(0)
+    states, table = torch.randn(rows, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    targets = torch.randint(50, (rows,))
+    expected = F.cross_entropy(states @ table.T, targets)
+    found = linear_cross_entropy(states, table, targets)
+    torch.testing.assert_close(found, expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(3 * found, (states, table)),
+        torch.autograd.grad(3 * expected, (states, table)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_huge_logits_do_not_overflow():
+    states, table = torch.full((2, 4), 100.0, requires_grad=True), torch.eye(4) * 100
+    loss = linear_cross_entropy(states, table, torch.tensor([0, 3]))
+    assert torch.isfinite(loss)
+    assert torch.isfinite(torch.autograd.grad(loss, states)[0]).all()

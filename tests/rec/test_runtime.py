@@ -1,0 +1,220 @@
+"""Configuration, run folders and checkpoints: what a kill or a typo can and cannot do."""
+
+import logging
+import multiprocessing
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pydantic import Field
+
+from rec.runtime import config, files
+from rec.runtime.checkpoint import Checkpoints
+from rec.runtime.errors import UserError
+from rec.runtime.ranks import Ranks
+from rec.runtime.runfolder import METRICS, RunFolder
+
+
+class Inner(config.Section):
+    lr: float = Field(1e-3, gt=0)
+    layers: int = 2
+    name: str | None = None
+
+
+class Outer(config.Section):
+    run: Path = Path("run")
+    train: Inner = Inner()
+
+
+# --- configuration ---
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"train": {"lr_rate": 1}}, "unknown key 'lr_rate' in train; did you mean 'lr'?"),
+        ({"trian": {}}, "unknown key 'trian' in the recipe; did you mean 'train'?"),
+        ({"train": {"xyz": 1}}, "unknown key 'xyz' in train; valid keys: lr, layers, name"),
+        ({"train": {"lr": "fast"}}, "train.lr: Input should be a valid number"),
+        ({"train": {"lr": 0}}, "train.lr: Input should be greater than 0, got 0"),
+        ({"train": {"layers": 1.5}}, "train.layers: Input should be a valid integer"),
+        ({"train": 3}, "train: Input should be a valid"),
+    ],
+)
+def test_a_wrong_key_or_value_is_one_clear_line(content, message):
+    with pytest.raises(UserError) as caught:
+        config.build(Outer, content)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_overrides_reach_nested_keys_and_parse_as_yaml():
+    content = config.apply_overrides({"train": {"lr": 1}}, ["train.lr=1e-5", "train.name=null", "run=a/b"])
+    built = config.build(Outer, content)
+    assert (built.train.lr, built.train.name, built.run) == (1e-5, None, Path("a/b"))
+
+
+@pytest.mark.parametrize("override", ["train.lr", "=3", "run.deeper=1", "train.lr=[1"])
+def test_a_malformed_override_is_refused(override):
+    with pytest.raises(UserError, match="override"):
+        config.apply_overrides({"run": "x"}, [override])
+
+
+@pytest.mark.parametrize("text", ["- a list", "key: [unclosed", ""])
+def test_a_file_that_is_no_recipe_is_refused(tmp_path, text):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"r\.yaml is not"):
+        config.load(Outer, tmp_path / "r.yaml")
+    with pytest.raises(UserError, match="recipe not found"):
+        config.load(Outer, tmp_path / "absent.yaml")
+
+
+def test_the_resolved_recipe_reads_back_the_same(tmp_path):
+    built = config.build(Outer, {"train": {"lr": 0.5}})
+    (tmp_path / "r.yaml").write_text(config.to_yaml(built))
+    assert config.load(Outer, tmp_path / "r.yaml") == built
+    assert config.hash_of(built) == config.hash_of(config.load(Outer, tmp_path / "r.yaml"))
+    assert config.hash_of(built) != config.hash_of(Outer())
+
+
+# --- run folder ---
+
+
+def test_a_folder_of_another_recipe_is_refused_and_the_key_named(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    run.claim(Outer())
+    run.claim(Outer())
+    with pytest.raises(UserError, match=r"train\.lr: 0\.001 there, 0\.01 now"):
+        run.claim(Outer(train=Inner(lr=0.01)))
+
+
+def test_a_metrics_line_cut_by_a_kill_is_left_out_and_a_repeated_step_counts_once(tmp_path):
+    run = RunFolder(tmp_path)
+    run.log("train", step=0, loss=3.0)
+    run.log("train", step=1, loss=2.0)
+    run.log("train", step=1, loss=1.5)
+    with (tmp_path / METRICS).open("a") as stream:
+        stream.write('{"event": "train", "st')
+    assert [row["loss"] for row in run.steps("train")] == [3.0, 1.5]
+    rows, offset = run.events_from(0)
+    assert len(rows) == 3
+    assert run.events_from(offset) == ([], offset)
+
+
+def _hold(path: Path, held, release) -> None:
+    with RunFolder(path).lock("trainer"):
+        held.set()
+        release.wait(20)
+
+
+def test_a_second_job_on_one_run_folder_is_refused_until_the_first_is_dead(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    held, release = context.Event(), context.Event()
+    owner = context.Process(target=_hold, args=(tmp_path, held, release))
+    owner.start()
+    assert held.wait(60)
+    with (
+        pytest.raises(UserError, match=rf"its trainer runs as process {owner.pid} on "),
+        RunFolder(tmp_path).lock("trainer"),
+    ):
+        pass
+    owner.kill()
+    owner.join()
+    with RunFolder(tmp_path).lock("trainer"):
+        pass
+
+
+# --- checkpoints ---
+
+
+def save(checkpoints: Checkpoints, step: int) -> None:
+    checkpoints.save(step, {"weights": torch.full((3,), float(step))}, {"config_hash": "abc"})
+
+
+def test_the_newest_checkpoint_comes_back_with_its_random_generators(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.resume() is None
+    save(checkpoints, 1)
+    torch.manual_seed(1)
+    np.random.seed(2)
+    random.seed(3)
+    save(checkpoints, 2)
+    expected = torch.rand(2), np.random.rand(), random.random()
+    checkpoint, state = Checkpoints(tmp_path).resume({"config_hash": "abc"})
+    assert checkpoint.step == 2
+    assert state["weights"].tolist() == [2.0, 2.0, 2.0]
+    found = torch.rand(2), np.random.rand(), random.random()
+    assert torch.equal(found[0], expected[0])
+    assert found[1:] == expected[1:]
+
+
+STAGES = ["torch.save", "describe_files", "write_json", "fsync", "rename"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_kill_in_any_stage_of_a_save_leaves_the_previous_checkpoint(tmp_path, monkeypatch, stage):
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    save(checkpoints, 1)
+
+    def killed(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        target = {"torch.save": torch, "rename": Path}.get(stage, files)
+        patch.setattr(target, stage.removeprefix("torch."), killed)
+        with pytest.raises(KeyboardInterrupt):
+            save(checkpoints, 2)
+    assert Checkpoints(tmp_path).newest().step == 1
+    save(checkpoints, 2)
+    assert Checkpoints(tmp_path).newest().step == 2
+
+
+@pytest.mark.parametrize("damage", ["truncate", "delete", "flip", "no manifest", "foreign manifest"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, caplog, damage):
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 1)
+    save(checkpoints, 2)
+    state, manifest = tmp_path / "step-2" / "rank-0.pt", tmp_path / "step-2" / "manifest.json"
+    if damage == "truncate":
+        state.write_bytes(state.read_bytes()[:-1])
+    elif damage == "delete":
+        state.unlink()
+    elif damage == "flip":
+        content = bytearray(state.read_bytes())
+        content[len(content) // 2] ^= 255
+        state.write_bytes(content)
+    elif damage == "no manifest":
+        manifest.unlink()
+    else:
+        manifest.write_text("[1, 2]")
+    with caplog.at_level(logging.WARNING):
+        assert checkpoints.newest().step == 1
+    assert "step-2" in caplog.text
+
+
+def test_the_old_checkpoint_outlives_the_writing_of_the_new_one(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    save(checkpoints, 1)
+    during = []
+    checkpoints.save(2, {}, write=lambda folder: during.append((tmp_path / "step-1" / "manifest.json").exists()))
+    assert during == [True]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-2"]
+
+
+def test_a_checkpoint_of_another_recipe_or_world_is_refused(tmp_path):
+    save(Checkpoints(tmp_path), 1)
+    with pytest.raises(UserError, match="another config hash"):
+        Checkpoints(tmp_path).resume({"config_hash": "xyz"})
+    two = Checkpoints(tmp_path, Ranks(rank=0, size=2))
+    two.ranks = type("Two", (Ranks,), {"broadcast": lambda self, value: value})(0, 2)
+    with pytest.raises(UserError, match="written by 1 processes, this job has 2"):
+        two.resume()
+
+
+def test_a_checkpoint_holds_no_pickled_objects(tmp_path):
+    """weights_only refuses anything but tensors and plain values, so loading runs nobody's code."""
+    Checkpoints(tmp_path).save(1, {"bad": Path("x")})
+    with pytest.raises(Exception, match=r"weights_only|Unsupported"):
+        Checkpoints(tmp_path).resume()

@@ -1,0 +1,92 @@
+import pytest
+import torch
+
+from rec.config import RecConfig
+from rec.evaluation import evaluate
+from rec.item_encoder import KnowledgeConcat
+from rec.models.base import SequenceRecommender
+from rec.runtime.checkpoint import Checkpoints
+from rec.runtime.config import build
+from rec.runtime.errors import UserError
+from rec.runtime.runfolder import RunFolder
+from rec.trainer import build_model, train
+
+CONFIG = build(
+    RecConfig,
+    {
+        "sasrec": {"dim": 16, "heads": 2, "blocks": 1, "max_length": 8, "dropout": 0.1},
+        "train": {"lr": 5e-3, "batch_size": 8, "epochs": 12, "patience": 12, "checkpoint_every": 1},
+    },
+)
+
+
+def weights(model: SequenceRecommender) -> dict[str, torch.Tensor]:
+    return model.state_dict()
+
+
+def test_training_learns_the_ring(small_data, tmp_path):
+    untrained = evaluate(build_model(CONFIG, small_data), small_data, "test", CONFIG.evaluate)["HR@10"]
+    model = train(build_model(CONFIG, small_data), small_data, CONFIG, RunFolder(tmp_path), "test")
+    assert evaluate(model, small_data, "test", CONFIG.evaluate)["HR@10"] > max(0.6, untrained)
+
+
+@pytest.mark.parametrize("killed_in_epoch", [0, 1, 5])
+def test_a_killed_and_resumed_run_equals_an_undisturbed_one(small_data, tmp_path, monkeypatch, killed_in_epoch):
+    whole = train(build_model(CONFIG, small_data), small_data, CONFIG, RunFolder(tmp_path / "a"), "test")
+    saved = Checkpoints.save
+
+    def save_then_die(self, step, *args, **kwargs):
+        if step == killed_in_epoch + 1:
+            raise KeyboardInterrupt
+        return saved(self, step, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", save_then_die)
+        with pytest.raises(KeyboardInterrupt):
+            train(build_model(CONFIG, small_data), small_data, CONFIG, RunFolder(tmp_path / "b"), "test")
+    torch.manual_seed(99)
+    torch.rand(5)
+    resumed = train(build_model(CONFIG, small_data), small_data, CONFIG, RunFolder(tmp_path / "b"), "test")
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(resumed)[name]), name
+    a, b = (RunFolder(tmp_path / name).steps("epoch") for name in "ab")
+    assert [row["loss"].hex() for row in a] == [row["loss"].hex() for row in b]
+
+
+def test_a_finished_run_is_returned_not_repeated(small_data, tmp_path):
+    first = train(build_model(CONFIG, small_data), small_data, CONFIG, RunFolder(tmp_path), "test")
+    rows = len(RunFolder(tmp_path).events())
+    again = train(build_model(CONFIG, small_data), small_data, CONFIG, RunFolder(tmp_path), "test")
+    assert torch.equal(first.items.ids.weight, again.items.ids.weight)
+    assert len(RunFolder(tmp_path).events()) == rows
+
+
+def test_a_checkpoint_of_other_settings_is_refused(small_data, tmp_path):
+    state = CONFIG.model_copy(update={"train": CONFIG.train.model_copy(update={"epochs": 2})})
+    train(build_model(state, small_data), small_data, state, RunFolder(tmp_path), "test")
+    (tmp_path / "finished.json").unlink()
+    with pytest.raises(UserError, match="another config hash"):
+        train(build_model(CONFIG, small_data), small_data, CONFIG, RunFolder(tmp_path), "test")
+
+
+def test_a_trained_model_never_loses_to_its_own_first_epoch(small_data, tmp_path):
+    """Finishing starts from a trained model: with a ruinous learning rate it must come back as it went in."""
+    good = train(build_model(CONFIG, small_data), small_data, CONFIG, RunFolder(tmp_path / "a"), "test")
+    before = good.items.ids.weight.clone()
+    ruin = CONFIG.model_copy(update={"train": CONFIG.train.model_copy(update={"lr": 10.0, "patience": 2})})
+    after = train(good, small_data, ruin, RunFolder(tmp_path / "b"), "test")
+    assert torch.equal(after.items.ids.weight, before)
+
+
+def test_knowledge_that_tells_the_next_item_helps(small_data, tmp_path):
+    """A vector per item that says where on the ring it is: the fused model must be able to use it."""
+    angle = torch.arange(small_data.n_items) / small_data.n_items * 2 * torch.pi
+
+    def items() -> KnowledgeConcat:
+        encoder = KnowledgeConcat(small_data.n_items, 16, 2, on_target=True)
+        encoder.set_knowledge(torch.stack([angle.sin(), angle.cos()], dim=1))
+        return encoder
+
+    model = train(build_model(CONFIG, small_data, items), small_data, CONFIG, RunFolder(tmp_path), "test")
+    assert model.items.fuse.weight[:, 16:].abs().max() > 1e-3
+    assert evaluate(model, small_data, "test", CONFIG.evaluate)["HR@10"] > 0.6

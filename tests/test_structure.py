@@ -1,0 +1,77 @@
+"""The house rules that a machine can check."""
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from align.config import MainJob
+from rec.runtime import config
+
+ROOT = Path(__file__).parents[1]
+ORDER = ["rec", "llm", "align", "launch"]
+FILES = [path for package in ORDER for path in sorted((ROOT / package).rglob("*.py"))]
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 62
+UNKNOWN_TO_REC = {"transformers", "vllm", "deepspeed"}
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module.partition(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_one_way(path):
+    package = path.relative_to(ROOT).parts[0]
+    above = set(ORDER[ORDER.index(package) + 1 :])
+    assert not imported(path) & above
+    if package == "rec":
+        assert not imported(path) & UNKNOWN_TO_REC
+
+
+def test_one_file_touches_vllm():
+    assert [path.relative_to(ROOT).as_posix() for path in FILES if "vllm" in imported(path)] == ["llm/engine.py"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_stay_small_and_documented(path):
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= MAX_FILE_LINES
+    tree = ast.parse(text)
+    assert path.name == "__init__.py" or ast.get_docstring(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < MAX_FUNCTION_LINES, node.name
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "launch" / "recipes").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_recipe_loads_and_begins_with_its_command(path):
+    job = config.load(MainJob, path)
+    assert config.load(MainJob, path) == job
+    head = path.read_text(encoding="utf-8").split("\n\n")[0]
+    assert head.startswith("# ")
+    assert "recalign " in head
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.name)
+def test_every_deepspeed_file_says_what_must_be_explicit(path):
+    content = json.loads(path.read_text())
+    assert content["zero_optimization"]["stage"] == int(path.stem.split("_")[0].removeprefix("zero"))
+    for key in ("gradient_clipping", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "bf16"):
+        assert key in content
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "launch" / "accelerate").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_accelerate_file_starts_deepspeed_and_with_its_command(path):
+    text = path.read_text(encoding="utf-8")
+    assert f"accelerate launch --config_file launch/accelerate/{path.name}" in text.split("compute_environment")[0]
+    content = yaml.safe_load(text)
+    assert content["distributed_type"] == "DEEPSPEED"
+    assert content["deepspeed_config"]["deepspeed_multinode_launcher"] == "standard"
