@@ -95,25 +95,23 @@ class Generator:
 
     def _refresh(self, step: int) -> float:
         """Load the newest snapshot if there is a newer one, waiting where ``step`` needs it; seconds waited."""
-        begin, align = time.monotonic(), self.job.align
+        begin, loading, align = time.monotonic(), 0.0, self.job.align
         while True:
-            current = -1 if self.snapshot is None else self.snapshot.version
-            newer = self.store.newest(after=current)
+            newer = self.store.newest(after=-1 if self.snapshot is None else self.snapshot.version)
             if newer is not None:
-                waited = time.monotonic() - begin
-                self._load(newer)
-                begin = time.monotonic() - waited
+                loading += self._load(newer)
+            waited = time.monotonic() - begin - loading
             if self.snapshot and step <= last_step_allowed(self.snapshot.step, align.max_lag_steps):
-                return waited if newer is not None else time.monotonic() - begin
-            if time.monotonic() - begin > align.wait_timeout_s:
+                return waited
+            if waited > align.wait_timeout_s:
                 raise TimeoutError(
                     f"waited {align.wait_timeout_s:.0f} s for a snapshot of step"
-                    f" {step - align.max_lag_steps} or later in {self.store.folder}"
+                    f" {max(0, step - align.max_lag_steps)} or later in {self.store.folder}"
                 )
             time.sleep(0.02)
 
-    def _load(self, snapshot: Snapshot) -> None:
-        """Swap both models, then prove by the canary that vLLM computes what the trainer computed."""
+    def _load(self, snapshot: Snapshot) -> float:
+        """Swap both models, then prove by the canary that vLLM computes what the trainer computed; seconds it took."""
         begin = time.monotonic()
         self.engine.load_weights(snapshot.llm, f"v{snapshot.version}")
         self.recommender = SequenceRecommender.from_pretrained(snapshot.recommender).to(self.device)
@@ -135,6 +133,7 @@ class Generator:
                 f"vLLM's log-probs of the canary differ from the trainer's by {difference:.2g} nats after loading"
                 f" {snapshot.folder} (allowed: {self.job.llm.engine.canary_tolerance:g})"
             )
+        return time.monotonic() - begin
 
     def _generate(self, steps: range, waited_s: float) -> None:
         """Sample, score and write the batches of ``steps`` with one vLLM call."""

@@ -163,7 +163,10 @@ class Trainer:
         figures = self._mean_over_ranks(figures)
         ratio = (with_text - without).exp()
         lags = [step - sample.version_step for sample in samples]
-        assert max(lags) <= self.job.align.max_lag_steps, "a sample is staler than the bound allows"
+        if max(lags) > self.job.align.max_lag_steps:
+            raise RuntimeError(
+                f"step {step} got a sample {max(lags)} steps old; the bound is {self.job.align.max_lag_steps}"
+            )
         newest = step // self.job.align.refresh_every
         return {
             **figures,

@@ -45,6 +45,11 @@ examples:
   recalign align runs/demo/config.yaml       # resume a run
 """)  # fmt: skip
     align.add_argument("recipe", type=Path, help="YAML recipe")
+    align.add_argument(
+        "--stop-before-alignment",
+        action="store_true",
+        help="do only what comes before; then start trainer and generator yourself, e.g. on a cluster",
+    )
     _add_run_options(align)
 
     prepare = _add(commands, "prepare", _prepare, "turn a public source into a prepared folder", """\
@@ -90,10 +95,10 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _align(arguments: argparse.Namespace) -> None:
-    _run_main_job(arguments.recipe, arguments.overrides, arguments.fresh)
+    _run_main_job(arguments.recipe, arguments.overrides, arguments.fresh, arguments.stop_before_alignment)
 
 
-def _run_main_job(recipe: Path, overrides: list[str], fresh: bool) -> None:
+def _run_main_job(recipe: Path, overrides: list[str], fresh: bool, stop_before_alignment: bool = False) -> None:
     from align.config import MainJob
     from rec.runtime import config
 
@@ -105,7 +110,10 @@ def _run_main_job(recipe: Path, overrides: list[str], fresh: bool) -> None:
     from launch.main_job import MainJobRun
 
     command = shlex.join(["recalign", *sys.argv[1:]])
-    result = MainJobRun(job).execute(command)
+    result = MainJobRun(job).execute(command, stop_before_alignment)
+    if result is None:
+        sys.stdout.write(f"Ready to align: both jobs read --config {job.run}/config.yaml\n")
+        return
     summary.print_result(result)
     sys.stdout.write(f"\nEverything is in {job.run}: result.json, metrics.jsonl, plots/, knowledge/, seralm/model\n")
 

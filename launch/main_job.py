@@ -49,15 +49,22 @@ class MainJobRun:
         self.job, self.stages, self.run = job, Stages(job.run), RunFolder(job.run)
         self.data: Prepared
 
-    def execute(self, command: str) -> dict[str, Any]:
-        """Run every stage that is not done yet; returns the content of ``result.json``."""
+    def execute(self, command: str, stop_before_alignment: bool = False) -> dict[str, Any] | None:
+        """Run every stage that is not done yet.
+
+        Args:
+            command: what the user typed; goes into the result.
+            stop_before_alignment: leave the alignment to jobs that are started elsewhere.
+
+        Returns:
+            The content of ``result.json``, or None when stopped before it.
+        """
         with self.run.lock("launcher"):
             self.run.claim(self.job)
             finished = self.run.result()
             if finished is not None:
                 log.info("%s is finished; --fresh starts over", self.run.path)
                 return finished
-            begin = time.monotonic()
             stages: list[tuple[str, Callable[[], None]]] = [
                 ("Prepare the data", self.prepare),
                 ("Train the base recommender", self.train_base),
@@ -69,11 +76,14 @@ class MainJobRun:
                 ("Finish the recommender on it", self.train_final),
             ]
             for number, (title, stage) in enumerate(stages, start=1):
+                if stop_before_alignment and stage == self.align:
+                    return None
                 log.info("%d/%d %s", number, len(stages), title)
                 started = time.monotonic()
                 stage()
                 self.run.log("stage", step=number, title=title, seconds=round(time.monotonic() - started, 1))
-            return self._conclude(command, time.monotonic() - begin)
+            # Over all attempts, not this one alone.
+            return self._conclude(command, sum(row["seconds"] for row in self.run.events("stage")))
 
     def prepare(self) -> None:
         """A prepared folder, and every mistake in the recipe that can be seen without training anything."""

@@ -57,14 +57,32 @@ def prepare(source: str, raw: RawData, out: Path, filters: Filters) -> dict[str,
             raise UserError(f"{out} holds other prepared data; choose another folder or delete it")
         log.info("%s is already prepared", out)
         return existing
-    seen = set()
-    for row, item in enumerate(raw.items["item_id"].to_pylist(), start=1):
-        if item in seen:
-            raise UserError(f"{raw.files[-1]}, data row {row}: item_id {item!r} occurs twice")
-        seen.add(item)
+    _require_unique_items(raw)
+    counts = dict(raw.dropped)
+    read = len(raw.interactions) + sum(raw.dropped.values())
+    kept = _select(raw.interactions, filters, counts)
+    if not kept.any():
+        raise UserError(
+            f"no interaction of {raw.files[0]} is left after filtering"
+            f" (read {read}, left out: {_phrase(counts)}); lower k_core or check the file"
+        )
+    tables, without_text = _index(raw, kept)
+    counted = {
+        "read": read,
+        "left_out": counts,
+        "users": len(tables[USERS]),
+        "items": len(tables[ITEMS]),
+        "interactions": len(tables[INTERACTIONS]),
+        "items_without_text": without_text,
+    }
+    try:
+        return _write(out, tables, {"schema_version": SCHEMA_VERSION, **wanted, "counts": counted})
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error}") from error
 
-    table, counts = raw.interactions, dict(raw.dropped)
-    read = len(table) + sum(raw.dropped.values())
+
+def _select(table: pa.Table, filters: Filters, counts: dict[str, int]) -> np.ndarray:
+    """Mask of the interactions that every filter keeps; adds what each left out to ``counts``."""
     users, user_names = _encode(table["user_id"])
     items, item_names = _encode(table["item_id"])
     times = table["timestamp"].to_numpy()
@@ -75,18 +93,19 @@ def prepare(source: str, raw: RawData, out: Path, filters: Filters) -> dict[str,
         keep[:] = False
         keep[order[first]] = True
         counts["repeats"] = int((~keep).sum())
-    kept_by_core = _k_core(users, items, keep, filters.k_core)
-    counts["k_core"] = int(keep.sum() - kept_by_core.sum())
-    long_enough = np.bincount(users[kept_by_core], minlength=len(user_names)) >= filters.min_length
-    kept = kept_by_core & long_enough[users]
-    counts["min_length"] = int(kept_by_core.sum() - kept.sum())
-    if not kept.any():
-        raise UserError(
-            f"no interaction of {raw.files[0]} is left after filtering"
-            f" (read {read}, left out: {_phrase(counts)}); lower k_core or check the file"
-        )
+    core = _k_core(users, items, keep, filters.k_core)
+    counts["k_core"] = int(keep.sum() - core.sum())
+    long_enough = np.bincount(users[core], minlength=len(user_names)) >= filters.min_length
+    kept = core & long_enough[users]
+    counts["min_length"] = int(core.sum() - kept.sum())
+    return kept
 
-    users, items, times = users[kept], items[kept], times[kept]
+
+def _index(raw: RawData, kept: np.ndarray) -> tuple[dict[str, pa.Table], int]:
+    """The three tables of a prepared folder, and how many items have no text."""
+    users, user_names = _encode(raw.interactions["user_id"])
+    items, item_names = _encode(raw.interactions["item_id"])
+    users, items, times = users[kept], items[kept], raw.interactions["timestamp"].to_numpy()[kept]
     new_user = _renumber(np.unique(users), len(user_names))
     item_table, new_item, without_text = _index_items(raw.items, np.unique(items), item_names)
     users, items = new_user[users], new_item[items] + 1
@@ -99,19 +118,15 @@ def prepare(source: str, raw: RawData, out: Path, filters: Filters) -> dict[str,
         }
     )
     user_table = pa.table({"user_id": pa.array(user_names[np.flatnonzero(new_user >= 0)])})
-    tables = {ITEMS: item_table, INTERACTIONS: interactions, USERS: user_table}
-    counted = {
-        "read": read,
-        "left_out": counts,
-        "users": len(user_table),
-        "items": len(item_table),
-        "interactions": len(interactions),
-        "items_without_text": without_text,
-    }
-    try:
-        return _write(out, tables, {"schema_version": SCHEMA_VERSION, **wanted, "counts": counted})
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error}") from error
+    return {ITEMS: item_table, INTERACTIONS: interactions, USERS: user_table}, without_text
+
+
+def _require_unique_items(raw: RawData) -> None:
+    seen = set()
+    for row, item in enumerate(raw.items["item_id"].to_pylist(), start=1):
+        if item in seen:
+            raise UserError(f"{raw.files[-1]}, data row {row}: item_id {item!r} occurs twice")
+        seen.add(item)
 
 
 def _existing(out: Path) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from rec.runtime.errors import EXIT_USER_ERROR, UserError
 from rec.runtime.memory import keep_freed_memory
 
+EXIT_INTERRUPTED = 130
 QUIET = ("httpx", "matplotlib", "filelock", "fsspec", "transformers", "torch.distributed")
 
 
@@ -34,3 +35,6 @@ def run_main(main: Callable[[], None], role: str = "", debug: bool = False) -> N
             raise
         sys.stderr.write(f"error: {error}\n")
         sys.exit(EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(EXIT_INTERRUPTED)

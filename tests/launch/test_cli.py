@@ -1,0 +1,109 @@
+"""The command as a newcomer meets it: help, and one clear line for every mistake, before anything heavy starts."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llm.config import LMRecConfig
+from llm.lmrec import build_lmrec
+
+ROOT = Path(__file__).parents[2]
+
+
+def recalign(*arguments: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "launch.cli", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+
+
+def assert_one_line(done: subprocess.CompletedProcess, *parts: str) -> None:
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2, done.stderr
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    for part in parts:
+        assert part in lines[0]
+
+
+def write_recipe(folder: Path, data: Path | str, **sections: dict) -> Path:
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"data": str(data), "run": str(folder / "run"), **sections}))
+    return recipe
+
+
+@pytest.mark.parametrize("command", ["", "demo", "align", "prepare"])
+def test_help_has_examples(command):
+    done = recalign(*command.split(), "--help")
+    assert done.returncode == 0
+    assert "recalign" in done.stdout
+    if command:
+        assert "examples:" in done.stdout
+
+
+def test_prepare_prints_what_it_kept_and_says_what_is_missing(tmp_path):
+    raw = tmp_path / "raw"
+    assert_one_line(
+        recalign("prepare", "table", "--raw", raw, "--out", tmp_path / "out"), "raw data not found", str(raw)
+    )
+    raw.mkdir()
+    rows = [f"u{user},i{(user + step) % 8},{step}" for user in range(8) for step in range(6)]
+    (raw / "interactions.csv").write_text("\n".join(["user_id,item_id,timestamp", *rows]) + "\n")
+    (raw / "items.csv").write_text("\n".join(["item_id,title", *(f"i{item},Item {item}" for item in range(8))]) + "\n")
+    done = recalign("prepare", "table", "--raw", raw, "--out", tmp_path / "out")
+    assert done.returncode == 0
+    assert "8 users, 8 items, 48 interactions" in done.stdout
+    (raw / "interactions.csv").write_text("user_id,item_id,timestamp\nu1,i1,5\nu1,i2")
+    truncated = recalign("prepare", "table", "--raw", raw, "--out", tmp_path / "other")
+    assert_one_line(truncated, "interactions.csv", "Row #3")
+    (raw / "interactions.csv").write_text("user_id,item_id,timestamp\nu1,i1,5\n")
+    assert_one_line(recalign("prepare", "table", "--raw", raw, "--out", tmp_path / "other"), "left after filtering")
+    assert not (tmp_path / "other").exists()
+
+
+def test_an_unknown_key_names_the_nearest(tmp_path):
+    recipe = write_recipe(tmp_path, "ml-100k", rec={"train": {"lr_rate": 0.1}})
+    assert_one_line(recalign("align", recipe), "unknown key 'lr_rate' in rec.train; did you mean 'lr'?")
+    assert not (tmp_path / "run").exists()
+
+
+def test_impossible_settings_are_refused(tmp_path):
+    recipe = write_recipe(tmp_path, "ml-100k", align={"refresh_every": 50, "max_lag_steps": 10})
+    assert_one_line(recalign("align", recipe), "max_lag_steps 10 is below refresh_every 50")
+    recipe = write_recipe(tmp_path, "ml-100k", align={"trainer": {"batch_size": 5}})
+    assert_one_line(recalign("align", recipe), "batch_size 5 is not divisible by trainer.processes 2")
+
+
+def test_data_that_is_not_there_is_one_line(tmp_path):
+    recipe = write_recipe(tmp_path, tmp_path / "nothing")
+    assert_one_line(recalign("align", recipe), "nothing is no prepared folder", "recalign prepare")
+
+
+def test_mistakes_about_text_come_before_any_training(tmp_path, small_data):
+    recipe = write_recipe(tmp_path, small_data.folder, llm={"item_text": "{titel}"})
+    assert_one_line(recalign("align", recipe), "{titel}", "item_id, title, kind")
+    recipe = write_recipe(tmp_path, small_data.folder, llm={"knowledge": {"prompt": "movies please"}})
+    assert_one_line(recalign("align", recipe, "--fresh"), "{item}")
+
+
+def test_an_llm_folder_without_tokenizer_is_one_line(tmp_path, small_data):
+    build_lmrec(LMRecConfig(dim=64, heads=2, layers=1, context=32), 300, 0).save_pretrained(tmp_path / "model")
+    recipe = write_recipe(tmp_path, small_data.folder, llm={"model": str(tmp_path / "model")})
+    assert_one_line(recalign("align", recipe), "has no usable tokenizer")
+    assert not (tmp_path / "run" / "base").exists()
+
+
+def test_fresh_deletes_nothing_but_a_run(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    recipe = write_recipe(tmp_path, "ml-100k")
+    assert_one_line(recalign("align", recipe, "--fresh"), "is no run folder")
+    assert (tmp_path / "run" / "thesis.txt").exists()
+
+
+def test_a_bug_shows_a_traceback_and_debug_shows_it_always(tmp_path):
+    done = recalign("--debug", "align", tmp_path / "absent.yaml")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert_one_line(recalign("align", tmp_path / "absent.yaml"), "recipe not found")
