@@ -17,7 +17,7 @@ from align.config import MainJob, Stages
 from align.order import Pair, PairOrder
 from align.samples import Sample, SampleLog
 from align.scoring import log_p_y_given_x, log_p_y_given_xs, make_inputs
-from align.snapshots import Snapshot, SnapshotStore
+from align.snapshots import CANARY_TOKENS, Snapshot, SnapshotStore
 from align.start import read_config
 from llm.engine import Engine
 from llm.prompts import item_texts, prompt_tokens
@@ -71,8 +71,8 @@ class Generator:
             TextEncoder(stages.encoder_model(llm), llm.encoder),
         )
         self.store, self.log = SnapshotStore(stages.snapshots), SampleLog(stages.samples)
-        # The canary is scored too, with one token generated after it.
-        self.longest = max(map(len, prompts)) + llm.knowledge.max_new_tokens + 1
+        # vLLM generates one token after the canary that it scores.
+        self.longest = max(max(map(len, prompts)) + llm.knowledge.max_new_tokens, CANARY_TOKENS + 1)
         self.engine: Engine | None = None
         self.snapshot: Snapshot | None = None
         self.recommender: SequenceRecommender | None = None

@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 MANIFEST, LLM, RECOMMENDER = "manifest.json", "llm", "recommender"
 SCHEMA_VERSION = 1
+CANARY_TOKENS = 24
 
 
 @dataclass(frozen=True)

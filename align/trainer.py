@@ -19,7 +19,7 @@ from align.objective import reward_weights
 from align.policy import Policy, deepspeed_config
 from align.reader import Reader
 from align.samples import Sample, SampleLog
-from align.snapshots import LLM, RECOMMENDER, SnapshotStore
+from align.snapshots import CANARY_TOKENS, LLM, RECOMMENDER, SnapshotStore
 from align.start import read_config
 from llm.prompts import item_texts, prompt_tokens
 from llm.text_encoder import TextEncoder
@@ -35,8 +35,6 @@ from rec.runtime.ranks import Ranks
 from rec.runtime.runfolder import RunFolder
 
 log = logging.getLogger(__name__)
-
-CANARY_TOKENS = 24
 
 
 def make_accelerator(job: MainJob) -> Accelerator:

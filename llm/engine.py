@@ -6,6 +6,7 @@ Invariants:
   checked, vLLM only returns False), and every prompt carries the version as cache salt.
 """
 
+import importlib
 import logging
 import os
 from collections.abc import Sequence
@@ -13,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch._dynamo
 from transformers import AutoConfig
 
 from llm.config import EngineConfig
@@ -53,7 +53,7 @@ class Engine:
     """
 
     def __init__(self, model: str | Path, config: EngineConfig, max_length: int, seed: int = 0) -> None:
-        check_model(model)
+        check_model(model, max_length)
         # In this process, so that the engine dies with it and no second one has to be watched.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -64,7 +64,7 @@ class Engine:
         on_gpu = torch.cuda.is_available()
         if not on_gpu:
             # vLLM compiles a tiny log-prob kernel even when told to run eagerly: 17 s for nothing.
-            torch._dynamo.config.disable = True
+            importlib.import_module("torch._dynamo").config.disable = True
         self.llm = LLM(
             model=str(model),
             dtype=config.dtype,
@@ -147,16 +147,23 @@ def _repack_tied_heads(worker) -> None:
             module.quant_method.process_weights_after_loading(module)
 
 
-def check_model(model: str | Path) -> None:
+def check_model(model: str | Path, max_length: int = 0) -> None:
     """Refuse early, in one line, what vLLM refuses late, in a hundred.
 
     Raises:
-        UserError: if there is no such model, or its heads are too small for vLLM on CPU.
+        UserError: if there is no such model, it cannot read ``max_length`` tokens, or its heads are too small for
+            vLLM on CPU.
     """
     try:
         config = AutoConfig.from_pretrained(str(model))
     except (OSError, ValueError) as error:
         raise UserError(f"{model} is no language model: {str(error).strip().splitlines()[0]}") from error
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and max_length > positions:
+        raise UserError(
+            f"the longest prompt and its answer need {max_length} tokens, {model} reads {positions}: shorten"
+            " llm.item_text, llm.knowledge.prompt or llm.knowledge.max_new_tokens"
+        )
     heads = getattr(config, "num_attention_heads", None)
     if not torch.cuda.is_available() and heads:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads

@@ -176,23 +176,17 @@ def test_a_finished_run_says_so_and_another_recipe_is_refused(finished):
     assert "rec.train.lr: 0.005 there, 0.5 now" in log.read_text()
 
 
-def test_killing_the_generator_and_then_a_rank_changes_nothing(finished, tmp_path):
+def test_kill_nine_of_generator_rank_and_everything_changes_nothing(finished, tmp_path):
+    """One run that loses its generator, then a trainer rank, then all processes at once, and is started again."""
     run = before_alignment(finished, tmp_path)
     process = start(run.path)
-    wait_until(lambda: len(run.steps("train")) > 7, process)
+    wait_until(lambda: len(run.steps("train")) > 5, process)
     os.kill(run.events("generated")[-1]["pid"], signal.SIGKILL)
-    wait_until(lambda: len(run.steps("train")) > 17, process)
+    wait_until(lambda: len(run.steps("train")) > 13, process)
     os.kill(run.events("train")[-1]["pid"], signal.SIGKILL)
-    finish(run.path, process)
+    wait_until(lambda: len(run.steps("train")) > 23, process)
     assert {row["job"] for row in run.events("restarted")} == {"generator", "trainer"}
-    assert_no_sample_lost_or_repeated(run)
-    assert_equals_its_own_replay(run, tmp_path)
 
-
-def test_killing_everything_leaves_no_orphan_and_resumes(finished, tmp_path):
-    run = before_alignment(finished, tmp_path)
-    process = start(run.path)
-    wait_until(lambda: len(run.steps("train")) > 11, process)
     jobs = {row["pid"] for row in run.events() if row["event"] in ("train", "generated")}
     process.kill()
     process.wait()
@@ -200,13 +194,13 @@ def test_killing_everything_leaves_no_orphan_and_resumes(finished, tmp_path):
     while any(map(is_alive, jobs)) and time.monotonic() < end:
         time.sleep(0.05)
     assert not any(map(is_alive, jobs)), "a job outlived its launcher"
-    done_before = Checkpoints(run.path / "checkpoints").newest().step
+    assert Checkpoints(run.path / "checkpoints").newest().step >= 18
     # What a kill in the middle of a publication leaves behind.
     broken = run.path / "snapshots" / "v000099"
     (broken / "llm").mkdir(parents=True)
     (broken / "llm" / "model.safetensors").write_bytes(b"half")
+
     text = finish(run.path, start(run.path))
-    assert done_before >= 9
     assert "Base+SeRALM" in text
     assert "ignoring incomplete snapshot" in text + (run.path / "logs" / "generator.log").read_text()
     assert_no_sample_lost_or_repeated(run)

@@ -94,6 +94,12 @@ def test_heads_too_small_for_vllm_on_cpu_are_refused_at_once(tmp_path):
         check_model(tmp_path)
 
 
+def test_prompts_longer_than_the_model_reads_are_refused_at_once(tmp_path):
+    build_lmrec(LMRecConfig(dim=64, heads=2, layers=1, context=16), 300, 0).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"need 17 tokens, .* reads 16"):
+        check_model(tmp_path, 17)
+
+
 def test_a_folder_that_is_no_model_is_one_clear_line(tmp_path):
     with pytest.raises(UserError, match="is no language model") as caught:
         check_model(tmp_path / "nothing")
