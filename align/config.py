@@ -1,5 +1,6 @@
 """The ``align`` section of a recipe, and the whole recipe of the main job."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Self
 
@@ -8,7 +9,8 @@ from pydantic import Field, model_validator
 from llm.config import LLMConfig
 from rec.config import RecConfig, TrainConfig
 from rec.data.builtin import BUILTIN
-from rec.runtime.config import Section, hash_of
+from rec.runtime.config import Section, hash_of, load
+from rec.runtime.runfolder import CONFIG
 
 
 class ObjectiveConfig(Section):
@@ -27,7 +29,7 @@ class TrainerConfig(Section):
     """The trainer job: DeepSpeed for the LLM, DDP for the recommender."""
 
     processes: int = Field(2, ge=1)
-    """Ranks on this machine."""
+    """Ranks of the whole trainer, over all machines."""
     zero_stage: Literal[1, 2, 3] = 2
     bf16: bool = False
     batch_size: int = Field(32, ge=2)
@@ -50,8 +52,6 @@ class GeneratorConfig(Section):
 
     batches_per_call: int = Field(4, ge=1)
     """Trainer batches that one vLLM call generates, where the staleness bound allows."""
-    gpus: int = Field(1, ge=1)
-    """GPUs taken from the trainer on a machine that has more than one."""
 
 
 class AlignConfig(Section):
@@ -83,6 +83,12 @@ class AlignConfig(Section):
                 f"max_lag_steps {self.max_lag_steps} is below refresh_every {self.refresh_every}:"
                 " the generator would wait for a snapshot that the trainer publishes only with more samples"
             )
+        needed = -(-self.max_lag_steps // self.refresh_every) + 2
+        if self.trainer.keep_snapshots < needed:
+            raise ValueError(
+                f"trainer.keep_snapshots {self.trainer.keep_snapshots} is below {needed}: the trainer could delete"
+                " the snapshot that the generator is loading"
+            )
         if self.trainer.batch_size % self.trainer.processes:
             raise ValueError(
                 f"trainer.batch_size {self.trainer.batch_size} is not divisible by"
@@ -102,10 +108,30 @@ class MainJob(Section):
     llm: LLMConfig = LLMConfig()
     align: AlignConfig = AlignConfig()
 
+    @model_validator(mode="after")
+    def _canary_fits_the_precision(self) -> Self:
+        exact = self.llm.engine.dtype == "float32" and not self.align.trainer.bf16
+        if not exact and self.llm.engine.canary_tolerance < 0.02:
+            raise ValueError(
+                f"llm.engine.canary_tolerance {self.llm.engine.canary_tolerance:g} asks for float32 on both sides;"
+                " 0.15 fits bfloat16"
+            )
+        return self
+
     @property
     def identity(self) -> str:
         """Hash of everything that decides the result: all keys but the place of the run folder."""
         return hash_of(self.model_dump(mode="json", exclude={"run"}))
+
+
+def load_job(path: Path, overrides: Sequence[str] = ()) -> MainJob:
+    """Read a recipe; the ``config.yaml`` of a run folder means that folder, wherever it lies now.
+
+    Raises:
+        UserError: on a missing file, an unknown key or an impossible value.
+    """
+    here = [f"run={path.parent}"] if path.name == CONFIG else []
+    return load(MainJob, path, [*here, *overrides])
 
 
 class Stages:

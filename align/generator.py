@@ -204,7 +204,7 @@ class Generator:
 def main() -> None:
     """Entry of the generator process."""
     job = read_config(__doc__)
-    with RunFolder(job.run).lock("generator"):
+    with RunFolder(job.run).lock("generator", wait_s=30):
         Generator(job).loop()
 
 

@@ -108,8 +108,9 @@ class Policy:
             with self._whole(parameter):
                 if self.accelerator.is_main_process:
                     weights[name] = parameter.detach().cpu().clone()
+        persistent = set(self.engine.module.state_dict())
         for name, buffer in self.engine.module.named_buffers():
-            if self.accelerator.is_main_process and name in self._persistent:
+            if self.accelerator.is_main_process and name in persistent:
                 weights[name] = buffer.detach().cpu().clone()
         return weights
 
@@ -143,10 +144,6 @@ class Policy:
         engine = deepspeed.initialize(model=reference, config=content)[0]
         engine.eval()  # returns nothing, unlike a module's
         return engine
-
-    @property
-    def _persistent(self) -> set[str]:
-        return set(self.engine.module.state_dict().keys())
 
     @contextlib.contextmanager
     def _whole(self, parameter: torch.nn.Parameter) -> Iterator[None]:

@@ -46,7 +46,7 @@ class Reader:
     ) -> None:
         self.recommender, self.encoder, self.device = recommender.to(device), encoder, device
         likelihood = _Likelihood(self.recommender)
-        self.likelihood = DistributedDataParallel(likelihood) if distributed else likelihood
+        self.likelihood = DistributedDataParallel(likelihood, broadcast_buffers=False) if distributed else likelihood
         self.optimizer = torch.optim.Adam(recommender.parameters(), lr=lr, betas=(0.9, 0.98))
 
     def update(self, samples: list[Sample]) -> dict[str, float]:

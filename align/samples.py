@@ -6,9 +6,9 @@ Invariants:
 - The generator's place in the run is the first N without a file; the trainer's is its step. Neither is stored.
 """
 
+import itertools
 import re
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -91,7 +91,8 @@ class SampleLog:
     def next_step(self) -> int:
         """The first step that has no batch."""
         names = (re.fullmatch(r"batch-(\d+)\.parquet", path.name) for path in self.folder.glob("batch-*"))
-        return max((int(name[1]) for name in names if name), default=-1) + 1
+        written = {int(name[1]) for name in names if name}
+        return next(step for step in itertools.count() if step not in written)
 
     def read(self, step: int) -> list[Sample]:
         """The batch of ``step``.
@@ -103,14 +104,16 @@ class SampleLog:
         path = self._path(step)
         try:
             table = parquet.read_table(path)
-        except pa.ArrowInvalid as error:
+        except FileNotFoundError:
+            raise
+        except (pa.ArrowInvalid, OSError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
         found = (table.schema.metadata or {}).get(b"schema_version")
         if found != SCHEMA_VERSION:
             raise ValueError(f"{path} has schema version {found}, this program reads {SCHEMA_VERSION}")
         return [Sample(**row) for row in table.to_pylist()]
 
-    def wait(self, step: int, timeout_s: float, poll: Callable[[], None] = lambda: None) -> float:
+    def wait(self, step: int, timeout_s: float) -> float:
         """Wait until the batch of ``step`` is there; returns the seconds waited.
 
         Raises:
@@ -120,7 +123,6 @@ class SampleLog:
         while not self._path(step).exists():
             if time.monotonic() - begin > timeout_s:
                 raise TimeoutError(f"waited {timeout_s:.0f} s for the generator to write {self._path(step)}")
-            poll()
             time.sleep(0.01)
         return time.monotonic() - begin
 

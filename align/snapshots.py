@@ -95,7 +95,7 @@ class SnapshotStore:
             "version": version,
             "step": step,
             "canary": {"token_ids": canary_tokens, "logprobs": canary_logprobs},
-            "files": files.describe_files(temporary),
+            "files": files.describe_files(temporary, hashes=True),
         }
         files.write_json(temporary / MANIFEST, manifest)
         files.publish_folder(temporary, final)
@@ -127,6 +127,8 @@ class SnapshotStore:
             problem = files.what_differs(folder, manifest["files"])
             if manifest["schema_version"] != SCHEMA_VERSION:
                 problem = f"schema version {manifest['schema_version']}, this program reads {SCHEMA_VERSION}"
+            canary, step = manifest["canary"], manifest["step"]
+            snapshot = Snapshot(folder, version, step, canary["token_ids"], canary["logprobs"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             problem = f"no readable {MANIFEST} ({type(error).__name__})"
         if problem is not None:
@@ -134,8 +136,7 @@ class SnapshotStore:
                 log.warning("ignoring incomplete snapshot %s: %s", folder, problem)
                 self._warned.add(folder.name)
             return None
-        canary = manifest["canary"]
-        return Snapshot(folder, version, manifest["step"], canary["token_ids"], canary["logprobs"])
+        return snapshot
 
     def _name(self, version: int) -> Path:
         return self.folder / f"v{version:06d}"

@@ -7,10 +7,11 @@ import signal
 import sys
 from pathlib import Path
 
-from align.config import MainJob
-from rec.runtime import config
+from align.config import MainJob, load_job
 
 PR_SET_PDEATHSIG = 1
+# Looked up now: between fork and exec, where die_with_parent runs too, the loader may be locked.
+PRCTL = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform.startswith("linux") else None
 PARENT = "RECALIGN_PARENT"
 
 
@@ -22,10 +23,10 @@ def read_config(description: str) -> MainJob:
     arguments = parser.parse_args()
     if PARENT in os.environ:
         die_with_parent()
-    return config.load(MainJob, arguments.config, arguments.overrides)
+    return load_job(arguments.config, arguments.overrides)
 
 
 def die_with_parent() -> None:
     """Get SIGKILL when the parent process dies, however it dies (Linux): no orphan ever writes to a run folder."""
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if PRCTL is not None:
+        PRCTL(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -6,7 +6,9 @@ The trainer is a deterministic function of (initial weights, seed, sample log). 
 first step, then one every ``refresh_every`` steps, and the last one after its last step.
 """
 
+import contextlib
 import logging
+import os
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -67,16 +69,19 @@ class Trainer:
 
     def __init__(self, job: MainJob) -> None:
         self.job, self.stages, self.run = job, Stages(job.run), RunFolder(job.run)
-        self.accelerator = make_accelerator(job)
-        self.ranks = Ranks.current()
         align, original = job.align, self.stages.llm_model(job.llm)
+        # Before the accelerator: under ZeRO-3 it makes transformers shard whatever is loaded from then on.
+        encoder = TextEncoder(self.stages.encoder_model(job.llm), job.llm.encoder)
+        self.accelerator = make_accelerator(job)
+        encoder.to(self.accelerator.device)
+        self.ranks = Ranks.current()
         torch.manual_seed(align.trainer.seed)
         data = Prepared.load(self.stages.data_folder(job.data))
         self.tokenizer = load_tokenizer(original)
         self.policy = Policy(original, align, self.accelerator)
         self.reader = Reader(
             SequenceRecommender.from_pretrained(self.stages.na / "model"),
-            TextEncoder(self.stages.encoder_model(job.llm), job.llm.encoder),
+            encoder,
             align.trainer.rec_lr,
             self.accelerator.device,
             distributed=self.ranks.size > 1,
@@ -92,9 +97,10 @@ class Trainer:
         """Train to the last step, from the newest complete checkpoint if there is one."""
         align, begin = self.job.align, time.monotonic()
         step = self._resume()
-        if step == 0:
-            self._publish(0)
-        with progress("Align", align.trainer.steps) as advance:
+        if step % align.refresh_every == 0 or step == align.trainer.steps:
+            # Also after a resume: the generator cannot go on if the kill took this snapshot with it.
+            self._publish(step)
+        with progress("Align", align.trainer.steps, self.ranks.is_first) as advance:
             while step < align.trainer.steps:
                 waited = self._wait_for(step)
                 started = time.monotonic()
@@ -147,6 +153,11 @@ class Trainer:
     def _update(self, step: int) -> dict[str, float]:
         """One iteration of Algorithm 1's lines 5 and 6; returns the step's figures, the same on every rank."""
         samples = self.log.read(step)
+        lags = [step - sample.version_step for sample in samples]
+        if max(lags) > self.job.align.max_lag_steps:
+            raise RuntimeError(
+                f"step {step} got a sample {max(lags)} steps old, the bound is {self.job.align.max_lag_steps}"
+            )
         # Dropout is a function of (seed, step, rank), so a resumed run draws the same.
         torch.manual_seed(int(hash_of([self.job.align.trainer.seed, step, self.ranks.rank])[:15], 16))
         objective = self.job.align.objective
@@ -160,11 +171,6 @@ class Trainer:
         figures |= self.reader.update(samples[mine])
         figures = self._mean_over_ranks(figures)
         ratio = (with_text - without).exp()
-        lags = [step - sample.version_step for sample in samples]
-        if max(lags) > self.job.align.max_lag_steps:
-            raise RuntimeError(
-                f"step {step} got a sample {max(lags)} steps old; the bound is {self.job.align.max_lag_steps}"
-            )
         newest = step // self.job.align.refresh_every
         return {
             **figures,
@@ -214,9 +220,13 @@ class Trainer:
 
 def main() -> None:
     """Entry of every trainer rank."""
-    trainer = Trainer(read_config(__doc__))
-    trainer.loop()
-    trainer.accelerator.end_training()
+    job = read_config(__doc__)
+    first = int(os.environ.get("RANK", "0")) == 0
+    # A predecessor that is being killed may hold the lock a little longer.
+    with RunFolder(job.run).lock("trainer", wait_s=30) if first else contextlib.nullcontext():
+        trainer = Trainer(job)
+        trainer.loop()
+        trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

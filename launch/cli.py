@@ -18,7 +18,13 @@ SOURCES = ("recbole", "movielens", "online-retail", "table")
 
 def main() -> None:
     """Entry of the ``recalign`` command."""
-    arguments = _parser().parse_args()
+    parser = _parser()
+    arguments, rest = parser.parse_known_args()
+    # argparse takes no more positional arguments after an option: "recalign demo --fresh align.alpha=0.1".
+    if not hasattr(arguments, "overrides") or any("=" not in word or word.startswith("-") for word in rest):
+        arguments = parser.parse_args()
+    else:
+        arguments.overrides += rest
     run_main(lambda: arguments.handler(arguments), debug=arguments.debug)
 
 
@@ -91,7 +97,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
 
 def _demo(arguments: argparse.Namespace) -> None:
     recipe = Path(str(resources.files("launch.recipes").joinpath(DEMO_RECIPE)))
-    _run_main_job(recipe, [*arguments.overrides, f"run={arguments.run}"], arguments.fresh)
+    _run_main_job(recipe, [*_ranks_for_gpus(), f"run={arguments.run}", *arguments.overrides], arguments.fresh)
 
 
 def _align(arguments: argparse.Namespace) -> None:
@@ -99,10 +105,9 @@ def _align(arguments: argparse.Namespace) -> None:
 
 
 def _run_main_job(recipe: Path, overrides: list[str], fresh: bool, stop_before_alignment: bool = False) -> None:
-    from align.config import MainJob
-    from rec.runtime import config
+    from align.config import load_job
 
-    job = config.load(MainJob, recipe, overrides)
+    job = load_job(recipe, overrides)
     if fresh:
         _delete_run(job.run)
 
@@ -118,6 +123,14 @@ def _run_main_job(recipe: Path, overrides: list[str], fresh: bool, stop_before_a
     sys.stdout.write(f"\nEverything is in {job.run}: result.json, metrics.jsonl, plots/, knowledge/, seralm/model\n")
 
 
+def _ranks_for_gpus() -> list[str]:
+    """The demo's two ranks, or as many as a machine with few GPUs has beside the generator's."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    return [f"align.trainer.processes={max(1, min(2, gpus - 1))}"] if gpus else []
+
+
 def _delete_run(folder: Path) -> None:
     from rec.runtime.runfolder import CONFIG, RunFolder
 
@@ -125,7 +138,8 @@ def _delete_run(folder: Path) -> None:
         return
     if not (folder / CONFIG).exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is no run folder (no {CONFIG}); not deleting it")
-    with RunFolder(folder).lock("launcher"):
+    run = RunFolder(folder)
+    with run.lock("launcher"), run.lock("trainer"), run.lock("generator"):
         shutil.rmtree(folder)
 
 

@@ -1,7 +1,8 @@
 """The main job, stage by stage: data, base recommender, LLM, not-aligned knowledge, alignment, final recommender.
 
-Every stage leaves its result in the run folder and is skipped when that is there; an interrupted stage goes on where
-it was. Running the same command again is therefore always right.
+Every stage leaves its result in the run folder and is skipped when that is there; interrupted training and
+alignment go on where they were, writing a catalog's knowledge starts again. Running the same command again is
+therefore always right.
 """
 
 import logging
@@ -17,12 +18,13 @@ from pyarrow import parquet
 
 from align.config import MainJob, Stages
 from align.snapshots import SnapshotStore
+from align.start import die_with_parent
 from launch import summary, supervise
-from llm.engine import check_model
+from llm.engine import check_head_dim, check_model
 from llm.pretrain import pretrain
 from llm.prompts import item_texts, prompt_tokens
 from llm.text_encoder import TextEncoder
-from llm.tokenizer import load_tokenizer
+from llm.tokenizer import load_tokenizer, train_tokenizer
 from rec.config import RecConfig
 from rec.data.builtin import BUILTIN
 from rec.data.prepare import Filters, prepare
@@ -82,7 +84,7 @@ class MainJobRun:
                 started = time.monotonic()
                 stage()
                 self.run.log("stage", step=number, title=title, seconds=round(time.monotonic() - started, 1))
-            # Over all attempts, not this one alone.
+            # Over every attempt that finished a stage, not this one alone.
             return self._conclude(command, sum(row["seconds"] for row in self.run.events("stage")))
 
     def prepare(self) -> None:
@@ -160,7 +162,9 @@ class MainJobRun:
         log_path = self.run.path / "logs" / "knowledge.log"
         log_path.parent.mkdir(exist_ok=True)
         with log_path.open("wb") as stream:
-            code = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, check=False).returncode
+            code = subprocess.run(
+                command, stdout=stream, stderr=subprocess.STDOUT, check=False, preexec_fn=die_with_parent
+            ).returncode
         if code:
             tail = log_path.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
             mistakes = [line.removeprefix("error: ") for line in tail if line.startswith("error: ")]
@@ -183,7 +187,9 @@ class MainJobRun:
             model = SequenceRecommender.from_pretrained(folder / "model")
             metrics = evaluate(model, self.data, "test", self.job.rec.evaluate)
             rows.append({"method": method, "model": self.job.rec.model, **metrics.summary()})
-        result = self.run.write_result(
+        # First, because a run with a result is finished.
+        summary.draw(self.run, self.stages)
+        return self.run.write_result(
             command,
             self.job.identity,
             protocol("test", self.job.rec.evaluate),
@@ -192,8 +198,6 @@ class MainJobRun:
             data={"name": self.job.data, **self.data.meta["counts"]},
             asynchronous=summary.asynchronous(self.run),
         )
-        summary.draw(self.run, self.stages)
-        return result
 
 
 def check(job: MainJob, data: Prepared) -> None:
@@ -202,14 +206,28 @@ def check(job: MainJob, data: Prepared) -> None:
     Raises:
         UserError: on an item template, prompt, model, tokenizer or encoder that cannot be used.
     """
-    texts = item_texts(data.items, job.llm.item_text)
-    if job.llm.model is not None:
-        check_model(job.llm.model)
-        prompt_tokens(texts[:1], job.llm.knowledge.prompt, load_tokenizer(job.llm.model))
-    elif "{item}" not in job.llm.knowledge.prompt:
+    llm = job.llm
+    texts = item_texts(data.items, llm.item_text)
+    if llm.model is not None:
+        check_model(llm.model)
+        tokenizer = load_tokenizer(llm.model)
+    elif "{item}" not in llm.knowledge.prompt:
         raise UserError(
             "llm.knowledge.prompt must hold {item}: an LM that is trained here continues an item's text, it does"
             " not follow instructions"
         )
+    else:
+        check_head_dim("llm.lmrec", llm.lmrec.dim // llm.lmrec.heads)
+        tokenizer = train_tokenizer(texts, llm.lmrec.vocabulary, llm.lmrec.context)
+    longest = max(map(len, prompt_tokens(texts, llm.knowledge.prompt, tokenizer))) + llm.knowledge.max_new_tokens
+    if llm.model is not None:
+        check_model(llm.model, longest)
+    elif longest > llm.lmrec.context:
+        raise UserError(
+            f"the longest prompt and its answer need {longest} tokens, llm.lmrec.context is {llm.lmrec.context}:"
+            " raise it, or shorten llm.item_text or llm.knowledge.max_new_tokens"
+        )
+    if torch.cuda.is_available():
+        supervise.gpu_split(job)
     if job.llm.encoder.model != "llm":
         load_tokenizer(job.llm.encoder.model)

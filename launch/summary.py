@@ -3,7 +3,6 @@
 from typing import Any
 
 import matplotlib
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from rich.console import Console
 from rich.table import Table
@@ -11,7 +10,8 @@ from rich.table import Table
 from align.config import Stages
 from rec.runtime.runfolder import RunFolder
 
-matplotlib.use("Agg")
+matplotlib.use("Agg")  # before pyplot: no screen is needed
+import matplotlib.pyplot as plt
 
 
 def asynchronous(run: RunFolder) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
@@ -46,7 +46,7 @@ class Child:
     process: subprocess.Popen | None = None
     last_place: int = -1
     futile_restarts: int = 0
-    errors: list[str] = field(default_factory=list)
+    log_begin: int = 0
 
     def start(self) -> None:
         """Start it, its output appended to its log file."""
@@ -55,6 +55,7 @@ class Child:
         # DeepSpeed compiles with ninja, which lies beside the interpreter.
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         with self.log_path.open("ab") as stream:
+            self.log_begin = stream.tell()
             self.process = subprocess.Popen(
                 self.command,
                 stdout=stream,
@@ -75,11 +76,12 @@ class Child:
             self.process.wait()
 
     def last_words(self) -> str:
-        """The line of its log that says why it ended: a user's mistake, an exception, or simply the last one.
+        """The line that says why it ended this time: a user's mistake, an exception, or simply its last one.
 
         The launcher prints a page about the fact that a rank failed after the rank has said why.
         """
-        lines = [line.strip() for line in self.log_path.read_text(encoding="utf-8", errors="replace").splitlines()]
+        written = self.log_path.read_bytes()[self.log_begin :].decode(errors="replace")
+        lines = [line.strip() for line in written.splitlines()]
         for pattern in (MISTAKE, EXCEPTION):
             found = [line for line in lines[-LOG_TAIL_LINES:] if pattern.match(line)]
             if found:
@@ -138,7 +140,7 @@ def _trainer(job: MainJob) -> Child:
     config = "gpu.yaml" if on_gpu else "cpu.yaml"
     environment = {"TOKENIZERS_PARALLELISM": "false"}
     if on_gpu:
-        environment |= _visible(_gpu_split(job)[0])
+        environment |= _visible(gpu_split(job)[0])
     else:
         threads = max(1, (os.cpu_count() or 1) // job.align.trainer.processes)
         environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
@@ -150,10 +152,7 @@ def _trainer(job: MainJob) -> Child:
         "-m", "align.trainer", "--config", str(job.run / CONFIG),
     ]  # fmt: skip
 
-    def place() -> int:
-        newest = Checkpoints(stages.checkpoints).newest()
-        return newest.step if newest else 0
-
+    place = Checkpoints(stages.checkpoints).last_step
     return Child("trainer", command, environment, job.run / "logs" / "trainer.log", place)
 
 
@@ -161,27 +160,33 @@ def _generator(job: MainJob) -> Child:
     stages = Stages(job.run)
     environment = {"TOKENIZERS_PARALLELISM": "false"}
     if torch.cuda.is_available():
-        environment |= _visible(_gpu_split(job)[1])
+        environment |= _visible(gpu_split(job)[1])
     command = [sys.executable, "-m", "align.generator", "--config", str(job.run / CONFIG)]
     place = SampleLog(stages.samples).next_step
     return Child("generator", command, environment, job.run / "logs" / "generator.log", place)
 
 
-def _gpu_split(job: MainJob) -> tuple[list[int], list[int]]:
-    """GPUs of the trainer and of the generator; a single one is shared."""
-    gpus, wanted = list(range(torch.cuda.device_count())), job.align.generator.gpus
-    if len(gpus) == 1:
+def gpu_split(job: MainJob) -> tuple[list[str], list[str]]:
+    """GPUs of the trainer and of the generator, out of those that this process may use; a single one is shared.
+
+    Raises:
+        UserError: if there are too few.
+    """
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = allowed.split(",") if allowed else [str(gpu) for gpu in range(torch.cuda.device_count())]
+    ranks = job.align.trainer.processes
+    if len(gpus) == 1 and ranks == 1:
         return gpus, gpus
-    if len(gpus) < job.align.trainer.processes + wanted:
+    if len(gpus) <= ranks:
         raise UserError(
-            f"align.trainer.processes {job.align.trainer.processes} and align.generator.gpus {wanted} need more"
-            f" than the {len(gpus)} GPUs of this machine"
+            f"align.trainer.processes {ranks} and one generator need {ranks + 1} GPUs, there are {len(gpus)}; give"
+            f" align.trainer.processes={max(1, len(gpus) - 1)}"
         )
-    return gpus[: job.align.trainer.processes], gpus[-wanted:]
+    return gpus[:ranks], gpus[ranks : ranks + 1]
 
 
-def _visible(gpus: list[int]) -> dict[str, str]:
-    return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
+def _visible(gpus: list[str]) -> dict[str, str]:
+    return {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
 
 
 def _free_port() -> int:

@@ -1,6 +1,8 @@
 """The ``llm`` section of a recipe."""
 
-from pydantic import Field
+from typing import Self
+
+from pydantic import Field, model_validator
 
 from rec.runtime.config import Section
 
@@ -15,6 +17,12 @@ class LMRecConfig(Section):
     dim: int = Field(128, ge=8)
     layers: int = Field(4, ge=1)
     heads: int = Field(4, ge=1)
+
+    @model_validator(mode="after")
+    def _heads_divide_dim(self) -> Self:
+        if self.dim % self.heads:
+            raise ValueError(f"dim {self.dim} is not divisible by heads {self.heads}")
+        return self
 
 
 class PretrainConfig(Section):

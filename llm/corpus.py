@@ -37,7 +37,7 @@ class HistoryCorpus:
         self.histories = [numbers[begin:end] for begin, end in bounds]
 
     def rows(self, seed: int, epoch: int) -> list[list[int]]:
-        """All rows of one epoch, in history order."""
+        """All rows of one epoch, in history order; a row of one token has nothing to predict and is left out."""
         rng = np.random.default_rng([seed, epoch])
         rows = []
         for history in self.histories:
@@ -45,7 +45,7 @@ class HistoryCorpus:
             for part in (history[:cut], history[cut:]):
                 rows += self._cut(part)
             rows[-1].append(self.eos)
-        return rows
+        return [row for row in rows if len(row) > 1]
 
     def batches(self, seed: int, epoch: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Input ids [B, T] (right-padded with [EOS]) and labels [B, T] (padding ignored); like lengths together."""

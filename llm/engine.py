@@ -165,10 +165,18 @@ def check_model(model: str | Path, max_length: int = 0) -> None:
             " llm.item_text, llm.knowledge.prompt or llm.knowledge.max_new_tokens"
         )
     heads = getattr(config, "num_attention_heads", None)
-    if not torch.cuda.is_available() and heads:
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        if head_dim < MIN_HEAD_DIM_ON_CPU:
-            raise UserError(
-                f"{model} has attention heads of {head_dim}; vLLM on CPU needs at least {MIN_HEAD_DIM_ON_CPU}:"
-                " use fewer heads or a wider model"
-            )
+    if heads:
+        check_head_dim(str(model), getattr(config, "head_dim", None) or config.hidden_size // heads)
+
+
+def check_head_dim(name: str, head_dim: int) -> None:
+    """Refuse heads that vLLM's attention on CPU cannot compute.
+
+    Raises:
+        UserError: on a machine without a GPU, if they are too small.
+    """
+    if not torch.cuda.is_available() and head_dim < MIN_HEAD_DIM_ON_CPU:
+        raise UserError(
+            f"{name} has attention heads of {head_dim}; vLLM on CPU needs at least {MIN_HEAD_DIM_ON_CPU}:"
+            " use fewer heads or a wider model"
+        )

@@ -47,11 +47,9 @@ def generate_knowledge(data: Prepared, model: str | Path, settings: LLMConfig, o
             "version": [version] * len(prompts),
         }
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f"{files.TEMPORARY_PREFIX}{out.name}")
-    parquet.write_table(table, temporary)
-    files.fsync(temporary)
-    temporary.replace(out)
+    sink = pa.BufferOutputStream()
+    parquet.write_table(table, sink)
+    files.write_bytes(out, sink.getvalue().to_pybytes())
     empty = sum(not completion.text.strip() for completion in completions)
     if empty:
         log.warning("%d of %d knowledge texts are empty; they are encoded as zeros", empty, len(completions))

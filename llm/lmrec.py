@@ -3,19 +3,10 @@
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from llm.config import LMRecConfig
-from rec.runtime.errors import UserError
-
-MIN_HEAD_DIM_ON_CPU = 32
 
 
 def build_lmrec(config: LMRecConfig, vocabulary: int, eos: int) -> GPT2LMHeadModel:
-    """An untrained decoder with tied embeddings, learned positions and a 2-matrix MLP of 4 x dim (LMRec, Table 9).
-
-    Raises:
-        UserError: if ``dim`` is not divisible by ``heads``.
-    """
-    if config.dim % config.heads:
-        raise UserError(f"llm.lmrec.dim {config.dim} is not divisible by llm.lmrec.heads {config.heads}")
+    """An untrained decoder with tied embeddings, learned positions and a 2-matrix MLP of 4 x dim (LMRec, Table 9)."""
     return GPT2LMHeadModel(
         GPT2Config(
             vocab_size=vocabulary,

@@ -30,7 +30,10 @@ def item_texts(items: pa.Table, template: str) -> list[str]:
     Raises:
         UserError: if the template names a column that is not there.
     """
-    fields = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    try:
+        fields = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise UserError(f"llm.item_text is no template: {error}: {template!r}") from None
     for name in fields:
         if name not in items.column_names:
             raise UserError(f"llm.item_text names {{{name}}}, the prepared items have: {', '.join(items.column_names)}")

@@ -29,8 +29,12 @@ class TextEncoder:
             self.model = AutoModel.from_pretrained(str(model)).eval().requires_grad_(False)
         except (OSError, ValueError) as error:
             raise UserError(f"{model} is no text encoder: {str(error).strip().splitlines()[0]}") from error
-        self.model.to("cuda" if torch.cuda.is_available() else "cpu")
         self.config = config
+        self.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def to(self, device: torch.device) -> None:
+        """Encode on ``device`` from now on."""
+        self.model.to(device)
 
     @property
     def dim(self) -> int:

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, PositiveInt, field_validator
 
 from rec.models.sasrec import SASRecConfig
 from rec.runtime.config import Section
@@ -31,8 +31,16 @@ class EvaluateConfig(Section):
 
     seen: Literal["rank", "mask"] = "rank"
     """Items of the user's history among the candidates: rank them (the three papers) or leave them out."""
-    cutoffs: tuple[int, ...] = (10,)
+    cutoffs: tuple[PositiveInt, ...] = (10,)
+    """The k of HR@k and NDCG@k; 10 must be among them, training stops by NDCG@10."""
     batch_size: int = Field(512, ge=1)
+
+    @field_validator("cutoffs")
+    @classmethod
+    def _ten_is_there(cls, cutoffs: tuple[int, ...]) -> tuple[int, ...]:
+        if 10 not in cutoffs:
+            raise ValueError("10 must be among the cutoffs")
+        return cutoffs
 
 
 class RecConfig(Section):

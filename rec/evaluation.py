@@ -65,6 +65,8 @@ def protocol(split: Split, config: EvaluateConfig) -> dict[str, Any]:
 
 def ranks_of(scores: Tensor, targets: Tensor) -> Tensor:
     """Mean ranks [B] (float64) of ``targets`` [B] (column numbers) in ``scores`` [B, N]; -inf is no candidate."""
+    if scores.isnan().any():
+        raise FloatingPointError("scores are not a number: the model has diverged")
     own = scores.gather(1, targets[:, None])
     better = (scores > own).sum(1)
     equal = (scores == own).sum(1) - 1

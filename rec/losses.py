@@ -15,7 +15,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, states: Tensor, table: Tensor, targets: Tensor) -> Tensor:
-        rows = max(1, CHUNK_BYTES // (4 * table.shape[0]))
+        rows = max(1, (32 if states.is_cuda else 1) * CHUNK_BYTES // (4 * table.shape[0]))
         grad_states, grad_table = torch.empty_like(states), torch.zeros_like(table, dtype=torch.float32)
         # One buffer for all chunks: fresh memory costs more than the arithmetic on it (page faults on CPU).
         buffer = states.new_empty(min(rows, len(states)), table.shape[0])

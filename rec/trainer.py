@@ -1,6 +1,7 @@
 """Train a recommender: full softmax cross-entropy, early stopping on validation NDCG@10, exact resume."""
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from rec.models.base import SequenceRecommender
 from rec.runtime import files
 from rec.runtime.checkpoint import Checkpoints
 from rec.runtime.config import hash_of
+from rec.runtime.errors import UserError
 from rec.runtime.progress import progress
 from rec.runtime.runfolder import RunFolder
 
@@ -50,6 +52,7 @@ def train(
     final = run.path / MODEL
     if (run.path / "finished.json").exists():
         return SequenceRecommender.from_pretrained(final)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     state = _State(model, data, config, run)
     first = state.resume()
     windows = TrainWindows(data, model.config.max_length, config.train.batch_size)
@@ -72,6 +75,11 @@ def train(
                 losses.append(loss.detach())
             seconds = time.monotonic() - begin
             mean_loss = float(torch.stack(losses).mean())
+            if not math.isfinite(mean_loss):
+                raise UserError(
+                    f"the loss of {title} is {mean_loss} in epoch {epoch}: lower the learning rate"
+                    f" ({config.train.lr:g}); {run.path} keeps the last good checkpoint"
+                )
             state.after_epoch(epoch, mean_loss, seconds)
             advance(epoch + 1, f"loss {mean_loss:.3f}  best {STOP_METRIC} {state.best:.4f}")
     state.finish(final)

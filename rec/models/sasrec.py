@@ -6,9 +6,10 @@ no state ever sees what comes after it.
 """
 
 import math
+from typing import Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,6 +28,12 @@ class SASRecConfig(Section):
     dropout: float = Field(0.2, ge=0, lt=1)
     max_length: int = Field(100, ge=1)
     """Longest history that is read, in items; earlier ones are cut off."""
+
+    @model_validator(mode="after")
+    def _heads_divide_dim(self) -> Self:
+        if self.dim % self.heads:
+            raise ValueError(f"dim {self.dim} is not divisible by heads {self.heads}")
+        return self
 
 
 class Block(nn.Module):
@@ -57,8 +64,6 @@ class SASRec(SequenceRecommender):
 
     def __init__(self, config: SASRecConfig, items: ItemEncoder) -> None:
         super().__init__(config, items)
-        if config.dim % config.heads:
-            raise ValueError(f"dim {config.dim} is not divisible by heads {config.heads}")
         self.positions = nn.Embedding(config.max_length, config.dim)
         self.blocks = nn.ModuleList(Block(config.dim, config.heads, config.dropout) for _ in range(config.blocks))
         self.norm = nn.LayerNorm(config.dim)

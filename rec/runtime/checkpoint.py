@@ -4,6 +4,7 @@ Invariants:
 - A folder called ``step-N`` with a ``manifest.json`` whose files all have the listed sizes is a complete
   checkpoint. The manifest is written last, the folder renamed into place after it, so a kill at any moment
   leaves either the previous state or a complete new checkpoint.
+  Sizes, not checksums: a checkpoint of a large model takes minutes to hash, and all ranks would wait for it.
 - Every rank writes its own ``rank-R.pt``; nothing that differs between ranks goes through one file.
 - Rank 0 alone chooses what to resume and tells the others, so that ranks never disagree.
 - Old checkpoints are deleted only after the new one is in place.
@@ -94,13 +95,17 @@ class Checkpoints:
                 "step": step,
                 "world_size": self.ranks.size,
                 "meta": meta or {},
-                "files": files.describe_files(temporary),
+                "files": files.describe_files(temporary, hashes=False),
             }
             files.write_json(temporary / MANIFEST, manifest)
             files.publish_folder(temporary, final)
             self._prune()
         self.ranks.barrier()
         return final
+
+    def last_step(self) -> int:
+        """The newest step that has a manifest, 0 if none has: how far the job got, at a glance."""
+        return next((step for step in self._steps() if (self._name(step) / MANIFEST).is_file()), 0)
 
     def newest(self) -> Checkpoint | None:
         """The newest complete checkpoint, the same on every rank; None if there is none."""

@@ -1,5 +1,6 @@
 """Recipes: YAML files and ``key=value`` overrides, checked against typed sections before anything heavy starts."""
 
+import copy
 import difflib
 import hashlib
 import json
@@ -42,7 +43,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """A copy of ``content`` with dotted ``key=value`` overrides applied; values are parsed as YAML."""
-    result = json.loads(json.dumps(content))
+    result = copy.deepcopy(content)
     for override in overrides:
         dotted, separator, value = override.partition("=")
         if not separator or not dotted:

@@ -74,16 +74,18 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """``{relative name: {"bytes": size, "sha256": digest}}`` of every file below ``folder``."""
-    return {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+def describe_files(folder: Path, hashes: bool) -> dict[str, dict[str, Any]]:
+    """``{relative name: {"bytes": size, "sha256": digest}}`` of every file below ``folder``; digests if asked for."""
+    described: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            described[str(path.relative_to(folder))] = {"bytes": path.stat().st_size}
+            if hashes:
+                described[str(path.relative_to(folder))]["sha256"] = sha256_file(path)
+    return described
 
 
-def what_differs(folder: Path, described: dict[str, dict[str, Any]], hashes: bool = True) -> str | None:
+def what_differs(folder: Path, described: dict[str, dict[str, Any]]) -> str | None:
     """The first file of ``described`` that is missing or differs on disk, as a phrase; None if all agree."""
     for name, expected in described.items():
         path = folder / name
@@ -91,6 +93,6 @@ def what_differs(folder: Path, described: dict[str, dict[str, Any]], hashes: boo
             return f"{name} is missing"
         if path.stat().st_size != expected["bytes"]:
             return f"{name} has {path.stat().st_size} bytes, not {expected['bytes']}"
-        if hashes and sha256_file(path) != expected["sha256"]:
+        if "sha256" in expected and sha256_file(path) != expected["sha256"]:
             return f"{name} does not match its checksum"
     return None

@@ -22,8 +22,11 @@ class Advance(Protocol):
 
 
 @contextlib.contextmanager
-def progress(title: str, total: int) -> Iterator[Advance]:
+def progress(title: str, total: int, shown: bool = True) -> Iterator[Advance]:
     """Show how far a stage is; yields a function that takes the units done so far and a status text."""
+    if not shown:
+        yield lambda done, status="": None
+        return
     if sys.stderr.isatty():
         columns = (
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),

@@ -10,7 +10,7 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rec.runtime import config, files
 from rec.runtime.errors import UserError
@@ -113,24 +113,37 @@ class RunFolder:
         return files.read_json(path) if path.exists() else None
 
     @contextlib.contextmanager
-    def lock(self, role: str) -> Iterator[None]:
+    def lock(self, role: str, wait_s: float = 0.0) -> Iterator[None]:
         """Hold the only right to be ``role`` in this run; the kernel releases it when the process dies.
+
+        Args:
+            role: what only one process may be at a time.
+            wait_s: how long to wait for a predecessor to die.
 
         Raises:
             UserError: if a living process holds it; names its host and process id.
         """
         path = self.path / f".{role}.lock"
         with path.open("a+") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                stream.seek(0)
-                owner = stream.read().strip() or "another process"
-                raise UserError(f"{self.path} is in use: its {role} runs as {owner}") from None
+            end = time.monotonic() + wait_s
+            while not _try_lock(stream):
+                if time.monotonic() >= end:
+                    stream.seek(0)
+                    owner = stream.read().strip() or "another process"
+                    raise UserError(f"{self.path} is in use: its {role} runs as {owner}")
+                time.sleep(0.1)
             stream.truncate(0)
             stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             stream.flush()
             yield
+
+
+def _try_lock(stream: IO[str]) -> bool:
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _first_difference(before: Any, now: Any, path: str = "") -> str:

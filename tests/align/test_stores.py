@@ -61,6 +61,14 @@ def test_a_half_written_batch_is_invisible(tmp_path, monkeypatch):
     assert log.next_step() == 0
 
 
+def test_a_deleted_batch_is_written_again(tmp_path):
+    log = SampleLog(tmp_path)
+    for step in range(3):
+        log.append(step, [SAMPLE])
+    (tmp_path / "batch-00000001.parquet").unlink()
+    assert log.next_step() == 1
+
+
 def test_waiting_for_a_batch_ends_and_names_it(tmp_path):
     with pytest.raises(TimeoutError, match=r"batch-00000007\.parquet"):
         SampleLog(tmp_path).wait(7, timeout_s=0.05)

@@ -74,6 +74,16 @@ def test_impossible_settings_are_refused(tmp_path):
     recipe = write_recipe(tmp_path, "ml-100k", align={"trainer": {"batch_size": 5}})
     assert_one_line(recalign("align", recipe), "batch_size 5 is not divisible by trainer.processes 2")
 
+    recipe = write_recipe(tmp_path, "ml-100k", rec={"sasrec": {"dim": 64, "heads": 3}})
+    assert_one_line(recalign("align", recipe), "dim 64 is not divisible by heads 3")
+    recipe = write_recipe(tmp_path, "ml-100k", align={"trainer": {"bf16": True}})
+    assert_one_line(recalign("align", recipe), "canary_tolerance")
+
+
+def test_overrides_may_follow_options(tmp_path):
+    recipe = write_recipe(tmp_path, "ml-100k")
+    assert_one_line(recalign("align", recipe, "--fresh", "rec.train.lr=-1"), "rec.train.lr", "greater than 0")
+
 
 def test_data_that_is_not_there_is_one_line(tmp_path):
     recipe = write_recipe(tmp_path, tmp_path / "nothing")
@@ -85,6 +95,9 @@ def test_mistakes_about_text_come_before_any_training(tmp_path, small_data):
     assert_one_line(recalign("align", recipe), "{titel}", "item_id, title, kind")
     recipe = write_recipe(tmp_path, small_data.folder, llm={"knowledge": {"prompt": "movies please"}})
     assert_one_line(recalign("align", recipe, "--fresh"), "{item}")
+    text = {"item_text": "{title}", "lmrec": {"context": 20}}
+    recipe = write_recipe(tmp_path, small_data.folder, llm=text)
+    assert_one_line(recalign("align", recipe, "--fresh"), "llm.lmrec.context is 20")
 
 
 def test_an_llm_folder_without_tokenizer_is_one_line(tmp_path, small_data):

@@ -118,20 +118,24 @@ def assert_no_sample_lost_or_repeated(run: RunFolder) -> None:
     assert [row["step"] for row in run.steps("train")] == list(range(STEPS))
 
 
-def assert_equals_its_own_replay(run: RunFolder, folder: Path) -> None:
-    """Train again from the recorded samples alone: the weights must be the same bit for bit."""
+def replay_of(run: RunFolder, folder: Path, *overrides: str) -> RunFolder:
+    """Train again from the recorded samples alone."""
     replay = folder / "replay"
     shutil.copytree(run.path, replay)
     for name in ("checkpoints", "snapshots"):
         shutil.rmtree(replay / name)
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/accelerate/cpu.yaml",
-        "--main_process_port", "29655", "-m", "align.trainer", "--config", str(replay / CONFIG), f"run={replay}",
+        "--main_process_port", "29655", "-m", "align.trainer", "--config", str(replay / CONFIG), *overrides,
     ]  # fmt: skip
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    trained, replayed = final_weights(run), final_weights(RunFolder(replay))
+    return RunFolder(replay)
+
+
+def assert_equals_its_own_replay(run: RunFolder, folder: Path) -> None:
+    trained, replayed = final_weights(run), final_weights(replay_of(run, folder))
     assert all(torch.equal(value, replayed[name]) for name, value in trained.items())
 
 
@@ -166,6 +170,16 @@ def test_alignment_moves_the_llm_and_the_recommender(finished):
     assert any(not torch.equal(value, final[f"llm.{name}"]) for name, value in original.items())
     not_aligned = load_file(stages.na / "model" / "model.safetensors")
     assert any(not torch.equal(value, final[f"rec.{name}"]) for name, value in not_aligned.items())
+
+
+def test_zero_three_trains_the_same_models_from_the_same_samples(finished, tmp_path):
+    """Stage 3 shards the LLM and its reference, and must leave the text encoder and the snapshots whole."""
+    replay = replay_of(finished, tmp_path, "align.trainer.zero_stage=3")
+    assert replay.events("trainer_started")[-1]["zero_stage"] == 3
+    two, three = final_weights(finished), final_weights(replay)
+    assert set(two) == set(three)
+    for name, value in two.items():
+        torch.testing.assert_close(three[name], value, rtol=0.02, atol=0.02, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_a_finished_run_says_so_and_another_recipe_is_refused(finished):

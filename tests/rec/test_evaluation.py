@@ -63,6 +63,11 @@ def test_a_constant_model_is_no_better_than_chance():
     assert ranks_of(torch.zeros(1, 9), torch.tensor([3])).tolist() == [5.0]
 
 
+def test_a_diverged_model_gets_no_score_at_all():
+    with pytest.raises(FloatingPointError, match="diverged"):
+        ranks_of(torch.full((2, 9), float("nan")), torch.tensor([3, 4]))
+
+
 def test_a_subset_of_users_gets_the_same_ranks(small_data):
     model = coarse_model(small_data.n_items)
     everyone = evaluate(model, small_data, "test", EvaluateConfig())
