@@ -9,6 +9,7 @@ first step, then one every ``refresh_every`` steps, and the last one after its l
 import contextlib
 import logging
 import os
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -45,6 +46,9 @@ def make_accelerator(job: MainJob) -> Accelerator:
     Raises:
         UserError: if another number of processes was started than the recipe says.
     """
+    # DeepSpeed compiles with the first ninja it finds, and two versions of it rebuild each other's work every time.
+    own = Path(sys.executable).parent
+    os.environ["PATH"] = f"{own}{os.pathsep}{os.environ.get('PATH', '')}"
     on_gpu = torch.cuda.is_available()
     group = InitProcessGroupKwargs(
         # Named on CPU: without it every process would believe that it is alone.

@@ -52,15 +52,13 @@ class Child:
         """Start it, its output appended to its log file."""
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         self.last_place = self.place()
-        # DeepSpeed compiles with ninja, which lies beside the interpreter.
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         with self.log_path.open("ab") as stream:
             self.log_begin = stream.tell()
             self.process = subprocess.Popen(
                 self.command,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "PATH": path, **self.environment, PARENT: str(os.getpid())},
+                env={**os.environ, **self.environment, PARENT: str(os.getpid())},
                 preexec_fn=die_with_parent,
             )
 
