@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
 examples:
   recalign demo                              # resumes, or says that it is done
   recalign demo --fresh                      # starts over
-  recalign demo --run /tmp/demo align.trainer.steps=100
+  recalign demo --run runs/short align.trainer.steps=100
 """)  # fmt: skip
     demo.add_argument("--run", type=Path, default=Path("runs/demo"), help="run folder (default: runs/demo)")
     _add_run_options(demo)
