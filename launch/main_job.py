@@ -33,7 +33,7 @@ from rec.evaluation import evaluate, protocol
 from rec.item_encoder import KnowledgeConcat
 from rec.models.base import SequenceRecommender
 from rec.runtime import config, files
-from rec.runtime.errors import EXIT_USER_ERROR, UserError
+from rec.runtime.errors import UserError
 from rec.runtime.runfolder import RunFolder
 from rec.trainer import build_model, train
 
@@ -166,11 +166,8 @@ class MainJobRun:
                 command, stdout=stream, stderr=subprocess.STDOUT, check=False, preexec_fn=die_with_parent
             ).returncode
         if code:
-            tail = log_path.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
-            mistakes = [line.removeprefix("error: ") for line in tail if line.startswith("error: ")]
-            if code == EXIT_USER_ERROR and mistakes:
-                raise UserError(mistakes[0])
-            raise RuntimeError(f"generation ended with exit code {code}; {log_path}:\n" + "\n".join(tail))
+            cause = supervise.last_words(log_path)
+            raise RuntimeError(f"generation ended with exit code {code}: {cause}; see {log_path}")
 
     def _encode(self, knowledge: Path) -> torch.Tensor:
         encoder = TextEncoder(self.stages.encoder_model(self.job.llm), self.job.llm.encoder)

@@ -30,7 +30,7 @@ from rec.runtime.runfolder import CONFIG, RunFolder
 log = logging.getLogger(__name__)
 
 POLL_S, STOP_GRACE_S, LOG_TAIL_LINES = 0.2, 10.0, 200
-MISTAKE = re.compile(r"error: ")
+MISTAKE = "error: "
 EXCEPTION = re.compile(r"(\[rank\d+\]: )?[\w.]*(?<!ChildFailed)(Error|Exception|Interrupt)\b.*")
 
 
@@ -73,18 +73,22 @@ class Child:
             self.process.kill()
             self.process.wait()
 
-    def last_words(self) -> str:
-        """The line that says why it ended this time: a user's mistake, an exception, or simply its last one.
 
-        The launcher prints a page about the fact that a rank failed after the rank has said why.
-        """
-        written = self.log_path.read_bytes()[self.log_begin :].decode(errors="replace")
-        lines = [line.strip() for line in written.splitlines()]
-        for pattern in (MISTAKE, EXCEPTION):
-            found = [line for line in lines[-LOG_TAIL_LINES:] if pattern.match(line)]
-            if found:
-                return found[-1]
-        return next((line for line in reversed(lines) if line), "(it wrote nothing)")
+def last_words(log_path: Path, begin: int = 0) -> str:
+    """The line of a job's log, from byte ``begin`` on, that says why it ended: an exception, or simply its last one.
+
+    accelerate's launcher prints a page about the fact that a rank failed after the rank has said why.
+
+    Raises:
+        UserError: with the job's own message, if it called its end a user's mistake.
+    """
+    lines = [line.strip() for line in log_path.read_bytes()[begin:].decode(errors="replace").splitlines()]
+    recent = lines[-LOG_TAIL_LINES:]
+    for line in reversed(recent):
+        if line.startswith(MISTAKE):
+            raise UserError(line.removeprefix(MISTAKE))
+    found = [line for line in recent if EXCEPTION.match(line)]
+    return found[-1] if found else next((line for line in reversed(lines) if line), "(it wrote nothing)")
 
 
 def align(job: MainJob) -> None:
@@ -119,16 +123,14 @@ def _restart_if_dead(child: Child, max_restarts: int, run: RunFolder) -> None:
     code = child.process.poll()
     if code is None or code == 0:
         return
-    last_words = child.last_words()
-    if MISTAKE.match(last_words):
-        raise UserError(last_words.removeprefix("error: "))
+    cause = last_words(child.log_path, child.log_begin)
     child.futile_restarts = 0 if child.place() > child.last_place else child.futile_restarts + 1
     if child.futile_restarts > max_restarts:
         raise RuntimeError(
             f"the {child.name} died {child.futile_restarts} times without getting any further (exit code {code}):"
-            f" {last_words}; see {child.log_path}"
+            f" {cause}; see {child.log_path}"
         )
-    log.warning("the %s died (exit code %d: %s); starting it again", child.name, code, last_words)
+    log.warning("the %s died (exit code %d: %s); starting it again", child.name, code, cause)
     run.log("restarted", job=child.name, exit_code=code)
     child.start()
 

@@ -6,7 +6,6 @@ Invariants:
   checked, vLLM only returns False), and every prompt carries the version as cache salt.
 """
 
-import importlib
 import logging
 import os
 from collections.abc import Sequence
@@ -63,8 +62,10 @@ class Engine:
 
         on_gpu = torch.cuda.is_available()
         if not on_gpu:
+            from torch import _dynamo
+
             # vLLM compiles a tiny log-prob kernel even when told to run eagerly: 17 s for nothing.
-            importlib.import_module("torch._dynamo").config.disable = True
+            _dynamo.config.disable = True
         self.llm = LLM(
             model=str(model),
             dtype=config.dtype,

@@ -79,9 +79,9 @@ def describe_files(folder: Path, hashes: bool) -> dict[str, dict[str, Any]]:
     described: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            described[str(path.relative_to(folder))] = {"bytes": path.stat().st_size}
+            facts = described[str(path.relative_to(folder))] = {"bytes": path.stat().st_size}
             if hashes:
-                described[str(path.relative_to(folder))]["sha256"] = sha256_file(path)
+                facts["sha256"] = sha256_file(path)
     return described
 
 
