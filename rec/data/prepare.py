@@ -7,36 +7,22 @@ import hashlib
 import logging
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import parquet
-from pydantic import Field
 
 from rec.data.raw import RawData
+from rec.data.splits import Filters, assign
 from rec.runtime import files
-from rec.runtime.config import Section
 from rec.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
 
 META, ITEMS, INTERACTIONS, USERS = "meta.json", "items.parquet", "interactions.parquet", "users.parquet"
-SCHEMA_VERSION = 1
-
-
-class Filters(Section):
-    """What is kept of a source."""
-
-    k_core: int = Field(5, ge=0)
-    """Drop users and items with fewer interactions, again and again until none is left to drop."""
-
-    min_length: int = Field(3, ge=3)
-    """Drop users with fewer interactions after that: leave-one-out needs one each to train, validate and test."""
-
-    repeats: Literal["keep", "drop"] = "keep"
-    """A user's later interactions with an item that is already in the sequence."""
+SCHEMA_VERSION = 2
 
 
 def prepare(source: str, raw: RawData, out: Path, filters: Filters) -> dict[str, Any]:
@@ -53,6 +39,7 @@ def prepare(source: str, raw: RawData, out: Path, filters: Filters) -> dict[str,
         wanted["options"] = raw.options
     existing = _existing(out)
     if existing is not None:
+        require_schema(existing, out)
         if any(existing.get(key) != wanted.get(key) for key in ("source", "options", "filters", "raw_sha256")):
             raise UserError(f"{out} holds other prepared data; choose another folder or delete it")
         log.info("%s is already prepared", out)
@@ -67,6 +54,7 @@ def prepare(source: str, raw: RawData, out: Path, filters: Filters) -> dict[str,
             f" (read {read}, left out: {_phrase(counts)}); lower k_core or check the file"
         )
     tables, without_text = _index(raw, kept)
+    tables[INTERACTIONS], split_counts = _split(tables[INTERACTIONS], filters)
     counted = {
         "read": read,
         "left_out": counts,
@@ -74,6 +62,7 @@ def prepare(source: str, raw: RawData, out: Path, filters: Filters) -> dict[str,
         "items": len(tables[ITEMS]),
         "interactions": len(tables[INTERACTIONS]),
         "items_without_text": without_text,
+        **split_counts,
     }
     try:
         return _write(out, tables, {"schema_version": SCHEMA_VERSION, **wanted, "counts": counted})
@@ -119,6 +108,21 @@ def _index(raw: RawData, kept: np.ndarray) -> tuple[dict[str, pa.Table], int]:
     )
     user_table = pa.table({"user_id": pa.array(user_names[np.flatnonzero(new_user >= 0)])})
     return {ITEMS: item_table, INTERACTIONS: interactions, USERS: user_table}, without_text
+
+
+def require_schema(meta: dict[str, Any], folder: Path) -> None:
+    """Raise a UserError if another version of recalign prepared ``folder``."""
+    if meta.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
+        raise UserError(
+            f"{folder} was prepared by another version of recalign (its schema_version is {meta['schema_version']},"
+            f" this one's is {SCHEMA_VERSION}); delete it and prepare again"
+        )
+
+
+def _split(interactions: pa.Table, filters: Filters) -> tuple[pa.Table, dict[str, Any]]:
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(interactions["user"].to_numpy()))])
+    part, counts = assign(filters, offsets, interactions["item"].to_numpy(), interactions["timestamp"].to_numpy())
+    return interactions.append_column("part", pa.array(part, pa.int8())), counts
 
 
 def _require_unique_items(raw: RawData) -> None:

@@ -277,8 +277,9 @@ def test_meta_says_where_the_data_came_from(tmp_path):
     prepare("t", make_raw(tmp_path / "raw"), tmp_path / "out", Filters())
     meta = json.loads((tmp_path / "out" / META).read_text())
     assert meta["source"] == "t"
-    assert meta["filters"] == {"k_core": 5, "min_length": 3, "repeats": "keep"}
-    assert meta["schema_version"] == 1
+    assert meta["filters"] == Filters().model_dump()
+    assert meta["filters"]["split"] == "leave-one-out"
+    assert meta["schema_version"] == 2
     assert len(meta["raw_sha256"]) == len(meta["content_hash"]) == 16
 
 
