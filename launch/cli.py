@@ -7,13 +7,14 @@ import sys
 from importlib import resources
 from pathlib import Path
 
+from launch import cli_data
+from launch.commands import add_command
 from rec.runtime.errors import UserError
 from rec.runtime.logs import run_main
 
 # Heavy modules are imported by the commands that need them, so that --help and mistakes answer at once.
 
 DEMO_RECIPE = "seralm-ml-100k.yaml"
-SOURCES = ("recbole", "movielens", "online-retail", "table")
 
 
 def main() -> None:
@@ -35,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show a traceback for a user's mistake too")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    demo = _add(commands, "demo", _demo, "run the main job on MovieLens-100K, nothing to configure", """\
+    demo = add_command(commands, "demo", _demo, "run the main job on MovieLens-100K, nothing to configure", """\
 examples:
   recalign demo                              # resumes, or says that it is done
   recalign demo --fresh                      # starts over
@@ -44,7 +45,7 @@ examples:
     demo.add_argument("--run", type=Path, default=Path("runs/demo"), help="run folder (default: runs/demo)")
     _add_run_options(demo)
 
-    align = _add(commands, "align", _align, "run the main job of a recipe: trainer and generator on this machine", """\
+    align = add_command(commands, "align", _align, "run the main job of a recipe: trainer and generator on this machine", """\
 examples:
   recalign align launch/recipes/seralm-online-retail.yaml
   recalign align my.yaml align.refresh_every=10 align.max_lag_steps=20
@@ -58,35 +59,7 @@ examples:
     )
     _add_run_options(align)
 
-    prepare = _add(commands, "prepare", _prepare, "turn a public source into a prepared folder", """\
-examples:
-  recalign prepare movielens --raw ml-1m --out data/ml-1m
-  recalign prepare online-retail --raw online_retail.csv.gz --out data/online-retail
-  recalign prepare online-retail --raw online_retail.csv.gz --users invoices --out data/invoices
-  recalign prepare recbole --raw dataset/ml-100k --out data/ml-100k
-  recalign prepare table --raw my-data --out data/mine   # interactions.csv and items.csv, or .parquet
-""")  # fmt: skip
-    prepare.add_argument("source", choices=SOURCES, help="format of the raw data")
-    prepare.add_argument("--raw", type=Path, required=True, help="folder or file of the raw data")
-    prepare.add_argument("--out", type=Path, required=True, help="the prepared folder to make")
-    prepare.add_argument("--users", choices=("customers", "invoices"), help="online-retail: whose sequences")
-    prepare.add_argument("--k-core", type=int, default=5, help="least interactions of users and items (default: 5)")
-    prepare.add_argument(
-        "--min-length", type=int, default=3, help="least interactions of a user after that (default: 3)"
-    )
-    prepare.add_argument("--repeats", choices=("keep", "drop"), default="keep", help="a user's repeated items")
-    return parser
-
-
-def _add(commands, name: str, handler, summary: str, examples: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(
-        name,
-        help=summary,
-        description=summary[0].upper() + summary[1:] + ".",
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(handler=handler)
+    cli_data.add_commands(commands)
     return parser
 
 
@@ -141,26 +114,6 @@ def _delete_run(folder: Path) -> None:
     run = RunFolder(folder)
     with run.lock("launcher"), run.lock("trainer"), run.lock("generator"):
         shutil.rmtree(folder)
-
-
-def _prepare(arguments: argparse.Namespace) -> None:
-    from rec.data import readers
-    from rec.data.prepare import Filters, prepare
-    from rec.runtime import config
-
-    if arguments.users and arguments.source != "online-retail":
-        raise UserError("--users belongs to online-retail only")
-    options = {"users": arguments.users} if arguments.users else {}
-    filters = config.build(
-        Filters,
-        {"k_core": arguments.k_core, "min_length": arguments.min_length, "repeats": arguments.repeats},
-    )
-    raw = readers.read(arguments.source, arguments.raw, **options)
-    counts = prepare(arguments.source, raw, arguments.out, filters)["counts"]
-    kept = ", ".join(f"{counts[what]:,} {what}" for what in ("users", "items", "interactions"))
-    lines = [f"{arguments.out}: {kept}"]
-    lines += [f"  left out, {reason.replace('_', ' ')}: {count:,}" for reason, count in counts["left_out"].items()]
-    sys.stdout.write("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
