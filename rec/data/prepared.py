@@ -99,6 +99,11 @@ class Prepared:
         return self.offsets[:-1] + trained[self.offsets[1:]] - trained[self.offsets[:-1]]
 
     @cached_property
+    def train_counts(self) -> Tensor:
+        """[items + 1] training interactions of each item number."""
+        return torch.bincount(self.sequence[self.part == TRAIN], minlength=self.n_items + 1)
+
+    @cached_property
     def timestamps(self) -> Tensor:
         """[interactions] seconds since 1970 (or whatever the source counts), int64, read when first asked for.
 
