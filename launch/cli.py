@@ -45,7 +45,8 @@ examples:
     demo.add_argument("--run", type=Path, default=Path("runs/demo"), help="run folder (default: runs/demo)")
     _add_run_options(demo)
 
-    align = add_command(commands, "align", _align, "run the main job of a recipe: trainer and generator on this machine", """\
+    align_summary = "run the main job of a recipe: trainer and generator on this machine"
+    align = add_command(commands, "align", _align, align_summary, """\
 examples:
   recalign align launch/recipes/seralm-online-retail.yaml
   recalign align my.yaml align.refresh_every=10 align.max_lag_steps=20
