@@ -29,7 +29,7 @@ from rec.config import RecConfig
 from rec.data.builtin import BUILTIN
 from rec.data.prepare import Filters, prepare
 from rec.data.prepared import Prepared
-from rec.evaluation import evaluate, protocol
+from rec.evaluation import evaluate
 from rec.item_encoder import KnowledgeConcat
 from rec.models.base import SequenceRecommender
 from rec.runtime import config, files
@@ -113,7 +113,7 @@ class MainJobRun:
         vectors = self._encode(self.stages.na_knowledge)
 
         def items() -> KnowledgeConcat:
-            sizes = (self.data.n_items, self.job.rec.sasrec.dim, vectors.shape[1])
+            sizes = (self.data.n_items, self.job.rec.model.dim, vectors.shape[1])
             align = self.job.align
             encoder = KnowledgeConcat(*sizes, align.knowledge_on_target, align.knowledge_dropout)
             encoder.set_knowledge(vectors)
@@ -183,13 +183,13 @@ class MainJobRun:
         ):
             model = SequenceRecommender.from_pretrained(folder / "model")
             metrics = evaluate(model, self.data, "test", self.job.rec.evaluate)
-            rows.append({"method": method, "model": self.job.rec.model, **metrics.summary()})
+            rows.append({"method": method, "model": self.job.rec.model.name, **metrics.summary()})
         # First, because a run with a result is finished.
         summary.draw(self.run, self.stages)
         return self.run.write_result(
             command,
             self.job.identity,
-            protocol("test", self.job.rec.evaluate),
+            self.job.rec.evaluate.protocol.described(),
             rows,
             wall_s,
             data={"name": self.job.data, **self.data.meta["counts"]},

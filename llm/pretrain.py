@@ -14,7 +14,7 @@ from llm.lmrec import build_lmrec
 from llm.prompts import item_texts
 from llm.tokenizer import train_tokenizer
 from rec.data.prepared import Prepared
-from rec.losses import linear_cross_entropy
+from rec.linear_cross_entropy import linear_cross_entropy
 from rec.runtime import files
 from rec.runtime.checkpoint import Checkpoints
 from rec.runtime.config import hash_of

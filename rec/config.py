@@ -1,19 +1,31 @@
 """The ``rec`` section of a recipe."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, PositiveInt, field_validator
 
+from rec.items import IDItems, ItemsConfig
+from rec.losses import LossConfig
+from rec.models import ModelConfig
 from rec.models.sasrec import SASRecConfig
+from rec.protocol import Protocol, TrainedOn
 from rec.runtime.config import Section
 
 
 class TrainConfig(Section):
     """How a recommender is trained."""
 
+    on: TrainedOn = "train"
+    """``train+valid`` trains on the validation items too: nothing is left to stop by, so all ``epochs`` run and the
+    last weights are the result."""
     lr: float = Field(1e-3, gt=0)
+    """Of Adam."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps over which the learning rate rises from 0; constant after."""
     batch_size: int = Field(128, ge=1)
-    """Sequences a step."""
+    """Sequences a step, over all processes (prefixes, for models that train on prefixes)."""
+    prefixes_per_user: int | None = Field(None, ge=1)
+    """For models that train on prefixes: so many random ones of each user every epoch; null for all."""
     epochs: int = Field(100, ge=1)
     """At most; early stopping usually comes first."""
     patience: int = Field(10, ge=1)
@@ -21,32 +33,42 @@ class TrainConfig(Section):
     evaluate_every: int = Field(1, ge=1)
     """Epochs between validations."""
     weight_decay: float = Field(0.0, ge=0)
+    clip_norm: float | None = Field(None, gt=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast, on CPU too; weights and optimizer stay float32."""
+    compile: bool = False
+    """Through torch.compile: a minute of compiling, then faster steps, most of all on GPU."""
     checkpoint_every: int = Field(5, ge=1)
     """Epochs between checkpoints."""
     seed: int = 42
 
 
-class EvaluateConfig(Section):
-    """What is ranked, and how ties count."""
+class EvaluateConfig(Protocol):
+    """The protocol of a run's own validation and test, and the batch it is computed in."""
 
-    seen: Literal["rank", "mask"] = "rank"
-    """Items of the user's history among the candidates: rank them (the three papers) or leave them out."""
-    cutoffs: tuple[PositiveInt, ...] = (10,)
-    """The k of HR@k and NDCG@k; 10 must be among them, training stops by NDCG@10."""
     batch_size: int = Field(512, ge=1)
 
     @field_validator("cutoffs")
     @classmethod
-    def _ten_is_there(cls, cutoffs: tuple[int, ...]) -> tuple[int, ...]:
+    def _ten_is_there(cls, cutoffs: tuple[PositiveInt, ...]) -> tuple[PositiveInt, ...]:
         if 10 not in cutoffs:
-            raise ValueError("10 must be among the cutoffs")
+            raise ValueError("10 must be among the cutoffs, training stops by NDCG@10")
         return cutoffs
+
+    @property
+    def protocol(self) -> Protocol:
+        """Without the batch size, which decides nothing."""
+        return Protocol(**self.model_dump(exclude={"batch_size"}))
 
 
 class RecConfig(Section):
-    """The recommender: its model, training and evaluation."""
+    """The recommender: its model, items, loss, training and evaluation."""
 
-    model: Literal["SASRec"] = "SASRec"
-    sasrec: SASRecConfig = SASRecConfig()
+    model: ModelConfig = SASRecConfig()
+    items: ItemsConfig = IDItems()
+    loss: LossConfig = LossConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    grid: dict[str, list[Any]] = Field(default_factory=dict)
+    """Values to try of any key of this section, e.g. {train.lr: [1e-3, 3e-3]}: one training for every combination,
+    the best by validation NDCG@10 is the result."""

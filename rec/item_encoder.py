@@ -20,10 +20,6 @@ class ItemEncoder(nn.Module):
     def __init__(self, n_items: int, dim: int) -> None:
         super().__init__()
         self.n_items, self.dim = n_items, dim
-        self.ids = nn.Embedding(n_items + 1, dim, padding_idx=0)
-        nn.init.normal_(self.ids.weight, std=0.02)
-        with torch.no_grad():
-            self.ids.weight[0].zero_()
 
     def forward(self, items: Tensor, knowledge: Tensor | None = None) -> Tensor:
         """Input vectors [..., D] of ``items`` [...]; ``knowledge`` [..., K] replaces the stored knowledge vectors."""
@@ -33,7 +29,7 @@ class ItemEncoder(nn.Module):
         """[N + 1, D] vectors that states are scored against; row 0 is padding."""
         raise NotImplementedError
 
-    def settings(self) -> dict[str, int | bool]:
+    def settings(self) -> dict[str, int | bool | float]:
         """What ``build`` needs to make an empty copy."""
         return {"n_items": self.n_items, "dim": self.dim}
 
@@ -43,13 +39,100 @@ class IDTable(ItemEncoder):
 
     kind = "id"
 
+    def __init__(self, n_items: int, dim: int) -> None:
+        super().__init__(n_items, dim)
+        self.ids = _new_ids(n_items, dim)
+
     def forward(self, items: Tensor, knowledge: Tensor | None = None) -> Tensor:
-        if knowledge is not None:
-            raise ValueError("an ID table reads no knowledge")
+        _refuse(knowledge, "an ID table")
         return self.ids(items)
 
     def table(self) -> Tensor:
         return self.ids.weight
+
+
+class VectorTable(ItemEncoder):
+    """A table that begins as given item vectors, then trained on or kept frozen ("embedding-init", Elephant, 4.1).
+
+    Args:
+        n_items: items are numbered from 1.
+        dim: width D that the recommender works in.
+        vector_dim: width K of the given vectors.
+        trainable: whether training changes the vectors; a projection is always trained.
+        projection: learn a linear map K → D; without it K must equal D.
+    """
+
+    kind = "vectors"
+
+    def __init__(
+        self, n_items: int, dim: int, vector_dim: int, trainable: bool = True, projection: bool = False
+    ) -> None:
+        super().__init__(n_items, dim)
+        self.vector_dim, self.trainable = vector_dim, trainable
+        self.projection = _new_projection(vector_dim, dim, projection)
+        self.vectors = nn.Embedding(n_items + 1, vector_dim, padding_idx=0)
+        self.vectors.weight.requires_grad_(trainable)
+        nn.init.zeros_(self.vectors.weight)
+
+    def set_vectors(self, vectors: Tensor) -> None:
+        """Store the vectors [N, K] of items 1 to N; raises ValueError on another shape or values not finite."""
+        _check(vectors, self.n_items, self.vector_dim, "item vectors")
+        with torch.no_grad():
+            self.vectors.weight[1:] = vectors
+
+    def forward(self, items: Tensor, knowledge: Tensor | None = None) -> Tensor:
+        _refuse(knowledge, "a table of vectors")
+        return _project(self.vectors(items), self.projection)
+
+    def table(self) -> Tensor:
+        return _project(self.vectors.weight, self.projection)
+
+    def settings(self) -> dict[str, int | bool | float]:
+        return {
+            **super().settings(),
+            "vector_dim": self.vector_dim,
+            "trainable": self.trainable,
+            "projection": self.projection is not None,
+        }
+
+
+class IDPlusVectors(ItemEncoder):
+    """A trainable ID vector plus a fixed one (Elephant, Table 5), on both sides.
+
+    Args:
+        n_items: items are numbered from 1.
+        dim: width D.
+        vector_dim: width K of the fixed vectors.
+        projection: learn a linear map K → D; without it K must equal D.
+    """
+
+    kind = "id+vectors"
+
+    def __init__(self, n_items: int, dim: int, vector_dim: int, projection: bool = False) -> None:
+        super().__init__(n_items, dim)
+        self.vector_dim = vector_dim
+        self.projection = _new_projection(vector_dim, dim, projection)
+        self.ids = _new_ids(n_items, dim)
+        self.register_buffer("vectors", torch.zeros(n_items + 1, vector_dim))
+
+    def set_vectors(self, vectors: Tensor) -> None:
+        """Store the vectors [N, K] of items 1 to N; raises ValueError on another shape or values not finite."""
+        _check(vectors, self.n_items, self.vector_dim, "item vectors")
+        self.vectors[1:] = vectors
+
+    def forward(self, items: Tensor, knowledge: Tensor | None = None) -> Tensor:
+        _refuse(knowledge, "ID plus vectors")
+        return self.ids(items) + _project(self.vectors[items], self.projection)
+
+    def table(self) -> Tensor:
+        return self.ids.weight + _project(self.vectors, self.projection)
+
+    def settings(self) -> dict[str, int | bool | float]:
+        return {
+            **super().settings(),
+            "vector_dim": self.vector_dim,
+            "projection": self.projection is not None,
+        }
 
 
 class KnowledgeConcat(ItemEncoder):
@@ -74,6 +157,7 @@ class KnowledgeConcat(ItemEncoder):
     ) -> None:
         super().__init__(n_items, dim)
         self.knowledge_dim, self.on_target, self.dropout = knowledge_dim, on_target, dropout
+        self.ids = _new_ids(n_items, dim)
         self.fuse = nn.Linear(dim + knowledge_dim, dim, bias=False)
         with torch.no_grad():
             # Start as the ID model, and let the knowledge in as far as it helps.
@@ -82,17 +166,8 @@ class KnowledgeConcat(ItemEncoder):
         self.register_buffer("knowledge", torch.zeros(n_items + 1, knowledge_dim))
 
     def set_knowledge(self, vectors: Tensor) -> None:
-        """Store the knowledge vectors [N, K] of items 1 to N.
-
-        Raises:
-            ValueError: on another shape, or values that are not finite.
-        """
-        if vectors.shape != (self.n_items, self.knowledge_dim):
-            raise ValueError(
-                f"knowledge vectors are {tuple(vectors.shape)}, not ({self.n_items}, {self.knowledge_dim})"
-            )
-        if not torch.isfinite(vectors).all():
-            raise ValueError("knowledge vectors are not all finite")
+        """Store the knowledge vectors [N, K] of items 1 to N; raises ValueError on another shape or not finite."""
+        _check(vectors, self.n_items, self.knowledge_dim, "knowledge vectors")
         self.knowledge[1:] = vectors
 
     def forward(self, items: Tensor, knowledge: Tensor | None = None) -> Tensor:
@@ -105,7 +180,7 @@ class KnowledgeConcat(ItemEncoder):
             return self.ids.weight
         return self.fuse(torch.cat([self.ids.weight, self.knowledge], dim=-1))
 
-    def settings(self) -> dict[str, int | bool]:
+    def settings(self) -> dict[str, int | bool | float]:
         return {
             **super().settings(),
             "knowledge_dim": self.knowledge_dim,
@@ -114,9 +189,45 @@ class KnowledgeConcat(ItemEncoder):
         }
 
 
-ITEM_ENCODERS: dict[str, type[ItemEncoder]] = {cls.kind: cls for cls in (IDTable, KnowledgeConcat)}
+ITEM_ENCODERS: dict[str, type[ItemEncoder]] = {
+    cls.kind: cls for cls in (IDTable, VectorTable, IDPlusVectors, KnowledgeConcat)
+}
 
 
-def build(kind: str, settings: dict[str, int | bool]) -> ItemEncoder:
+def build(kind: str, settings: dict[str, int | bool | float]) -> ItemEncoder:
     """An empty item encoder of ``kind``."""
     return ITEM_ENCODERS[kind](**settings)
+
+
+def _new_ids(n_items: int, dim: int) -> nn.Embedding:
+    ids = nn.Embedding(n_items + 1, dim, padding_idx=0)
+    nn.init.normal_(ids.weight, std=0.02)
+    with torch.no_grad():
+        ids.weight[0].zero_()
+    return ids
+
+
+def _new_projection(vector_dim: int, dim: int, wanted: bool) -> nn.Linear | None:
+    if not wanted and vector_dim != dim:
+        raise ValueError(f"vectors of width {vector_dim} for a recommender of width {dim}: they need a projection")
+    if not wanted:
+        return None
+    projection = nn.Linear(vector_dim, dim, bias=False)  # without bias, padding stays zero
+    nn.init.normal_(projection.weight, std=vector_dim**-0.5)
+    return projection
+
+
+def _project(vectors: Tensor, projection: nn.Linear | None) -> Tensor:
+    return vectors if projection is None else projection(vectors)
+
+
+def _refuse(knowledge: Tensor | None, what: str) -> None:
+    if knowledge is not None:
+        raise ValueError(f"{what} reads no knowledge")
+
+
+def _check(vectors: Tensor, n_items: int, dim: int, what: str) -> None:
+    if vectors.shape != (n_items, dim):
+        raise ValueError(f"{what} are {tuple(vectors.shape)}, not ({n_items}, {dim})")
+    if not torch.isfinite(vectors).all():
+        raise ValueError(f"{what} are not all finite")

@@ -1,4 +1,4 @@
-"""Train a recommender: full softmax cross-entropy, early stopping on validation NDCG@10, exact resume."""
+"""Train a recommender: one loop for all models and any number of processes, early stopping, exact resume."""
 
 import logging
 import math
@@ -8,96 +8,156 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from rec.batches import TrainWindows
+from rec.batches import make_batches
 from rec.config import RecConfig
 from rec.data.prepared import Prepared
 from rec.evaluation import evaluate
-from rec.item_encoder import IDTable, ItemEncoder
-from rec.losses import linear_cross_entropy
+from rec.item_encoder import ItemEncoder
+from rec.items import make_items
+from rec.losses import Loss, make_loss
 from rec.models import MODELS
-from rec.models.base import SequenceRecommender
+from rec.models.base import Batch, Recommender
 from rec.runtime import files
 from rec.runtime.checkpoint import Checkpoints
 from rec.runtime.config import hash_of
 from rec.runtime.errors import UserError
 from rec.runtime.progress import progress
+from rec.runtime.ranks import Ranks
 from rec.runtime.runfolder import RunFolder
 
 log = logging.getLogger(__name__)
 
-MODEL, STOP_METRIC = "model", "NDCG@10"
+MODEL, FINISHED, STOP_METRIC = "model", "finished.json", "NDCG@10"
 
 
 def build_model(
-    config: RecConfig, data: Prepared, make_items: Callable[[], ItemEncoder] | None = None
-) -> SequenceRecommender:
-    """An untrained recommender with the item encoder that ``make_items`` makes, by default an ID table.
+    config: RecConfig, data: Prepared, make_encoder: Callable[[], ItemEncoder] | None = None
+) -> Recommender:
+    """An untrained recommender with the item encoder that ``make_encoder`` makes, by default ``config.items``.
 
     Its weights are a function of ``config.train.seed``.
     """
     torch.manual_seed(config.train.seed)
-    items = make_items() if make_items else IDTable(data.n_items, config.sasrec.dim)
-    return MODELS[config.model](config.sasrec, items)
+    items = make_encoder() if make_encoder else make_items(config.items, data, config.model.dim)
+    return MODELS[config.model.name].for_data(config.model, items, data)
 
 
-def train(
-    model: SequenceRecommender, data: Prepared, config: RecConfig, run: RunFolder, title: str
-) -> SequenceRecommender:
+def train(model: Recommender, data: Prepared, config: RecConfig, run: RunFolder, title: str) -> Recommender:
     """Train until validation NDCG@10 stops rising, and return the best model, in evaluation mode.
 
     The best model is saved under ``model`` in the run folder. Called again on the same folder it goes on from the
-    last checkpoint, or returns the finished model.
+    last checkpoint, or returns the finished model. Every process of a process group calls it alike.
     """
     final = run.path / MODEL
-    if (run.path / "finished.json").exists():
-        return SequenceRecommender.from_pretrained(final)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if (run.path / FINISHED).exists():
+        return Recommender.from_pretrained(final)
+    model.to(_device())
     state = _State(model, data, config, run)
     first = state.resume()
-    windows = TrainWindows(data, model.config.max_length, config.train.batch_size)
-    device = next(model.parameters()).device
+    batches = make_batches(model, data, config.train)
+    step = _Step(model, make_loss(config.loss, data.train_counts[1:]), config)
+    users_per_epoch = len(torch.unique(batches.users))
     with progress(title, config.train.epochs) as advance:
         for epoch in range(first, config.train.epochs):
             if state.out_of_patience:
                 break
-            begin, losses = time.monotonic(), []
-            torch.manual_seed(int(hash_of([config.train.seed, epoch]), 16) % 2**63)  # dropout
+            begin = time.monotonic()
+            torch.manual_seed(int(hash_of([config.train.seed, epoch, *state.rank_seed]), 16) % 2**63)  # dropout
             model.train()
-            for inputs, targets in windows.epoch(config.train.seed, epoch):
-                inputs, targets = inputs.to(device), targets.to(device)
-                valid = inputs > 0
-                states, table = model(inputs)[valid], model.items.table()[1:]
-                loss = linear_cross_entropy(states, table, targets[valid] - 1)
-                state.optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                state.optimizer.step()
-                losses.append(loss.detach())
-            seconds = time.monotonic() - begin
+            losses = [step(batch, state) for batch in batches.epoch(config.train.seed, epoch)]
             mean_loss = float(torch.stack(losses).mean())
+            seconds = time.monotonic() - begin
             if not math.isfinite(mean_loss):
                 raise UserError(
                     f"the loss of {title} is {mean_loss} in epoch {epoch}: lower the learning rate"
                     f" ({config.train.lr:g}); {run.path} keeps the last good checkpoint"
                 )
             state.after_epoch(epoch, mean_loss, seconds)
-            advance(epoch + 1, f"loss {mean_loss:.3f}  best {STOP_METRIC} {state.best:.4f}")
+            speed = f"{users_per_epoch / seconds:,.0f} users/s"
+            advance(epoch + 1, f"{speed}  loss {mean_loss:.3f}  best {STOP_METRIC} {state.best:.4f}")
     state.finish(final)
-    return SequenceRecommender.from_pretrained(final)
+    return Recommender.from_pretrained(final)
+
+
+class _Loss(nn.Module):
+    """The training loss as a forward pass, which is what DDP synchronises and torch.compile compiles."""
+
+    def __init__(self, model: Recommender, loss: Loss) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        return self.model.training_loss(batch, self.loss)
+
+
+class _Step:
+    """One optimizer step on a global batch, of which every process takes its rows."""
+
+    def __init__(self, model: Recommender, loss: Loss, config: RecConfig) -> None:
+        self.model, self.train, self.ranks = model, config.train, Ranks.current()
+        self.device = next(model.parameters()).device
+        if config.train.compile:
+            model.compile(dynamic=True)
+        self.forward: nn.Module = _Loss(model, loss)
+        if self.ranks.size > 1:
+            self.forward = DistributedDataParallel(self.forward, broadcast_buffers=False)
+
+    def __call__(self, batch: Batch, state: "_State") -> torch.Tensor:
+        """The mean loss over the targets of the global batch."""
+        own, share = self._own(batch)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.train.precision == "bf16"):
+            loss = self.forward(own.to(self.device)) * share
+        state.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.train.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.train.clip_norm)
+        state.optimizer.step()
+        state.schedule.step()
+        total = loss.detach()
+        if self.ranks.size > 1:
+            torch.distributed.all_reduce(total)
+            total /= self.ranks.size
+        return total
+
+    def _own(self, batch: Batch) -> tuple[Batch, float]:
+        """This process's rows, and the factor that makes DDP's mean over processes a mean over targets."""
+        if self.ranks.size == 1:
+            return batch, 1.0
+        rows = torch.arange(self.ranks.rank, len(batch.users), self.ranks.size)
+        total = int((batch.targets > 0).sum())
+        if not len(rows):  # a batch smaller than the group: take part, and add nothing
+            return Batch(*(value[:1] for value in vars(batch).values())), 0.0
+        own = Batch(*(value[rows] for value in vars(batch).values()))
+        return own, self.ranks.size * int((own.targets > 0).sum()) / total
 
 
 class _State:
     """What a recommender's training is made of, between two epochs."""
 
-    def __init__(self, model: SequenceRecommender, data: Prepared, config: RecConfig, run: RunFolder) -> None:
+    def __init__(self, model: Recommender, data: Prepared, config: RecConfig, run: RunFolder) -> None:
         self.model, self.data, self.config, self.run = model, data, config, run
+        self.ranks = Ranks.current()
+        self.rank_seed = [self.ranks.rank] if self.ranks.size > 1 else []
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.Adam(
-            model.parameters(), lr=config.train.lr, betas=(0.9, 0.98), weight_decay=config.train.weight_decay
+            trainable, lr=config.train.lr, betas=(0.9, 0.98), weight_decay=config.train.weight_decay, fused=True
+        )
+        warmup = config.train.warmup_steps
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: min(1.0, (step + 1) / warmup) if warmup else 1.0
         )
         self.best, self.best_epoch, self.waited = 0.0, -1, 0
         self.best_weights = self._weights()
-        self.checkpoints = Checkpoints(run.path / "checkpoints", keep_last=1)
+        self.checkpoints = Checkpoints(run.path / "checkpoints", self.ranks, keep_last=1)
         self.meta = {"config_hash": hash_of(config), "data_hash": data.meta["content_hash"]}
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether there are validation items that are not trained on."""
+        return self.config.train.on == "train"
 
     @property
     def out_of_patience(self) -> bool:
@@ -107,12 +167,13 @@ class _State:
         """Restore the newest checkpoint if there is one; returns the first epoch to run."""
         found = self.checkpoints.resume(self.meta)
         if found is None:
-            # A model that comes trained must not lose to its own first epoch.
-            self.best = evaluate(self.model, self.data, "valid", self.config.evaluate)[STOP_METRIC]
+            if self.stops_early:  # A model that comes trained must not lose to its own first epoch.
+                self.best = self._validate()[STOP_METRIC]
             return 0
         checkpoint, saved = found
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
+        self.schedule.load_state_dict(saved["schedule"])
         self.best, self.best_epoch, self.waited = saved["best"], saved["best_epoch"], saved["waited"]
         self.best_weights = saved["best_weights"]
         log.info("resuming %s after epoch %d", self.run.path, checkpoint.step)
@@ -121,24 +182,40 @@ class _State:
     def after_epoch(self, epoch: int, loss: float, seconds: float) -> None:
         """Validate, remember the best weights, write metrics and, now and then, a checkpoint."""
         train, row = self.config.train, {"loss": loss, "seconds": seconds}
-        if (epoch + 1) % train.evaluate_every == 0:
-            metrics = evaluate(self.model, self.data, "valid", self.config.evaluate)
-            row |= metrics.summary()
-            if metrics[STOP_METRIC] > self.best:
-                self.best, self.best_epoch, self.waited = metrics[STOP_METRIC], epoch, 0
+        if self.stops_early and (epoch + 1) % train.evaluate_every == 0:
+            begin = time.monotonic()
+            figures = self._validate()
+            row |= figures | {"evaluation_seconds": time.monotonic() - begin}
+            if figures[STOP_METRIC] > self.best:
+                self.best, self.best_epoch, self.waited = figures[STOP_METRIC], epoch, 0
                 self.best_weights = self._weights()
             else:
                 self.waited += 1
-        self.run.log("epoch", step=epoch, **row)
+        if self.ranks.is_first:
+            self.run.log("epoch", step=epoch, **row)
         if (epoch + 1) % train.checkpoint_every == 0:
             self.checkpoints.save(epoch + 1, self._saved(), self.meta)
 
     def finish(self, folder: Path) -> None:
-        """Save the best weights and mark the run as finished."""
-        self.model.load_state_dict(self.best_weights)
-        self.model.save_pretrained(folder)
-        facts = {"best_epoch": self.best_epoch, f"valid_{STOP_METRIC}": self.best}
-        files.write_json(self.run.path / "finished.json", facts)
+        """Save the best weights, or without validation the last ones, and mark the run as finished."""
+        if self.stops_early:
+            self.model.load_state_dict(self.best_weights)
+        if self.ranks.is_first:
+            self.model.save_pretrained(folder)
+            facts = {
+                "best_epoch": self.best_epoch,
+                f"valid_{STOP_METRIC}": self.best,
+                "trained_on": self.config.train.on,
+            }
+            files.write_json(self.run.path / FINISHED, facts)
+        self.ranks.barrier()
+
+    def _validate(self) -> dict[str, float]:
+        """The validation figures; the first process computes them, all of them go by them."""
+        figures = None
+        if self.ranks.is_first:
+            figures = evaluate(self.model, self.data, "valid", self.config.evaluate).summary()
+        return self.ranks.broadcast(figures)
 
     def _weights(self) -> dict[str, torch.Tensor]:
         return {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
@@ -147,8 +224,15 @@ class _State:
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
             "best": self.best,
             "best_epoch": self.best_epoch,
             "waited": self.waited,
             "best_weights": self.best_weights,
         }
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())

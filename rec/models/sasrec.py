@@ -6,7 +6,7 @@ no state ever sees what comes after it.
 """
 
 import math
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -21,6 +21,7 @@ from rec.runtime.config import Section
 class SASRecConfig(Section):
     """Size of a SASRec."""
 
+    name: Literal["SASRec"] = "SASRec"
     dim: int = Field(64, ge=1)
     """Width D of item vectors and states."""
     blocks: int = Field(2, ge=1)
@@ -61,6 +62,7 @@ class SASRec(SequenceRecommender):
 
     architecture = "SASRec"
     config_class = SASRecConfig
+    samples = "next-item"
 
     def __init__(self, config: SASRecConfig, items: ItemEncoder) -> None:
         super().__init__(config, items)
@@ -74,8 +76,7 @@ class SASRec(SequenceRecommender):
                 nn.init.zeros_(module.bias)
 
     def forward(self, items: Tensor, knowledge: Tensor | None = None) -> Tensor:
-        if items.shape[1] > self.config.max_length:
-            raise ValueError(f"sequences of {items.shape[1]} items, the model reads {self.config.max_length}")
+        self.check_length(items)
         steps = torch.arange(items.shape[1], device=items.device)
         x = self.items(items, knowledge) * math.sqrt(self.config.dim) + self.positions(steps)
         x = F.dropout(x, self.config.dropout, self.training)

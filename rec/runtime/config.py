@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -96,10 +96,11 @@ def hash_of(content: Any) -> str:
 
 
 def _one_line(root: type[Section], problem: ErrorDetails) -> str:
-    *parents, leaf = [str(part) for part in problem["loc"]] or ["recipe"]
+    location, section = _where(root, [str(part) for part in problem["loc"]] or ["recipe"])
+    *parents, leaf = location
     where = ".".join(parents) or "the recipe"
     if problem["type"] == "extra_forbidden":
-        valid = _keys_at(root, parents)
+        valid = list(section.model_fields) if section else []
         # "lr_rate" means "lr", which is too short for a ratio of letters to see.
         near = [key for key in valid if leaf.startswith(key) or key.startswith(leaf)]
         near = near or difflib.get_close_matches(leaf, valid, n=1)
@@ -107,23 +108,40 @@ def _one_line(root: type[Section], problem: ErrorDetails) -> str:
         return f"unknown key {leaf!r} in {where}; {hint}"
     if problem["type"] == "missing":
         return f"missing key {leaf!r} in {where}"
-    dotted = ".".join([*parents, leaf])
-    return f"{dotted}: {problem['msg']}, got {problem['input']!r}"
+    if problem["type"] == "union_tag_invalid":
+        context = problem["ctx"]
+        key = str(context["discriminator"]).strip("'")
+        return f"{'.'.join(location)}.{key}: {context['tag']!r} is none of {context['expected_tags']}"
+    return f"{'.'.join(location)}: {problem['msg']}, got {problem['input']!r}"
 
 
-def _keys_at(root: type[Section], path: list[str]) -> list[str]:
-    current: Any = root
+def _where(root: type[Section], path: list[str]) -> tuple[list[str], type[Section] | None]:
+    """The keys that a user wrote, and the section that holds the last one.
+
+    For a section that is one of several kinds, pydantic puts the kind's name into the path; no user wrote that.
+    """
+    written, section, choices = [], root, [root]
     for key in path:
-        field = current.model_fields.get(key) if isinstance(current, type) else None
-        if field is None:
-            return []
-        current = next((t for t in _types_of(field.annotation) if issubclass(t, Section)), None)
-        if current is None:
-            return []
-    return list(current.model_fields)
+        if len(choices) > 1 and (chosen := _tagged(choices, key)):
+            choices = [chosen]
+            continue
+        section = choices[0] if choices else None
+        field = section.model_fields.get(key) if section else None
+        choices = _sections_of(field.annotation) if field else []
+        written.append(key)
+    return written, section
 
 
-def _types_of(annotation: Any) -> list[type]:
+def _tagged(choices: list[type[Section]], tag: str) -> type[Section] | None:
+    """The section whose name (the one value that its first field may have) is ``tag``."""
+    for choice in choices:
+        first = next(iter(choice.model_fields.values()))
+        if tag in get_args(first.annotation):
+            return choice
+    return None
+
+
+def _sections_of(annotation: Any) -> list[type[Section]]:
     if isinstance(annotation, type):
-        return [annotation]
-    return [part for part in getattr(annotation, "__args__", ()) if isinstance(part, type)]
+        return [annotation] if issubclass(annotation, Section) else []
+    return [section for part in get_args(annotation) for section in _sections_of(part)]

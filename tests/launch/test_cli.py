@@ -74,7 +74,7 @@ def test_impossible_settings_are_refused(tmp_path):
     recipe = write_recipe(tmp_path, "ml-100k", align={"trainer": {"batch_size": 5}})
     assert_one_line(recalign("align", recipe), "batch_size 5 is not divisible by trainer.processes 2")
 
-    recipe = write_recipe(tmp_path, "ml-100k", rec={"sasrec": {"dim": 64, "heads": 3}})
+    recipe = write_recipe(tmp_path, "ml-100k", rec={"model": {"dim": 64, "heads": 3}})
     assert_one_line(recalign("align", recipe), "dim 64 is not divisible by heads 3")
     recipe = write_recipe(tmp_path, "ml-100k", align={"trainer": {"bf16": True}})
     assert_one_line(recalign("align", recipe), "canary_tolerance")

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 STEPS, BATCH = 40, 4
 RECIPE = {
     "rec": {
-        "sasrec": {"dim": 16, "heads": 2, "blocks": 1, "max_length": 8, "dropout": 0.1},
+        "model": {"dim": 16, "heads": 2, "blocks": 1, "max_length": 8, "dropout": 0.1},
         "train": {"batch_size": 16, "epochs": 3, "lr": 5e-3},
     },
     "llm": {

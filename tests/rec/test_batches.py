@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from rec.batches import TrainWindows
+from rec.batches import NextItemWindows
 from rec.data.prepared import Prepared
 from rec.runtime.errors import UserError
 
@@ -28,8 +28,8 @@ UNEVEN = [3, 4, 5, 6, 7, 8, 11, 12, 13, 30, 3, 100] * 4
 def test_every_training_item_but_the_first_is_a_target_once(max_length, batch_size):
     data = data_of(UNEVEN)
     seen = Counter()
-    for _, targets in TrainWindows(data, max_length, batch_size).epoch(0, 0):
-        seen.update(targets[targets > 0].tolist())
+    for batch in NextItemWindows.of(data, "train", max_length, batch_size).epoch(0, 0):
+        seen.update(batch.targets[batch.targets > 0].tolist())
     expected = Counter()
     for start, end in zip(data.offsets[:-1].tolist(), data.train_ends.tolist(), strict=True):
         expected.update(data.sequence[start + 1 : end].tolist())
@@ -39,7 +39,8 @@ def test_every_training_item_but_the_first_is_a_target_once(max_length, batch_si
 @pytest.mark.parametrize("max_length", [1, 5, 200])
 def test_inputs_precede_their_targets_and_padding_is_on_the_right(max_length):
     data = data_of(UNEVEN)
-    for inputs, targets in TrainWindows(data, max_length, 7).epoch(0, 0):
+    for batch in NextItemWindows.of(data, "train", max_length, 7).epoch(0, 0):
+        inputs, targets = batch.items, batch.targets
         valid = inputs > 0
         assert inputs.shape == targets.shape
         assert 1 <= inputs.shape[1] <= max_length
@@ -55,13 +56,13 @@ def test_inputs_precede_their_targets_and_padding_is_on_the_right(max_length):
 def test_held_out_items_are_never_seen(max_length):
     data = data_of(UNEVEN)
     held_out = set(data.targets("valid").tolist()) | set(data.targets("test").tolist())
-    for inputs, targets in TrainWindows(data, max_length, 5).epoch(1, 2):
-        assert not held_out & set(inputs.flatten().tolist())
-        assert not held_out & set(targets.flatten().tolist())
+    for batch in NextItemWindows.of(data, "train", max_length, 5).epoch(1, 2):
+        assert not held_out & set(batch.items.flatten().tolist())
+        assert not held_out & set(batch.targets.flatten().tolist())
 
 
 def batches_of(data: Prepared, seed: int, epoch: int) -> list[list[list[int]]]:
-    return [inputs.tolist() for inputs, _ in TrainWindows(data, 5, 4).epoch(seed, epoch)]
+    return [batch.items.tolist() for batch in NextItemWindows.of(data, "train", 5, 4).epoch(seed, epoch)]
 
 
 def test_order_is_a_function_of_seed_and_epoch(small_data):
@@ -70,25 +71,25 @@ def test_order_is_a_function_of_seed_and_epoch(small_data):
     assert batches_of(small_data, 1, 1) != first
     assert batches_of(small_data, 2, 0) != first
     # Epochs do not depend on those before them: a resumed run goes on with the same batches.
-    windows = TrainWindows(small_data, 5, 4)
+    windows = NextItemWindows.of(small_data, "train", 5, 4)
     list(windows.epoch(1, 0))
-    assert [inputs.tolist() for inputs, _ in windows.epoch(1, 1)] == batches_of(small_data, 1, 1)
+    assert [batch.items.tolist() for batch in windows.epoch(1, 1)] == batches_of(small_data, 1, 1)
 
 
 @pytest.mark.parametrize("n_users", [1, 31, 32, 33, 64])
 def test_length_is_the_number_of_batches(n_users):
-    windows = TrainWindows(data_of([6] * n_users), 10, 2)
+    windows = NextItemWindows.of(data_of([6] * n_users), "train", 10, 2)
     assert len(windows) == len(list(windows.epoch(0, 0))) == -(-n_users // 2)
 
 
 def test_batches_are_little_padding():
     lengths = np.random.default_rng(0).integers(3, 60, size=400).tolist()
-    batches = [inputs for inputs, _ in TrainWindows(data_of(lengths), 50, 16).epoch(0, 0)]
+    batches = [batch.items for batch in NextItemWindows.of(data_of(lengths), "train", 50, 16).epoch(0, 0)]
     padding = sum((inputs == 0).sum().item() for inputs in batches) / sum(inputs.numel() for inputs in batches)
     assert padding < 0.1
 
 
 def test_nothing_to_train_on_is_one_line():
     with pytest.raises(UserError, match="made-up leaves nothing to train on: no user has more than 3 interactions"):
-        TrainWindows(data_of([3, 3, 3]), 5, 2)
-    assert len(TrainWindows(data_of([3, 4]), 5, 2)) == 1
+        NextItemWindows.of(data_of([3, 3, 3]), "train", 5, 2)
+    assert len(NextItemWindows.of(data_of([3, 4]), "train", 5, 2)) == 1

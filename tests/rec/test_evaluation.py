@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rec.config import EvaluateConfig
-from rec.evaluation import evaluate, ranks_of
+from rec.evaluation import evaluate
 from rec.item_encoder import IDTable
 from rec.models.sasrec import SASRec, SASRecConfig
 
@@ -59,19 +59,24 @@ def test_full_ranking_equals_a_naive_loop(small_data, seen, split):
     assert summary["NDCG@10_se"] == pytest.approx(math.sqrt(variance / len(gains)))
 
 
-def test_a_constant_model_is_no_better_than_chance():
-    assert ranks_of(torch.zeros(1, 9), torch.tensor([3])).tolist() == [5.0]
+@pytest.mark.parametrize(("ties", "rank"), [("mean", 15.5), ("optimistic", 1.0), ("pessimistic", 30.0)])
+def test_a_constant_model_gets_what_the_tie_rule_says(small_data, ties, rank):
+    model = coarse_model(small_data.n_items)
+    model.scores = lambda states: torch.zeros(len(states), small_data.n_items)
+    assert set(evaluate(model, small_data, "test", EvaluateConfig(ties=ties)).ranks.tolist()) == {rank}
 
 
-def test_a_diverged_model_gets_no_score_at_all():
+def test_a_diverged_model_gets_no_score_at_all(small_data):
+    model = coarse_model(small_data.n_items)
+    torch.nn.init.constant_(model.norm.bias, float("nan"))
     with pytest.raises(FloatingPointError, match="diverged"):
-        ranks_of(torch.full((2, 9), float("nan")), torch.tensor([3, 4]))
+        evaluate(model, small_data, "test", EvaluateConfig())
 
 
 def test_a_subset_of_users_gets_the_same_ranks(small_data):
     model = coarse_model(small_data.n_items)
     everyone = evaluate(model, small_data, "test", EvaluateConfig())
-    some = evaluate(model, small_data, "test", EvaluateConfig(batch_size=2), users=[5, 3, 11])
+    some = evaluate(model, small_data, "test", EvaluateConfig(batch_size=2), instances=[5, 3, 11])
     assert some.ranks.tolist() == everyone.ranks[[5, 3, 11]].tolist()
 
 

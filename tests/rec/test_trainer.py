@@ -14,7 +14,7 @@ from rec.trainer import build_model, train
 CONFIG = build(
     RecConfig,
     {
-        "sasrec": {"dim": 16, "heads": 2, "blocks": 1, "max_length": 8, "dropout": 0.1},
+        "model": {"dim": 16, "heads": 2, "blocks": 1, "max_length": 8, "dropout": 0.1},
         "train": {"lr": 5e-3, "batch_size": 8, "epochs": 12, "patience": 12, "checkpoint_every": 1},
     },
 )

@@ -1,0 +1,130 @@
+"""The ``rec.items`` section: which item encoder, and the file of vectors that it begins with."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rec.data.prepared import Prepared
+from rec.item_encoder import IDPlusVectors, IDTable, ItemEncoder, KnowledgeConcat, VectorTable
+from rec.runtime import files
+from rec.runtime.config import Section
+from rec.runtime.errors import UserError
+
+
+class IDItems(Section):
+    """One trainable vector an item."""
+
+    kind: Literal["id"] = "id"
+
+
+class VectorItems(Section):
+    """A table that begins as the vectors of a file."""
+
+    kind: Literal["vectors"] = "vectors"
+    file: Path
+    """``item_vectors.safetensors``: a tensor ``vectors`` [N, K] and the ``item_ids`` that they belong to."""
+    trainable: bool = True
+    projection: bool = False
+    """Learn a linear map from the file's width to the model's; needed where they differ."""
+    std: float | None = Field(None, gt=0)
+    """Scale the vectors as a whole to this standard deviation; models expect about 0.02. Null: as they are."""
+
+
+class IDPlusVectorItems(Section):
+    """A trainable ID vector plus the fixed vectors of a file."""
+
+    kind: Literal["id+vectors"] = "id+vectors"
+    file: Path
+    projection: bool = False
+    std: float | None = Field(None, gt=0)
+
+
+class KnowledgeItems(Section):
+    """An ID vector concatenated with the knowledge vectors of a file."""
+
+    kind: Literal["knowledge"] = "knowledge"
+    file: Path
+    on_target: bool = False
+    """Whether scored candidates carry knowledge too."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
+ItemsConfig = Annotated[IDItems | VectorItems | IDPlusVectorItems | KnowledgeItems, Field(discriminator="kind")]
+
+
+def make_items(config: ItemsConfig, data: Prepared, dim: int) -> ItemEncoder:
+    """The item encoder of width ``dim`` for ``data``.
+
+    Raises:
+        UserError: if the file of vectors does not fit the data or the model.
+    """
+    if isinstance(config, IDItems):
+        return IDTable(data.n_items, dim)
+    vectors = load_vectors(config.file, data)
+    if isinstance(config, KnowledgeItems):
+        items = KnowledgeConcat(data.n_items, dim, vectors.shape[1], config.on_target, config.dropout)
+        items.set_knowledge(vectors)
+        return items
+    if vectors.shape[1] != dim and not config.projection:
+        raise UserError(
+            f"{config.file} holds vectors of width {vectors.shape[1]}, the model's dim is {dim}: set"
+            f" rec.model.dim={vectors.shape[1]}, or rec.items.projection=true to learn a map between them"
+        )
+    if config.std is not None:
+        vectors = vectors * (config.std / vectors.std().clamp(min=1e-12))
+    if isinstance(config, VectorItems):
+        items = VectorTable(data.n_items, dim, vectors.shape[1], config.trainable, config.projection)
+    else:
+        items = IDPlusVectors(data.n_items, dim, vectors.shape[1], config.projection)
+    items.set_vectors(vectors)
+    return items
+
+
+def save_vectors(path: Path, item_ids: list[str], vectors: Tensor, source: dict[str, str]) -> None:
+    """Write item vectors [N, K] with the ids that they belong to and where they came from."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{files.TEMPORARY_PREFIX}{path.name}")
+    metadata = {"item_ids": json.dumps(item_ids), "source": json.dumps(source)}
+    save_file({"vectors": vectors.contiguous()}, temporary, metadata)
+    files.fsync(temporary)
+    temporary.replace(path)
+
+
+def load_vectors(path: Path, data: Prepared) -> Tensor:
+    """[N, K] float32 vectors of the data's items in their order; the file may hold more items.
+
+    Raises:
+        UserError: if the file cannot be read, names an item twice or not at all, or holds values not finite.
+    """
+    try:
+        with safe_open(path, framework="pt") as stored:
+            metadata, vectors = stored.metadata() or {}, stored.get_tensor("vectors").float()
+            item_ids = json.loads(metadata["item_ids"])
+    except FileNotFoundError:
+        raise UserError(f"item vectors not found: {path}") from None
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise UserError(f"{path} holds no item vectors: {' '.join(str(error).split())}") from None
+    if vectors.dim() != 2 or len(item_ids) != len(vectors):
+        raise UserError(f"{path}: {len(item_ids)} item ids for vectors of shape {tuple(vectors.shape)}")
+    row_of = {item: row for row, item in enumerate(item_ids)}
+    if len(row_of) < len(item_ids):
+        twice = next(item for row, item in enumerate(item_ids) if row_of[item] != row)
+        raise UserError(f"{path} holds item {twice!r} twice")
+    wanted = data.items["item_id"].to_pylist()
+    missing = [item for item in wanted if item not in row_of]
+    if missing:
+        raise UserError(
+            f"{path} has no vector for {len(missing)} of {len(wanted)} items of {data.folder}, e.g. {missing[0]!r}:"
+            " make the vectors from this folder"
+        )
+    vectors = vectors[torch.tensor([row_of[item] for item in wanted])]
+    bad = (~torch.isfinite(vectors)).any(dim=1).nonzero()
+    if len(bad):
+        raise UserError(f"{path}: the vector of item {wanted[int(bad[0])]!r} holds a value that is not finite")
+    return vectors

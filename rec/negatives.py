@@ -1,0 +1,58 @@
+"""The sampled candidates of evaluation: a function of the protocol's seed, the same for every model and batch size."""
+
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rec.data.prepared import Prepared
+from rec.protocol import Protocol
+from rec.runtime.errors import UserError
+
+BLOCK_CELLS = 2**25
+
+
+def draw_negatives(protocol: Protocol, data: Prepared, part: Literal["valid", "test"]) -> Tensor:
+    """[M, n] int32 item numbers for the M instances of ``part``: distinct, never the target, never what is excluded.
+
+    Raises:
+        UserError: if the catalog has too few items for a user.
+    """
+    users, ends = data.instances(part)
+    rng = np.random.default_rng([protocol.negatives_seed, {"valid": 0, "test": 1}[part]])
+    weights = np.ones(data.n_items) if protocol.negatives_from == "uniform" else data.train_counts[1:].numpy() + 1e-9
+    cumulative = np.cumsum(weights / weights.sum())
+    block = max(1, BLOCK_CELLS // (data.n_items + 1))
+    drawn = [
+        _draw_block(protocol, data, users[first : first + block], ends[first : first + block], cumulative, rng)
+        for first in range(0, len(users), block)
+    ]
+    return torch.from_numpy(np.concatenate(drawn)) if drawn else torch.zeros(0, protocol.negatives, dtype=torch.int32)
+
+
+def _draw_block(
+    protocol: Protocol, data: Prepared, users: Tensor, ends: Tensor, cumulative: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    taken = np.zeros((len(users), data.n_items + 1), dtype=bool)
+    until = data.offsets[users + 1] if protocol.negatives_exclude == "everything" else ends + 1
+    own, _ = data.windows(users, until, len(data.sequence))
+    np.put_along_axis(taken, own.numpy(), True, axis=1)
+    free = data.n_items - taken[:, 1:].sum(1)
+    if free.min() < protocol.negatives:
+        user = int(users[int(free.argmin())])
+        raise UserError(
+            f"{protocol.negatives} negatives cannot be drawn for user number {user} of {data.folder}: only"
+            f" {int(free.min())} of {data.n_items} items are left; ask for fewer, or rank all items"
+        )
+    result = np.zeros((len(users), protocol.negatives), dtype=np.int32)
+    for nth in range(protocol.negatives):
+        missing = np.arange(len(users))
+        while len(missing):
+            items = np.searchsorted(cumulative, rng.random(len(missing)) * cumulative[-1], side="right")
+            items = np.minimum(items, data.n_items - 1) + 1
+            fine = ~taken[missing, items]
+            result[missing[fine], nth] = items[fine]
+            taken[missing[fine], items[fine]] = True
+            missing = missing[~fine]
+    return result

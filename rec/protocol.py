@@ -1,0 +1,82 @@
+"""Evaluation protocols: everything that makes two published numbers differ, as one object with a hash.
+
+Presets carry the names of the papers. A preset says how to rank; how the data was split and which interactions were
+trained on is the run's, and a preset that asks for something else is said so beside the figures.
+"""
+
+from typing import Any, Literal
+
+from pydantic import Field, PositiveInt
+
+from rec.runtime.config import Section, hash_of
+from rec.runtime.errors import UserError
+
+Split = Literal["leave-one-out", "ratio", "time", "users"]
+TrainedOn = Literal["train", "train+valid"]
+
+
+class Protocol(Section):
+    """How held-out items are ranked.
+
+    Metrics have one relevant item: with rank r, HR@k = Recall@k = [r ≤ k], NDCG@k = [r ≤ k] / log2(r + 1),
+    MRR@k = [r ≤ k] / r, MRR = 1 / r.
+    """
+
+    split: Split | None = None
+    """Which split of the data it is meant for; null for any."""
+    trained_on: TrainedOn | None = None
+    """Which part it expects the model to have been trained on; null for any."""
+    cold_targets: Literal["rank", "drop", "miss"] = "rank"
+    """Held-out items that never occur in training: rank them, leave these instances out, or count them as misses."""
+    candidates: Literal["all", "sampled"] = "all"
+    """Rank the target among all items, or among sampled negatives."""
+    negatives: int = Field(100, ge=1)
+    negatives_from: Literal["uniform", "popularity"] = "uniform"
+    negatives_exclude: Literal["history", "everything"] = "everything"
+    """What is never drawn as a negative: the user's history, or all of the user's items. The target never is."""
+    negatives_seed: int = 98765
+    """Negatives are a function of this seed and the user, the same for every model."""
+    seen: Literal["rank", "mask"] = "rank"
+    """Items of the user's history among the candidates: rank them or leave them out."""
+    ties: Literal["mean", "optimistic", "pessimistic"] = "mean"
+    """Equal scores: the target gets the mean, the best or the worst of the places that they share."""
+    cutoffs: tuple[PositiveInt, ...] = (10,)
+    """The k of HR@k, NDCG@k and MRR@k."""
+
+    @property
+    def hash(self) -> str:
+        """Of everything that decides the figures; goes into every result line."""
+        return hash_of(self)
+
+    def described(self) -> dict[str, Any]:
+        """Every field and the hash, for a result."""
+        return {"hash": self.hash, **self.model_dump(mode="json")}
+
+
+PRESETS: dict[str, Protocol] = {
+    # SeRALM runs in RecBole; RecBole ranks everything, seen items included.
+    "seralm": Protocol(split="leave-one-out", trained_on="train"),
+    "recbole": Protocol(split="leave-one-out", trained_on="train", cutoffs=(5, 10, 20)),
+    # The Elephant's code counts #(better) + 1, and drops targets that never occur in training.
+    "elephant-100": Protocol(
+        split="leave-one-out", trained_on="train", cold_targets="drop", candidates="sampled", ties="optimistic"
+    ),
+    "elephant-full": Protocol(split="leave-one-out", trained_on="train", cold_targets="drop", ties="optimistic"),
+    "lmrec-public": Protocol(split="leave-one-out", trained_on="train"),
+    "lmrec-inhouse": Protocol(split="users", trained_on="train", candidates="sampled"),
+    "unisrec": Protocol(split="leave-one-out", trained_on="train", cutoffs=(10, 50)),
+    "gsasrec": Protocol(split="leave-one-out", trained_on="train", seen="mask"),
+    # Cold targets are dropped there and then put back as misses (its "loo_correction").
+    "esasrec": Protocol(split="leave-one-out", trained_on="train", seen="mask", cold_targets="miss"),
+    # HSTU's data trains on everything but the last item, the validation item included.
+    "hstu": Protocol(split="leave-one-out", trained_on="train+valid", seen="mask"),
+    # The strictest reading: ties lose, cold targets are misses.
+    "strict": Protocol(split="leave-one-out", trained_on="train", seen="mask", cold_targets="miss", ties="pessimistic"),
+}
+
+
+def preset(name: str) -> Protocol:
+    """The protocol called ``name``; raises UserError that lists them all."""
+    if name not in PRESETS:
+        raise UserError(f"unknown protocol {name!r}; there are: {', '.join(PRESETS)}")
+    return PRESETS[name]
