@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from rec.batches import make_batches
+from rec.batches import fit_ends, make_batches
 from rec.config import RecConfig
 from rec.data.prepared import Prepared
 from rec.evaluation import evaluate
@@ -42,7 +42,7 @@ def build_model(
     """
     torch.manual_seed(config.train.seed)
     items = make_encoder() if make_encoder else make_items(config.items, data, config.model.dim)
-    return MODELS[config.model.name].for_data(config.model, items, data)
+    return MODELS[config.model.name].for_data(config.model, items, data, fit_ends(data, config.train.on))
 
 
 def train(model: Recommender, data: Prepared, config: RecConfig, run: RunFolder, title: str) -> Recommender:

@@ -89,8 +89,11 @@ class Recommender(nn.Module):
         temporary.replace(folder / WEIGHTS)
 
     @classmethod
-    def for_data(cls, config: Section, items: ItemEncoder, data: Prepared) -> "Recommender":
-        """An untrained model for ``data``; most models need to know nothing more of it than the items."""
+    def for_data(cls, config: Section, items: ItemEncoder, data: Prepared, ends: Tensor) -> "Recommender":
+        """An untrained model for ``data``; most models need to know nothing more of it than the items.
+
+        ``ends`` [users] is where each user's interactions that are trained on end (exclusive), in ``data.sequence``.
+        """
         return cls(config, items)
 
     def extra_settings(self) -> dict[str, Any]:
