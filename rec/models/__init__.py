@@ -5,9 +5,15 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 from rec.models.base import Recommender
+from rec.models.bert4rec import BERT4Rec, BERT4RecConfig
+from rec.models.bst import BST, BSTConfig
+from rec.models.gru4rec import GRU4Rec, GRU4RecConfig
+from rec.models.lightgcn import LightGCN, LightGCNConfig
 from rec.models.sasrec import SASRec, SASRecConfig
 
-MODELS: dict[str, type[Recommender]] = {model.architecture: model for model in (SASRec,)}
+MODELS: dict[str, type[Recommender]] = {
+    model.architecture: model for model in (SASRec, BERT4Rec, GRU4Rec, BST, LightGCN)
+}
 
 
 def _by_name(value: Any) -> Any:
@@ -19,4 +25,8 @@ def _by_name(value: Any) -> Any:
     return value
 
 
-ModelConfig = Annotated[SASRecConfig, Field(), BeforeValidator(_by_name)]
+ModelConfig = Annotated[
+    SASRecConfig | BERT4RecConfig | GRU4RecConfig | BSTConfig | LightGCNConfig,
+    Field(discriminator="name"),
+    BeforeValidator(_by_name),
+]
