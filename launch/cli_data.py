@@ -1,13 +1,23 @@
-"""The commands about data: ``recalign prepare``."""
+"""The commands about data: ``recalign prepare`` and ``recalign data``."""
 
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from launch.commands import add_command
 from rec.runtime.errors import UserError
 
-SOURCES = ("recbole", "movielens", "online-retail", "table")
+SOURCES = ("amazon", "movielens", "online-retail", "recbole", "sequences", "table", "yelp")
+# Which sources take which reader options.
+OPTIONS = {
+    "users": ("online-retail",),
+    "rows": ("online-retail",),
+    "min_rating": ("amazon", "movielens", "yelp"),
+}
+FILTERS = (
+    "k_core", "min_length", "repeats", "split", "valid_fraction", "test_fraction", "seed", "cold_items",
+)  # fmt: skip
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
@@ -15,20 +25,43 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     prepare = add_command(commands, "prepare", _prepare, "turn a public source into a prepared folder", """\
 examples:
   recalign prepare movielens --raw ml-1m --out data/ml-1m
+  recalign prepare amazon --raw amazon/Gift_Cards_5.json.gz --out data/gift-cards --min-rating 3
   recalign prepare online-retail --raw online_retail.csv.gz --out data/online-retail
-  recalign prepare online-retail --raw online_retail.csv.gz --users invoices --out data/invoices
+  recalign prepare online-retail --raw online_retail.csv.gz --out data/invoices --rows lmrec --users invoices
   recalign prepare recbole --raw dataset/ml-100k --out data/ml-100k
+  recalign prepare sequences --raw s3rec/Beauty.txt --out data/beauty
   recalign prepare table --raw my-data --out data/mine   # interactions.csv and items.csv, or .parquet
+  recalign prepare table --raw my-data --out data/held-out-users --split users --cold-items drop
 """)  # fmt: skip
     prepare.add_argument("source", choices=SOURCES, help="format of the raw data")
     prepare.add_argument("--raw", type=Path, required=True, help="folder or file of the raw data")
     prepare.add_argument("--out", type=Path, required=True, help="the prepared folder to make")
-    prepare.add_argument("--users", choices=("customers", "invoices"), help="online-retail: whose sequences")
-    prepare.add_argument("--k-core", type=int, default=5, help="least interactions of users and items (default: 5)")
-    prepare.add_argument(
-        "--min-length", type=int, default=3, help="least interactions of a user after that (default: 3)"
+    options = prepare.add_argument_group("reading")
+    options.add_argument("--users", choices=("customers", "invoices"), help="online-retail: whose sequences")
+    options.add_argument(
+        "--rows",
+        choices=("products", "all", "lmrec"),
+        help="online-retail: only products, all but cancellations, or as in the LMRec paper",
     )
-    prepare.add_argument("--repeats", choices=("keep", "drop"), default="keep", help="a user's repeated items")
+    options.add_argument("--min-rating", type=float, help="amazon, movielens, yelp: least rating (default: any)")
+    _add_filters(prepare.add_argument_group("filters, in this order"), prepare.add_argument_group("split"))
+
+
+def _add_filters(filters: argparse._ArgumentGroup, split: argparse._ArgumentGroup) -> None:
+    filters.add_argument("--repeats", choices=("keep", "drop"), help="a user's repeated items (default: keep)")
+    filters.add_argument("--k-core", type=int, help="least interactions of users and items (default: 5)")
+    filters.add_argument("--min-length", type=int, help="least interactions of a user after that (default: 3)")
+    split.add_argument(
+        "--split",
+        choices=("leave-one-out", "ratio", "time", "users"),
+        help="each user's last two; each user's last share; everything after a moment; held-out users' last",
+    )
+    split.add_argument("--valid-fraction", type=float, help="ratio, time, users: share to validate (default: 0.1)")
+    split.add_argument("--test-fraction", type=float, help="ratio, time, users: share to test (default: 0.1)")
+    split.add_argument("--seed", type=int, help="users: which of them are held out (default: 0)")
+    split.add_argument(
+        "--cold-items", choices=("keep", "drop"), help="targets that no training interaction has (default: keep)"
+    )
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
@@ -36,16 +69,24 @@ def _prepare(arguments: argparse.Namespace) -> None:
     from rec.data.prepare import Filters, prepare
     from rec.runtime import config
 
-    if arguments.users and arguments.source != "online-retail":
-        raise UserError("--users belongs to online-retail only")
-    options = {"users": arguments.users} if arguments.users else {}
-    filters = config.build(
-        Filters,
-        {"k_core": arguments.k_core, "min_length": arguments.min_length, "repeats": arguments.repeats},
-    )
+    options = _given(arguments, *OPTIONS)
+    for name in options:
+        if arguments.source not in OPTIONS[name]:
+            raise UserError(f"--{name.replace('_', '-')} belongs to {', '.join(OPTIONS[name])} only")
+    filters = config.build(Filters, _given(arguments, *FILTERS))
     raw = readers.read(arguments.source, arguments.raw, **options)
     counts = prepare(arguments.source, raw, arguments.out, filters)["counts"]
     kept = ", ".join(f"{counts[what]:,} {what}" for what in ("users", "items", "interactions"))
     lines = [f"{arguments.out}: {kept}"]
     lines += [f"  left out, {reason.replace('_', ' ')}: {count:,}" for reason, count in counts["left_out"].items()]
+    lines += [f"  item rows, {reason.replace('_', ' ')}: {count:,}" for reason, count in counts["item_rows"].items()]
+    lines.append("  " + ", ".join(f"{part} {count:,}" for part, count in counts["parts"].items() if count))
+    for name in ("cold_targets", "targets_without_history"):
+        if any(counts[name].values()):
+            found = ", ".join(f"{split} {count:,}" for split, count in counts[name].items())
+            lines.append(f"  {name.replace('_', ' ')}: {found}")
     sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}

@@ -6,6 +6,7 @@ The same input and options give the same bytes.
 import hashlib
 import logging
 import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,14 @@ def prepare(source: str, raw: RawData, out: Path, filters: Filters) -> dict[str,
     _require_unique_items(raw)
     counts = dict(raw.dropped)
     read = len(raw.interactions) + sum(raw.dropped.values())
-    kept = _select(raw.interactions, filters, counts)
-    if not kept.any():
+    data = _Encoded.of(raw.interactions)
+    kept = _select(data, filters, counts)
+    if not len(kept):
         raise UserError(
             f"no interaction of {raw.files[0]} is left after filtering"
             f" (read {read}, left out: {_phrase(counts)}); lower k_core or check the file"
         )
-    tables, without_text = _index(raw, kept)
+    tables, without_text = _index(raw, data, kept)
     tables[INTERACTIONS], split_counts = _split(tables[INTERACTIONS], filters)
     counted = {
         "read": read,
@@ -62,6 +64,7 @@ def prepare(source: str, raw: RawData, out: Path, filters: Filters) -> dict[str,
         "items": len(tables[ITEMS]),
         "interactions": len(tables[INTERACTIONS]),
         "items_without_text": without_text,
+        "item_rows": raw.item_rows,
         **split_counts,
     }
     try:
@@ -70,43 +73,55 @@ def prepare(source: str, raw: RawData, out: Path, filters: Filters) -> dict[str,
         raise UserError(f"{out} cannot be written: {error}") from error
 
 
-def _select(table: pa.Table, filters: Filters, counts: dict[str, int]) -> np.ndarray:
-    """Mask of the interactions that every filter keeps; adds what each left out to ``counts``."""
-    users, user_names = _encode(table["user_id"])
-    items, item_names = _encode(table["item_id"])
-    times = table["timestamp"].to_numpy()
-    keep = np.ones(len(users), dtype=bool)
+@dataclass
+class _Encoded:
+    """Interactions as numbers: [interactions] codes of users and items, by first occurrence, and seconds."""
+
+    users: np.ndarray
+    user_names: pa.Array
+    items: np.ndarray
+    item_names: pa.Array
+    times: np.ndarray
+
+    @classmethod
+    def of(cls, table: pa.Table) -> "_Encoded":
+        return cls(*_encode(table["user_id"]), *_encode(table["item_id"]), table["timestamp"].to_numpy())
+
+    def by_time(self, owners: np.ndarray) -> np.ndarray:
+        """Row numbers, sorted by owner, then time, then source order (the sort is stable)."""
+        return np.lexsort((self.times, owners))
+
+
+def _select(data: _Encoded, filters: Filters, counts: dict[str, int]) -> np.ndarray:
+    """The rows [kept] that every filter keeps, ascending; adds what each left out to ``counts``."""
+    rows = np.arange(len(data.users))
     if filters.repeats == "drop":
-        order = np.lexsort((np.arange(len(times)), times))
-        _, first = np.unique(users[order].astype(np.int64) * len(item_names) + items[order], return_index=True)
-        keep[:] = False
-        keep[order[first]] = True
-        counts["repeats"] = int((~keep).sum())
-    core = _k_core(users, items, keep, filters.k_core)
-    counts["k_core"] = int(keep.sum() - core.sum())
-    long_enough = np.bincount(users[core], minlength=len(user_names)) >= filters.min_length
-    kept = core & long_enough[users]
-    counts["min_length"] = int(core.sum() - kept.sum())
+        order = data.by_time(data.users)
+        pairs = data.users[order].astype(np.int64) * len(data.item_names) + data.items[order]
+        rows = np.sort(order[np.unique(pairs, return_index=True)[1]])
+        counts["repeats"] = len(data.users) - len(rows)
+    core = _k_core(data, rows, filters.k_core)
+    counts["k_core"] = len(rows) - len(core)
+    long_enough = np.bincount(data.users[core], minlength=len(data.user_names)) >= filters.min_length
+    kept = core[long_enough[data.users[core]]]
+    counts["min_length"] = len(core) - len(kept)
     return kept
 
 
-def _index(raw: RawData, kept: np.ndarray) -> tuple[dict[str, pa.Table], int]:
+def _index(raw: RawData, data: _Encoded, kept: np.ndarray) -> tuple[dict[str, pa.Table], int]:
     """The three tables of a prepared folder, and how many items have no text."""
-    users, user_names = _encode(raw.interactions["user_id"])
-    items, item_names = _encode(raw.interactions["item_id"])
-    users, items, times = users[kept], items[kept], raw.interactions["timestamp"].to_numpy()[kept]
-    new_user = _renumber(np.unique(users), len(user_names))
-    item_table, new_item, without_text = _index_items(raw.items, np.unique(items), item_names)
-    users, items = new_user[users], new_item[items] + 1
-    order = np.lexsort((np.arange(len(times)), times, users))
+    new_user = _renumber(np.unique(data.users[kept]), len(data.user_names))
+    item_table, new_item, without_text = _index_items(raw.items, np.unique(data.items[kept]), data.item_names)
+    data = replace(data, users=new_user[data.users[kept]], items=new_item[data.items[kept]], times=data.times[kept])
+    order = data.by_time(data.users)
     interactions = pa.table(
         {
-            "user": pa.array(users[order], pa.int32()),
-            "item": pa.array(items[order], pa.int32()),
-            "timestamp": pa.array(times[order], pa.int64()),
+            "user": pa.array(data.users[order], pa.int32()),
+            "item": pa.array(data.items[order] + 1, pa.int32()),
+            "timestamp": pa.array(data.times[order], pa.int64()),
         }
     )
-    user_table = pa.table({"user_id": pa.array(user_names[np.flatnonzero(new_user >= 0)])})
+    user_table = pa.table({"user_id": data.user_names.take(pa.array(np.flatnonzero(new_user >= 0)))})
     return {ITEMS: item_table, INTERACTIONS: interactions, USERS: user_table}, without_text
 
 
@@ -126,8 +141,11 @@ def _split(interactions: pa.Table, filters: Filters) -> tuple[pa.Table, dict[str
 
 
 def _require_unique_items(raw: RawData) -> None:
+    ids = raw.items["item_id"]
+    if len(pc.unique(ids)) == len(ids):
+        return
     seen = set()
-    for row, item in enumerate(raw.items["item_id"].to_pylist(), start=1):
+    for row, item in enumerate(ids.to_pylist(), start=1):
         if item in seen:
             raise UserError(f"{raw.files[-1]}, data row {row}: item_id {item!r} occurs twice")
         seen.add(item)
@@ -145,50 +163,59 @@ def _existing(out: Path) -> dict[str, Any] | None:
     return None
 
 
-def _encode(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """Codes by first occurrence, and the values that they stand for."""
-    encoded = pc.dictionary_encode(column).combine_chunks()
-    if isinstance(encoded, pa.ChunkedArray):
-        encoded = encoded.chunk(0)
-    return encoded.indices.to_numpy(), encoded.dictionary.to_numpy(zero_copy_only=False)
+def _encode(column: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
+    """Codes [rows] by first occurrence, and the values that they stand for."""
+    if pa.types.is_dictionary(column.type):
+        # A dictionary may be in another order, and hold values that no row has.
+        column = column.unify_dictionaries()
+        names = column.chunk(0).dictionary if column.num_chunks else pa.array([], pa.string())
+        codes, old = _encode(pa.chunked_array([chunk.indices for chunk in column.chunks], pa.int32()))
+        return codes, names.take(old)
+    encoded = pc.dictionary_encode(column)
+    if not encoded.num_chunks:
+        return np.empty(0, np.int32), pa.array([], column.type)
+    encoded = encoded.unify_dictionaries()
+    return np.concatenate([chunk.indices.to_numpy() for chunk in encoded.chunks]), encoded.chunk(0).dictionary
 
 
-def _k_core(users: np.ndarray, items: np.ndarray, keep: np.ndarray, k: int) -> np.ndarray:
-    keep = keep.copy()
+def _k_core(data: _Encoded, rows: np.ndarray, k: int) -> np.ndarray:
+    """The ``rows`` left when users and items with fewer than ``k`` are dropped until there are none."""
+    users, items = data.users[rows], data.items[rows]
     while True:
-        enough_user = np.bincount(users[keep], minlength=int(users.max(initial=0)) + 1) >= k
-        enough_item = np.bincount(items[keep], minlength=int(items.max(initial=0)) + 1) >= k
-        smaller = keep & enough_user[users] & enough_item[items]
-        if smaller.sum() == keep.sum():
-            return keep
-        keep = smaller
+        enough_user = np.bincount(users, minlength=1) >= k
+        enough_item = np.bincount(items, minlength=1) >= k
+        keep = enough_user[users] & enough_item[items]
+        if keep.all():
+            return rows
+        users, items, rows = users[keep], items[keep], rows[keep]
 
 
 def _renumber(survivors: np.ndarray, size: int) -> np.ndarray:
-    new = np.full(size, -1, dtype=np.int64)
+    new = np.full(size, -1, dtype=np.int32)
     new[survivors] = np.arange(len(survivors))
     return new
 
 
-def _index_items(items: pa.Table, survivors: np.ndarray, names: np.ndarray) -> tuple[pa.Table, np.ndarray, int]:
+def _index_items(items: pa.Table, survivors: np.ndarray, names: pa.Array) -> tuple[pa.Table, np.ndarray, int]:
     """The surviving rows of the item table, the new number of each old code, and how many have no text.
 
     An item that is interacted with but not described stays, with empty text, at the end.
     """
-    row_of = {item: row for row, item in enumerate(items["item_id"].to_pylist())}
-    undescribed = len(row_of)
-    order = sorted(survivors, key=lambda code: (row_of.get(names[code], undescribed), names[code]))
-    new = np.full(len(names), -1, dtype=np.int64)
-    new[order] = np.arange(len(order))
-    rows = [row_of.get(names[code]) for code in order]
-    text_columns = [name for name in items.column_names if name != "item_id"]
-    columns: dict[str, Any] = {"item_id": [names[code] for code in order]}
-    for name in text_columns:
-        values = items[name].to_pylist()
-        columns[name] = ["" if row is None else str(values[row] or "").strip() for row in rows]
-    table = pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
-    without = sum(not any(columns[name][row] for name in text_columns) for row in range(len(order)))
-    return table, new, without
+    items = items.cast(pa.schema([(name, pa.string()) for name in items.column_names]))  # an empty one has no types
+    kept = names.take(pa.array(survivors))
+    rows = pc.fill_null(pc.index_in(kept, value_set=items["item_id"]), len(items))
+    order = pc.sort_indices(pa.table({"row": rows, "name": kept}), [("row", "ascending"), ("name", "ascending")])
+    new = np.full(len(names), -1, dtype=np.int32)
+    new[survivors[order.to_numpy()]] = np.arange(len(survivors))
+    rows = rows.take(order)
+    described = pc.if_else(pc.less(rows, len(items)), rows, None)
+    columns, without_text = {"item_id": kept.take(order)}, np.ones(len(survivors), dtype=bool)
+    for name in items.column_names:
+        if name != "item_id":
+            values = pc.utf8_trim_whitespace(pc.fill_null(items[name].take(described), ""))
+            columns[name] = values
+            without_text &= pc.equal(values, "").to_numpy()
+    return pa.table(columns).combine_chunks(), new, int(without_text.sum())
 
 
 def _write(out: Path, tables: dict[str, pa.Table], meta: dict[str, Any]) -> dict[str, Any]:

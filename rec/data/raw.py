@@ -1,16 +1,12 @@
-"""What every reader returns, and the one careful way to read delimited text."""
+"""What every reader returns, and the checks that readers share."""
 
-import csv as standard_csv
-import gzip
-import io
-import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pyarrow import csv
 
 from rec.runtime.errors import UserError
 
@@ -20,12 +16,13 @@ class RawData:
     """One source, as read.
 
     Attributes:
-        items: ``item_id`` (string, unique) and text columns (string, "" where missing).
-        interactions: ``user_id`` (string), ``item_id`` (string), ``timestamp`` (int64 seconds), in source order:
-            it breaks ties of time.
+        items: ``item_id`` (string, unique) and text columns (string, "" where missing); may lack items.
+        interactions: ``user_id`` and ``item_id`` (string, or dictionaries of strings), ``timestamp`` (int64
+            seconds), in source order: it breaks ties of time.
         files: what was read.
-        dropped: rows that the reader left out, counted by reason.
+        dropped: interactions that the reader left out, counted by reason.
         options: the reader's options that differ from their defaults.
+        item_rows: rows of the item file that were left out or changed, counted by reason.
     """
 
     items: pa.Table
@@ -33,6 +30,7 @@ class RawData:
     files: list[Path]
     dropped: dict[str, int] = field(default_factory=dict)
     options: dict[str, str] = field(default_factory=dict)
+    item_rows: dict[str, int] = field(default_factory=dict)
 
 
 def find_file(folder: Path, *names: str) -> Path:
@@ -45,76 +43,21 @@ def find_file(folder: Path, *names: str) -> Path:
         return folder
     if not folder.exists():
         raise UserError(f"raw data not found: {folder}")
-    for name in names:
-        for candidate in (folder / name, folder / f"{name}.gz"):
-            if candidate.is_file():
-                return candidate
-    raise UserError(f"{folder} holds none of: {', '.join(names)} (also tried .gz)")
+    found = find_optional(folder, *names)
+    if found is None:
+        raise UserError(f"{folder} holds none of: {', '.join(names)} (also tried .gz)")
+    return found
 
 
-def read_content(path: Path) -> bytes:
-    """A file's bytes, decompressed if its name ends in ``.gz``.
-
-    Raises:
-        UserError: if the file is missing, unreadable, empty, or a truncated or broken gzip.
-    """
-    try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"raw data not found: {path}") from None
-    except (EOFError, OSError, zlib.error) as error:  # BadGzipFile is an OSError
-        raise UserError(f"{path} cannot be read: {error}") from error
-    if not content.strip():
-        raise UserError(f"{path} is empty")
-    return content
+def find_optional(folder: Path, *names: str) -> Path | None:
+    """The first of ``names`` (also with ``.gz``) in ``folder``, or None."""
+    candidates = [folder / f"{name}{suffix}" for name in names for suffix in ("", ".gz")]
+    return next((path for path in candidates if path.is_file()), None)
 
 
-def read_delimited(
-    path: Path,
-    delimiter: str = ",",
-    columns: list[str] | None = None,
-    encoding: str = "utf-8",
-    quoted: bool = True,
-) -> pa.Table:
-    """Read delimited text, every column as a string.
-
-    Args:
-        path: plain or ``.gz``.
-        delimiter: one character, or the ``::`` of MovieLens.
-        columns: names for a file without a header line.
-        encoding: of the file.
-        quoted: whether double quotes enclose fields.
-
-    Raises:
-        UserError: naming the file and, for a row with a wrong number of fields, its number (the header is row 1);
-            also if there is no row below the header, or the file ends inside double quotes.
-    """
-    content = read_content(path)
-    if len(delimiter) > 1:
-        content, delimiter = content.replace(delimiter.encode(), b"\t"), "\t"
-    try:
-        text = content.decode(encoding)
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}, line {line}: not {encoding} text (byte {content[error.start]:#04x})") from None
-    names = columns or _header(path, text, delimiter, quoted)
-    if not columns and not text.partition("\n")[2].strip():
-        raise UserError(f"{path} has a header line but no rows")
-    try:
-        table = csv.read_csv(
-            io.BytesIO(text.encode()),
-            # One thread, because only then does the error of a broken row know its number.
-            csv.ReadOptions(use_threads=False, column_names=names, skip_rows=0 if columns else 1),
-            csv.ParseOptions(delimiter=delimiter, quote_char='"' if quoted else False, newlines_in_values=quoted),
-            csv.ConvertOptions(column_types={name: pa.string() for name in names}, strings_can_be_null=False),
-        )
-    except pa.ArrowInvalid as error:
-        if "straddling" in str(error):
-            raise UserError(f"{path}: a row is longer than 1 MiB; is a double quote left open?") from None
-        raise UserError(f"{path}: {first_line(error)}") from None
-    if quoted and _ends_in_quotes(text, table[-1][-1].as_py()):
-        raise UserError(f"{path}, data row {len(table)}: a double quote is left open")
-    return table
+def items_without_text() -> pa.Table:
+    """The item table of a source that describes none: ``prepare`` adds every item that is interacted with."""
+    return pa.table({"item_id": pa.array([], pa.string())})
 
 
 def first_line(error: Exception) -> str:
@@ -122,17 +65,24 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def require_columns(table: pa.Table, path: Path, *names: str) -> None:
+def require_columns(present: Sequence[str], path: Path, *names: str) -> None:
     """Raise a UserError that lists what is there if one of ``names`` is not."""
     for name in names:
-        if name not in table.column_names:
-            raise UserError(f"{path} has no column {name!r}; it has: {', '.join(table.column_names)}")
+        if name not in present:
+            raise UserError(f"{path} has no column {name!r}; it has: {', '.join(present)}")
 
 
 def require_ids(table: pa.Table, path: Path, *names: str) -> None:
-    """Raise a UserError that names the first row where one of these string columns is empty."""
+    """Raise a UserError that names the first row where one of these (string or dictionary) columns is empty."""
     for name in names:
-        row = pc.index(table[name], "").as_py()
+        column = table[name]
+        if pa.types.is_dictionary(column.type):
+            column = column.unify_dictionaries()
+            empty = pc.index(column.chunk(0).dictionary, "").as_py() if column.num_chunks else -1
+            codes = pa.chunked_array([chunk.indices for chunk in column.chunks], column.type.index_type)
+            row = pc.index(codes, empty).as_py() if empty >= 0 else -1
+        else:
+            row = pc.index(column, "").as_py()
         if row >= 0:
             raise UserError(f"{path}, data row {row + 1}: {name} is empty")
 
@@ -147,26 +97,30 @@ def cast_strings(strings: pa.ChunkedArray, kind: pa.DataType, path: Path, column
     try:
         return pc.cast(trimmed, kind)
     except pa.ArrowInvalid:
-        for row, text in enumerate(trimmed, start=1):
-            try:
-                pc.cast(text, kind)
-            except pa.ArrowInvalid:
-                value = text.as_py()[:80]
-                raise UserError(f"{path}, data row {row}: {column} is {value!r}, not {what}") from None
-        raise
+        row = _first_failure(trimmed, kind)
+        raise UserError(f"{path}, data row {row + 1}: {column} is {trimmed[row].as_py()[:80]!r}, not {what}") from None
 
 
 def to_seconds(table: pa.Table, column: str, path: Path) -> pa.ChunkedArray:
-    """A string column of seconds since 1970 as int64. Never float32: it cannot tell times a minute apart.
+    """A string column of times as int64 seconds. Never float32: it cannot tell times a minute apart.
+
+    The first row decides how all are read: numbers are taken as they are (whatever they count), dates like
+    2010-12-01, 2010-12-01 08:26:00 or 2010-12-01T08:26:00Z become seconds since 1970.
 
     Raises:
-        UserError: naming the first row that is no number, or no time.
+        UserError: naming the first row that is no number (or no date), or no time.
     """
     strings = table[column]
     try:
         return pc.cast(pc.utf8_trim_whitespace(strings), pa.int64())
     except pa.ArrowInvalid:
-        seconds = cast_strings(strings, pa.float64(), path, column, "a number").to_numpy()
+        pass
+    first = strings[0].as_py().strip()
+    if first[4:5] == first[7:8] == "-":
+        zone = "UTC" if first.endswith("Z") or first[19:20] in ("+", "-") else None
+        times = cast_strings(strings, pa.timestamp("us", zone), path, column, "a date like 2010-12-01 08:26:00")
+        return pc.cast(pc.cast(times, pa.timestamp("s", zone), safe=False), pa.int64())
+    seconds = cast_strings(strings, pa.float64(), path, column, "a number").to_numpy()
     bad = ~(np.abs(seconds) < 2**63)  # NaN compares false
     if bad.any():
         row = int(np.flatnonzero(bad)[0])
@@ -174,14 +128,32 @@ def to_seconds(table: pa.Table, column: str, path: Path) -> pa.ChunkedArray:
     return pa.chunked_array([seconds.astype(np.int64)])
 
 
-def _header(path: Path, text: str, delimiter: str, quoted: bool) -> list[str]:
-    first = text.split("\n", 1)[0].rstrip("\r").lstrip("\ufeff")
-    names = next(standard_csv.reader([first], delimiter=delimiter)) if quoted else first.split(delimiter)
-    if not names or len(set(names)) < len(names) or not all(names):
-        raise UserError(f"{path}: the header line has empty or repeated column names: {first[:200]}")
-    return names
+def keep_rated(
+    table: pa.Table, ratings: pa.ChunkedArray, min_rating: float | None, dropped: dict[str, int]
+) -> pa.Table:
+    """The rows rated at least ``min_rating`` (all if None); adds how many were left out to ``dropped``.
+
+    Args:
+        table: the interactions.
+        ratings: float64, one a row.
+        min_rating: RecBole-family papers use 3.
+        dropped: gets ``rating_too_low``.
+    """
+    if min_rating is None:
+        return table
+    kept = table.filter(pc.greater_equal(ratings, min_rating))
+    dropped["rating_too_low"] = len(table) - len(kept)
+    return kept
 
 
-def _ends_in_quotes(text: str, last: str) -> bool:
-    """Whether a quote opens the last field and nothing closes it: Arrow then takes the rest of the file for it."""
-    return text.count('"') % 2 == 1 and text.endswith('"' + last.replace('"', '""'))
+def _first_failure(strings: pa.ChunkedArray, kind: pa.DataType) -> int:
+    """The first row that cannot be cast, by halves: a loop over ten million rows would take minutes."""
+    begin, end = 0, len(strings)
+    while end - begin > 1:
+        middle = (begin + end) // 2
+        try:
+            pc.cast(strings.slice(begin, middle - begin), kind)
+            begin = middle
+        except pa.ArrowInvalid:
+            end = middle
+    return begin

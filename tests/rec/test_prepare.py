@@ -1,16 +1,15 @@
 """The prepared folder: filters, numbering, counts, and that nothing half-written is ever seen."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import SHARED_DATA, make_raw
+from conftest import make_raw
 from pyarrow import parquet
 
-from rec.data import builtin, readers
+from rec.data import readers
 from rec.data.prepare import META, Filters, prepare
 from rec.data.prepared import Prepared
 from rec.data.raw import RawData
@@ -281,26 +280,3 @@ def test_meta_says_where_the_data_came_from(tmp_path):
     assert meta["filters"]["split"] == "leave-one-out"
     assert meta["schema_version"] == 2
     assert len(meta["raw_sha256"]) == len(meta["content_hash"]) == 16
-
-
-def test_real_ml_100k_is_the_same_from_both_its_sources(tmp_path):
-    if importlib.util.find_spec("recbole") is None:
-        pytest.skip("the recbole wheel is not installed")
-    if not (SHARED_DATA / "ml-100k").is_dir():
-        pytest.skip(f"real data is absent: {SHARED_DATA / 'ml-100k'}")
-    original = prepare("movielens", readers.read("movielens", SHARED_DATA / "ml-100k"), tmp_path / "a", LOOSE)
-    wheel = prepare("recbole", builtin.ml_100k(), tmp_path / "b", LOOSE)
-    assert original["counts"] == wheel["counts"]
-    assert (original["counts"]["users"], original["counts"]["items"]) == (943, 1682)
-    assert original["counts"]["read"] == original["counts"]["interactions"] == 100_000
-    assert kept_rows(tmp_path / "a") == kept_rows(tmp_path / "b")
-
-
-def test_real_online_retail_adds_up(tmp_path):
-    if not (SHARED_DATA / "online-retail").is_dir():
-        pytest.skip(f"real data is absent: {SHARED_DATA / 'online-retail'}")
-    raw = readers.read("online-retail", SHARED_DATA / "online-retail")
-    counts = prepare("online-retail", raw, tmp_path / "out", Filters())["counts"]
-    assert counts["read"] == 541_909 == sum(counts["left_out"].values()) + counts["interactions"]
-    assert (counts["users"], counts["items"], counts["interactions"]) == (4_105, 3_186, 394_810)
-    assert counts["items_without_text"] == 0

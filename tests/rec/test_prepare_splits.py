@@ -9,7 +9,6 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from rec.batches import TrainWindows
 from rec.data.prepare import META, Filters, prepare
 from rec.data.prepared import Prepared
 from rec.data.raw import RawData
@@ -67,8 +66,6 @@ def test_whatever_the_split_training_comes_first_and_counts_add_up(tmp_path, kin
         for row, window, length in zip(rows.tolist(), windows.tolist(), lengths.tolist(), strict=True):
             begin = int(data.offsets[users[row]])
             assert window[:length] == data.sequence[begin : int(ends[row])].tolist()[-7:]
-    n_windows = len(TrainWindows(data, 7, 4).users)
-    assert n_windows == sum(-(-max(0, part.count(TRAIN) - 1) // 7) for part in parts_of(data).values())
 
 
 def test_ratio_gives_each_user_the_last_shares_and_at_least_one_to_train(tmp_path):

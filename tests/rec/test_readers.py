@@ -7,52 +7,13 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from conftest import SHARED_DATA
 from pyarrow import parquet
+from raw_files import HEADER, RETAIL_HEADER, csv_pair, message_of, parquet_pair, retail_row, rows_of, write_files
 
 from rec.data import builtin, readers
-from rec.data.raw import RawData, read_content, read_delimited
+from rec.data.prepare import Filters, prepare
+from rec.data.textfile import read_delimited
 from rec.runtime.errors import UserError
-
-HEADER = "user_id,item_id,timestamp\n"
-RETAIL_HEADER = "InvoiceNo,StockCode,Description,Quantity,InvoiceDate,UnitPrice,CustomerID,Country\n"
-
-
-def write_files(folder: Path, **contents: str | bytes) -> Path:
-    """Files called like the keywords, with ``__`` for the dot."""
-    folder.mkdir(exist_ok=True)
-    for name, content in contents.items():
-        data = content if isinstance(content, bytes) else content.encode()
-        (folder / name.replace("__", ".")).write_bytes(data)
-    return folder
-
-
-def csv_pair(folder: Path, interactions: str | bytes, items: str | bytes = "item_id,title\na,A\n") -> Path:
-    return write_files(folder, interactions__csv=interactions, items__csv=items)
-
-
-def parquet_pair(folder: Path, timestamps: pa.Array, items: pa.Table | None = None) -> Path:
-    rows = range(len(timestamps))
-    table = pa.table({"timestamp": timestamps, "user_id": [7] * len(rows), "item_id": [10 + row for row in rows]})
-    parquet.write_table(table, folder / "interactions.parquet")
-    parquet.write_table(items or pa.table({"item_id": [10, 11], "title": ["A", None]}), folder / "items.parquet")
-    return folder
-
-
-def retail_row(invoice="1", code="85123A", description="LAMP", date="2010-12-01 08:26:00", customer="17850.0") -> str:
-    return f"{invoice},{code},{description},6,{date},2.55,{customer},United Kingdom\n"
-
-
-def rows_of(raw: RawData) -> list[tuple[str, str, int]]:
-    return [tuple(row.values()) for row in raw.interactions.select(["user_id", "item_id", "timestamp"]).to_pylist()]
-
-
-def message_of(source: str, folder: Path, **options: str) -> str:
-    """The one line that reading ends with."""
-    with pytest.raises(UserError) as caught:
-        readers.read(source, folder, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def test_recbole_atomic_files_lose_their_types_and_keep_their_text(tmp_path):
@@ -80,7 +41,6 @@ def test_recbole_mistakes_are_named(tmp_path):
     write_files(tmp_path, a__inter="user_id:token\titem_id:token\n1\t2\n")
     assert "has no column 'timestamp'; it has: user_id, item_id" in message_of("recbole", tmp_path)
     write_files(tmp_path, a__inter="user_id:token\titem_id:token\ttimestamp:float\n1\t2\t3\n")
-    assert message_of("recbole", tmp_path) == f"raw data not found: {tmp_path / 'a.item'}"
     write_files(tmp_path, a__item="item_id:token\ttitle:token\ttitle:float\n2\tx\t1\n")
     assert "repeated column names" in message_of("recbole", tmp_path)
 
@@ -299,8 +259,27 @@ def test_bad_csv_is_one_line_with_file_and_row(tmp_path, interactions, expected)
 def test_missing_folder_and_missing_half_of_the_pair_are_named(tmp_path):
     assert message_of("table", tmp_path / "none") == f"raw data not found: {tmp_path / 'none'}"
     assert "holds none of: interactions.csv, interactions.parquet" in message_of("table", tmp_path)
-    write_files(tmp_path, interactions__csv=HEADER + "u,a,1\n")
-    assert "holds none of: items.csv, items.parquet" in message_of("table", tmp_path)
+
+
+@pytest.mark.parametrize("source", ["table", "recbole", "sequences", "amazon"])
+def test_without_an_item_file_items_have_no_text(tmp_path, caplog, source):
+    contents = {
+        "table": {"interactions__csv": HEADER + "u,b,1\nu,a,2\nu,c,3\n"},
+        "recbole": {"x__inter": "user_id:token\titem_id:token\ttimestamp:float\nu\tb\t1\nu\ta\t2\nu\tc\t3\n"},
+        "sequences": {"x__txt": "u b a c\n"},
+        "amazon": {
+            "X_5__json": "".join(
+                f'{{"reviewerID": "u", "asin": "{item}", "unixReviewTime": {time}}}\n'
+                for time, item in enumerate("bac", 1)
+            )
+        },
+    }[source]
+    raw = readers.read(source, write_files(tmp_path / "raw", **contents))
+    assert [row[:2] for row in rows_of(raw)] == [("u", "b"), ("u", "a"), ("u", "c")]
+    assert "the items have no text" in caplog.text
+    meta = prepare(source, raw, tmp_path / "out", Filters(k_core=0))
+    assert meta["counts"]["items_without_text"] == meta["counts"]["items"] == 3
+    assert parquet.read_table(tmp_path / "out" / "items.parquet").to_pydict() == {"item_id": ["a", "b", "c"]}
 
 
 @pytest.mark.parametrize("tail", ['"half a tit', '"', '"line\r\n', '"a ""quoted"" w', '"a ""quoted""', '"a ""'])
@@ -326,11 +305,11 @@ def test_truncated_and_corrupt_gzip_are_one_line(tmp_path):
     for content in (whole[: len(whole) // 2], whole[:100] + b"\xff" * 50 + whole[150:], b"hello", whole[:-1]):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"table\.csv\.gz cannot be read: ") as caught:
-            read_content(path)
+            read_delimited(path)
         assert "\n" not in str(caught.value)
     path.write_bytes(gzip.compress(b""))
     with pytest.raises(UserError, match="is empty"):
-        read_content(path)
+        read_delimited(path)
     with pytest.raises(UserError, match="raw data not found"):
         read_delimited(tmp_path / "none.csv")
 
@@ -347,31 +326,3 @@ def test_builtin_ml_100k_is_whole():
     raw = builtin.BUILTIN["ml-100k"]()
     assert (len(raw.interactions), len(raw.items)) == (100_000, 1682)
     assert raw.items.column_names == ["item_id", "movie_title", "release_year", "class"]
-
-
-def shared(name: str) -> Path:
-    if not (SHARED_DATA / name).is_dir():
-        pytest.skip(f"real data is absent: {SHARED_DATA / name}")
-    return SHARED_DATA / name
-
-
-def test_real_movielens_100k_is_read_whole():
-    raw = readers.read("movielens", shared("ml-100k"))
-    assert (len(raw.interactions), len(raw.items)) == (100_000, 1682)
-    assert len(raw.interactions["user_id"].unique()) == 943
-    assert raw.items["title"][0].as_py() == "Toy Story"
-
-
-def test_real_movielens_1m_is_read_whole():
-    raw = readers.read("movielens", shared("ml-1m"))
-    assert (len(raw.interactions), len(raw.interactions["user_id"].unique())) == (487_650, 2_999)
-    assert len(raw.items) == 3883
-    assert all(raw.items["year"].to_pylist()), "every title ends in its year"
-
-
-def test_real_online_retail_counts_every_row():
-    raw = readers.read("online-retail", shared("online-retail"))
-    assert len(raw.interactions) + sum(raw.dropped.values()) == 541_909
-    assert raw.dropped["cancellation"] == 9_288
-    assert 4_300 < len(raw.interactions["user_id"].unique()) < 4_339  # 4,339 with postage and the like
-    assert all(raw.items["description"].to_pylist())

@@ -1,45 +1,57 @@
 """RecBole atomic files: tab-separated, one header line of ``name:type`` fields."""
 
+import logging
 from pathlib import Path
 
 import pyarrow as pa
 
-from rec.data import raw
+from rec.data import raw, textfile
 from rec.runtime.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 def read(folder: Path) -> raw.RawData:
     """Read ``NAME.inter`` and ``NAME.item`` of one folder; ``folder`` may be the ``.inter`` file itself.
 
-    Text columns keep RecBole's names (ML-100K: ``movie_title``, ``release_year``, ``class``).
+    Text columns keep RecBole's names (ML-100K: ``movie_title``, ``release_year``, ``class``). Without a ``.item``
+    file, items have no text.
 
     Raises:
-        UserError: if a file or a required column is missing, or several data sets lie in the folder.
+        UserError: if a required column is missing, or several data sets lie in the folder.
     """
     if not folder.exists():
         raise UserError(f"raw data not found: {folder}")
-    found = [folder] if folder.suffix == ".inter" else sorted(folder.glob("*.inter"))
-    if len(found) != 1:
-        raise UserError(f"{folder} should hold one .inter file of RecBole's atomic files, it holds {len(found)}")
+    found = [folder] if folder.is_file() else sorted(folder.glob("*.inter"))
+    if len(found) != 1 or found[0].suffix != ".inter":
+        count = len(found) if folder.is_dir() else 0
+        raise UserError(f"{folder} should hold one .inter file of RecBole's atomic files, it holds {count}")
     inter_path, item_path = found[0], found[0].with_suffix(".item")
-    inter = _read_atomic(inter_path)
-    raw.require_columns(inter, inter_path, "user_id", "item_id", "timestamp")
+    inter = _read_atomic(inter_path, ["user_id", "item_id", "timestamp"], ["user_id", "item_id"])
     raw.require_ids(inter, inter_path, "user_id", "item_id")
-    interactions = pa.table(
-        {
-            "user_id": inter["user_id"],
-            "item_id": inter["item_id"],
-            "timestamp": raw.to_seconds(inter, "timestamp", inter_path),
-        }
-    )
+    times = raw.to_seconds(inter, "timestamp", inter_path)
+    interactions = inter.select(["user_id", "item_id"]).append_column("timestamp", times)
+    if not item_path.is_file():
+        log.warning("%s is absent: the items have no text", item_path)
+        return raw.RawData(raw.items_without_text(), interactions, [inter_path])
     items = _read_atomic(item_path)
-    raw.require_columns(items, item_path, "item_id")
+    raw.require_columns(items.column_names, item_path, "item_id")
+    raw.require_ids(items, item_path, "item_id")
     return raw.RawData(items, interactions, [inter_path, item_path])
 
 
-def _read_atomic(path: Path) -> pa.Table:
-    table = raw.read_delimited(path, delimiter="\t", quoted=False)
-    names = [name.partition(":")[0] for name in table.column_names]
-    if len(set(names)) < len(names):
-        raise UserError(f"{path}: the header line has repeated column names: {' '.join(table.column_names)}")
-    return table.rename_columns(names)
+def _read_atomic(path: Path, wanted: list[str] | None = None, ids: list[str] | None = None) -> pa.Table:
+    typed = textfile.header(path, "\t", quoted=False)
+    plain = [name.partition(":")[0] for name in typed]
+    if len(set(plain)) < len(plain):
+        raise UserError(f"{path}: the header line has repeated column names: {' '.join(typed)}")
+    raw.require_columns(plain, path, *(wanted or ()))
+    full = dict(zip(plain, typed, strict=True))
+    table = textfile.read_delimited(
+        path,
+        "\t",
+        quoted=False,
+        wanted=[full[name] for name in wanted] if wanted else None,
+        ids=[full[name] for name in ids or ()],
+    )
+    return table.rename_columns(wanted or plain)
