@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rec.dropout import dropout
 from rec.item_encoder import ItemEncoder
 from rec.models.base import SequenceRecommender
 from rec.runtime.config import Section
@@ -51,10 +52,21 @@ class Block(nn.Module):
         """[B, L, D] → [B, L, D]."""
         p = self.dropout if self.training else 0.0
         q, k, v = self.qkv(self.norm_attention(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
-        x = x + F.dropout(self.out(attended.transpose(1, 2).flatten(-2)), p, self.training)
-        hidden = F.dropout(F.relu(self.ffn_in(self.norm_ffn(x))), p, self.training)
-        return x + F.dropout(self.ffn_out(hidden), p, self.training)
+        attended = causal_attention(q, k, v, p)
+        x = x + dropout(self.out(attended.transpose(1, 2).flatten(-2)), p, self.training)
+        hidden = dropout(F.relu(self.ffn_in(self.norm_ffn(x))), p, self.training)
+        return x + dropout(self.ffn_out(hidden), p, self.training)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
+    """Attention [B, H, L, d] to the past and the present, with dropout ``p`` on its weights (Eq. 2)."""
+    if p == 0 or q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+    # torch has no fused attention with dropout on CPU, and its plain one draws a slow random number for each weight.
+    length = q.shape[2]
+    future = torch.ones(length, length, dtype=torch.bool).triu(1)
+    weights = (q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)).masked_fill(future, float("-inf")).softmax(-1)
+    return dropout(weights, p, True) @ v
 
 
 class SASRec(SequenceRecommender):
@@ -79,7 +91,7 @@ class SASRec(SequenceRecommender):
         self.check_length(items)
         steps = torch.arange(items.shape[1], device=items.device)
         x = self.items(items, knowledge) * math.sqrt(self.config.dim) + self.positions(steps)
-        x = F.dropout(x, self.config.dropout, self.training)
+        x = dropout(x, self.config.dropout, self.training)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
