@@ -2,14 +2,12 @@
 
 import argparse
 import shlex
-import shutil
 import sys
 from importlib import resources
 from pathlib import Path
 
-from launch import cli_data
-from launch.commands import add_command
-from rec.runtime.errors import UserError
+from launch import cli_data, cli_rec
+from launch.commands import add_command, add_run_options, delete_run
 from rec.runtime.logs import run_main
 
 # Heavy modules are imported by the commands that need them, so that --help and mistakes answer at once.
@@ -43,7 +41,7 @@ examples:
   recalign demo --run runs/short align.trainer.steps=100
 """)  # fmt: skip
     demo.add_argument("--run", type=Path, default=Path("runs/demo"), help="run folder (default: runs/demo)")
-    _add_run_options(demo)
+    add_run_options(demo)
 
     align_summary = "run the main job of a recipe: trainer and generator on this machine"
     align = add_command(commands, "align", _align, align_summary, """\
@@ -58,15 +56,11 @@ examples:
         action="store_true",
         help="do only what comes before; then start trainer and generator yourself, e.g. on a cluster",
     )
-    _add_run_options(align)
+    add_run_options(align)
 
+    cli_rec.add_commands(commands)
     cli_data.add_commands(commands)
     return parser
-
-
-def _add_run_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the recipe")
-    parser.add_argument("--fresh", action="store_true", help="delete the run folder first")
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -83,7 +77,7 @@ def _run_main_job(recipe: Path, overrides: list[str], fresh: bool, stop_before_a
 
     job = load_job(recipe, overrides)
     if fresh:
-        _delete_run(job.run)
+        delete_run(job.run)
 
     from launch import summary
     from launch.main_job import MainJobRun
@@ -103,18 +97,6 @@ def _ranks_for_gpus() -> list[str]:
 
     gpus = torch.cuda.device_count()
     return [f"align.trainer.processes={max(1, min(2, gpus - 1))}"] if gpus else []
-
-
-def _delete_run(folder: Path) -> None:
-    from rec.runtime.runfolder import CONFIG, RunFolder
-
-    if not folder.exists():
-        return
-    if not (folder / CONFIG).exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is no run folder (no {CONFIG}); not deleting it")
-    run = RunFolder(folder)
-    with run.lock("launcher"), run.lock("trainer"), run.lock("generator"):
-        shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,11 @@
 """How a ``recalign`` command is defined: one handler, one line of summary, examples in ``--help``."""
 
 import argparse
+import shutil
 from collections.abc import Callable
+from pathlib import Path
+
+from rec.runtime.errors import UserError
 
 
 def add_command(
@@ -21,3 +25,26 @@ def add_command(
     )
     parser.set_defaults(handler=handler)
     return parser
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """What every command takes that runs a recipe."""
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the recipe")
+    parser.add_argument("--fresh", action="store_true", help="delete the run folder first")
+
+
+def delete_run(folder: Path) -> None:
+    """Delete a run folder that nobody is using.
+
+    Raises:
+        UserError: if it is none, or in use.
+    """
+    from rec.runtime.runfolder import CONFIG, RunFolder
+
+    if not folder.exists():
+        return
+    if not (folder / CONFIG).exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is no run folder (no {CONFIG}); not deleting it")
+    run = RunFolder(folder)
+    with run.lock("launcher"), run.lock("trainer"), run.lock("generator"):
+        shutil.rmtree(folder)

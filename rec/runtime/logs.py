@@ -22,9 +22,6 @@ def set_up_logging(role: str = "") -> None:
 
 def run_main(main: Callable[[], None], role: str = "", debug: bool = False) -> None:
     """Run a process's entry function; a ``UserError`` ends it with one line and exit code 2."""
-    # OpenMP threads that spin for long while they wait make a step 25 times slower as soon as another process wants
-    # the core, which asynchronous training has by design. Read when torch is loaded, so children get it too.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     set_up_logging(role)
     keep_freed_memory()
     # Progress bars of libraries would drown our own lines in a log file.

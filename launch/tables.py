@@ -1,0 +1,85 @@
+"""Tables about recommenders for the terminal."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+# Wide enough for a log file too: rich would wrap at 80 columns there.
+LEAST_WIDTH = 110
+
+
+def console() -> Console:
+    """Standard output, never narrower than a table needs."""
+    plain = Console(highlight=False)
+    return plain if plain.is_terminal else Console(highlight=False, width=max(LEAST_WIDTH, plain.width))
+
+
+def print_training(result: dict[str, Any], run: Path) -> None:
+    """The figures of a finished training."""
+    training, protocol = result["training"], result["protocol"]
+    rows = result["rows"]
+    table = Table("metric", *(row["part"] for row in rows), title=f"{rows[0]['model']} on {result['data']['name']}")
+    for name in _metric_names(rows[0]):
+        table.add_row(name, *(_figure(row, name) for row in rows))
+    out = console()
+    out.print(table)
+    out.print(f"Protocol {protocol['hash']}: {describe(protocol)}; trained on {training['trained_on']}")
+    chosen = f"; best of the grid: {training['chosen']}" if "chosen" in training else ""
+    out.print(
+        f"{training['epochs']} epochs of {training['seconds_per_epoch']:.1f} s, best epoch"
+        f" {training['best_epoch'] + 1 or training['epochs']}{chosen}; {result['rows'][0]['parameters']:,} parameters"
+    )
+    out.print(f"Everything is in {run}: result.json, metrics.jsonl, model/", soft_wrap=True)
+
+
+def print_evaluations(contents: list[dict[str, Any]], groups: bool) -> None:
+    """One row a protocol, and if wanted one a group."""
+    out = console()
+    names = list(dict.fromkeys(name for content in contents for name in _metric_names(content["metrics"])))
+    table = Table(
+        "protocol", "group", "instances", *names, title=f"{contents[0]['model']}, {contents[0]['part']} items"
+    )
+    for content in contents:
+        figures = [_figure(content["metrics"], name) for name in names]
+        table.add_row(content["name"], "all", f"{content['instances']:,}", *figures)
+        for group, summary in (content["groups"] if groups else {}).items():
+            table.add_row("", group, f"{summary['instances']:,}", *(_figure(summary, name) for name in names))
+    out.print(table)
+    for content in contents:
+        out.print(f"{content['name']} ({content['protocol']['hash']}): {describe(content['protocol'])}", soft_wrap=True)
+        for remark in content["remarks"]:
+            out.print(f"  note: {remark}", soft_wrap=True)
+
+
+def print_comparison(found: dict[str, dict[str, Any]], one: Path, other: Path) -> None:
+    """Differences with intervals and p-values."""
+    table = Table("protocol", "metric", "difference", "95 % interval", "p", title=f"{one} minus {other}")
+    for protocol, metrics in found.items():
+        for name, row in metrics.items():
+            interval = f"{row['low']:+.4f} to {row['high']:+.4f}"
+            table.add_row(protocol, name, f"{row['difference']:+.4f}", interval, f"{row['p']:.4f}")
+    console().print(table)
+
+
+def describe(protocol: dict[str, Any]) -> str:
+    """A protocol in words."""
+    if protocol["candidates"] == "all":
+        seen = "seen items ranked" if protocol["seen"] == "rank" else "seen items left out"
+        candidates = f"all items, {seen}"
+    else:
+        candidates = (
+            f"{protocol['negatives']} {protocol['negatives_from']} negatives (seed {protocol['negatives_seed']},"
+            f" none of the user's {protocol['negatives_exclude']})"
+        )
+    cold = {"rank": "cold targets ranked", "drop": "cold targets dropped", "miss": "cold targets count as misses"}
+    return f"{candidates}, {protocol['ties']} ties, {cold[protocol['cold_targets']]}"
+
+
+def _metric_names(row: dict[str, Any]) -> list[str]:
+    return [name for name in row if f"{name}_se" in row]
+
+
+def _figure(row: dict[str, Any], name: str) -> str:
+    return f"{row[name]:.4f} ± {row[name + '_se']:.4f}" if name in row else "-"

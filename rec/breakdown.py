@@ -1,0 +1,62 @@
+"""Where a recommender is good: its figures by kind of target and of history."""
+
+import torch
+from torch import Tensor
+
+from rec.data.prepared import Prepared
+from rec.evaluation import Metrics, Part
+
+
+def groups(data: Prepared, part: Part) -> dict[str, Tensor]:
+    """[M] membership (bool) of every instance of ``part`` in each group.
+
+    ``cold``: the target never occurs in training, ``warm`` the others. ``repeat``: the target is in the user's
+    history, ``new`` the others. ``head``, ``middle``, ``tail``: the target is among the most popular items that make
+    up the first third of the training interactions, the second third, or the rest. ``short``, ``medium``, ``long``:
+    thirds of the history lengths.
+    """
+    users, ends = data.instances(part)
+    targets, lengths = data.sequence[ends], ends - data.offsets[users]
+    found = {"cold": data.train_counts[targets] == 0}
+    found["warm"] = ~found["cold"]
+    found["repeat"] = _repeats(data, users, ends)
+    found["new"] = ~found["repeat"]
+    third = _popularity_third(data)[targets]
+    found |= {name: third == number for number, name in enumerate(("head", "middle", "tail"))}
+    low, high = (torch.quantile(lengths.double(), share) for share in (1 / 3, 2 / 3))
+    found |= {
+        "short": lengths <= low,
+        "medium": (lengths > low) & (lengths <= high),
+        "long": lengths > high,
+    }
+    return found
+
+
+def break_down(metrics: Metrics, data: Prepared, part: Part) -> dict[str, dict[str, float]]:
+    """The summary of every group that has an instance, with their number ``instances``."""
+    result = {}
+    for name, members in groups(data, part).items():
+        own = members[metrics.instances]
+        if own.any():
+            chosen = Metrics(metrics.ranks[own], metrics.cutoffs, metrics.instances[own])
+            result[name] = {"instances": int(own.sum()), **chosen.summary()}
+    return result
+
+
+def _repeats(data: Prepared, users: Tensor, ends: Tensor) -> Tensor:
+    """Whether each target stands in its user's history: an earlier occurrence of the same (user, item)."""
+    owner = torch.repeat_interleave(torch.arange(data.n_users), data.offsets.diff())
+    pairs = owner * (data.n_items + 1) + data.sequence
+    order = pairs.argsort(stable=True)
+    first = torch.ones(len(pairs), dtype=torch.bool)
+    first[order[1:]] = pairs[order][1:] != pairs[order][:-1]
+    return ~first[ends]
+
+
+def _popularity_third(data: Prepared) -> Tensor:
+    """[items + 1] 0, 1 or 2: which third of the training interactions an item belongs to, most popular first."""
+    order = data.train_counts.argsort(descending=True, stable=True)
+    before = data.train_counts[order].cumsum(0) - data.train_counts[order]
+    third = torch.empty_like(order)
+    third[order] = (3 * before // data.train_counts.sum().clamp(min=1)).clamp(max=2)
+    return third

@@ -1,0 +1,103 @@
+"""A recommender's recipe and its run folder: what ``recalign train`` writes and every later command opens."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rec.config import RecConfig
+from rec.data.builtin import BUILTIN
+from rec.data.prepare import Filters, prepare
+from rec.data.prepared import Prepared
+from rec.models.base import Recommender
+from rec.runtime import files
+from rec.runtime.config import Section, apply_overrides, build, load, read_recipe
+from rec.runtime.errors import UserError
+from rec.runtime.runfolder import CONFIG
+from rec.trainer import FINISHED, MODEL
+
+
+class RecJob(Section):
+    """A recipe of ``recalign train``."""
+
+    data: str
+    """A prepared folder, or the name of a built-in data set."""
+    run: Path
+    """The run folder."""
+    rec: RecConfig = RecConfig()
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A trained recommender, the data that it was trained on, and how it was evaluated."""
+
+    path: Path
+    model: Recommender
+    data: Prepared
+    rec: RecConfig
+    facts: dict[str, Any]
+
+
+def load_job(path: Path, overrides: Sequence[str] = ()) -> RecJob:
+    """Read a recipe; the ``config.yaml`` of a run folder means that folder, wherever it lies now.
+
+    Raises:
+        UserError: on a missing file, an unknown key or an impossible value, also one of the grid's.
+    """
+    here = [f"run={path.parent}"] if path.name == CONFIG else []
+    job = load(RecJob, path, [*here, *overrides])
+    grid_of(job.rec)
+    return job
+
+
+def grid_of(rec: RecConfig) -> dict[str, RecConfig]:
+    """One configuration for every combination of the grid's values, by a name that says the values.
+
+    Raises:
+        UserError: if a key of the grid is unknown, or a value impossible.
+    """
+    if not rec.grid:
+        return {}
+    base = rec.model_copy(update={"grid": {}}).model_dump(mode="json")
+    combinations = {}
+    for values in itertools.product(*rec.grid.values()):
+        chosen = dict(zip(rec.grid, values, strict=True))
+        name = ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in chosen.items())
+        content = apply_overrides(base, [f"{key}={value}" for key, value in chosen.items()])
+        combinations[name] = build(RecConfig, content)
+    return combinations
+
+
+def open_data(name: str, folder: Path) -> Prepared:
+    """The prepared folder called ``name``; a built-in data set is prepared in ``folder`` first."""
+    if name not in BUILTIN:
+        return Prepared.load(Path(name))
+    prepare(name, BUILTIN[name](), folder, Filters())
+    return Prepared.load(folder)
+
+
+def open_run(path: Path) -> FinishedRun:
+    """A finished run of ``recalign train``, or one recommender of a larger job (``runs/demo/seralm``).
+
+    Raises:
+        UserError: if there is none, it is not finished, or its data is gone or another one now.
+    """
+    if not (path / FINISHED).is_file():
+        inside = sorted(found.parent for found in path.glob(f"*/{FINISHED}"))
+        if inside:
+            raise UserError(f"{path} holds several recommenders; name one: {', '.join(map(str, inside))}")
+        if (path / CONFIG).is_file():
+            raise UserError(f"{path} is not finished; run 'recalign train {path / CONFIG}' to go on")
+        raise UserError(f"{path} is no run folder of a recommender (no {FINISHED})")
+    root = path if (path / CONFIG).is_file() else path.parent
+    content = read_recipe(root / CONFIG)
+    rec = build(RecConfig, content.get("rec", {}))
+    facts = files.read_json(path / FINISHED)
+    data = open_data(str(content.get("data")), root / "data")
+    if facts.get("data_hash", data.meta["content_hash"]) != data.meta["content_hash"]:
+        raise UserError(
+            f"{path} was trained on other data than {data.folder} holds now ({facts['data_hash']} then,"
+            f" {data.meta['content_hash']} now): prepare it as it was, or train again"
+        )
+    return FinishedRun(path, Recommender.from_pretrained(path / MODEL), data, rec, facts)

@@ -1,0 +1,118 @@
+"""Train the recommender of a recipe, on one process or several.
+
+``recalign train RECIPE``, or ``accelerate launch --num_processes 2 -m rec.train --config recipe.yaml key=value``
+"""
+
+import argparse
+import contextlib
+import shlex
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from rec.data.prepared import Prepared
+from rec.evaluation import evaluate
+from rec.job import RecJob, grid_of, load_job, open_data
+from rec.models.base import Recommender
+from rec.runtime import files
+from rec.runtime.config import hash_of
+from rec.runtime.logs import run_main
+from rec.runtime.ranks import Ranks
+from rec.runtime.runfolder import RunFolder
+from rec.trainer import FINISHED, MODEL, STOP_METRIC, build_model, train
+
+
+def run(job: RecJob, command: str) -> dict[str, Any]:
+    """Train, or go on with training; every process of a group calls it.
+
+    Args:
+        job: the resolved recipe.
+        command: what the user typed; goes into the result.
+
+    Returns:
+        The content of ``result.json``.
+    """
+    ranks, folder = Ranks.current(), RunFolder(job.run)
+    with folder.lock("trainer") if ranks.is_first else contextlib.nullcontext():
+        result = None
+        if ranks.is_first:
+            folder.claim(job)
+            open_data(job.data, job.run / "data")
+            result = folder.result()
+        result = ranks.broadcast(result)
+        if result is not None:
+            return result
+        data, started = open_data(job.data, job.run / "data"), time.monotonic()
+        chosen = _train(job, data, folder)
+        if ranks.is_first:
+            result = _conclude(job, data, folder, chosen, command, time.monotonic() - started)
+        return ranks.broadcast(result)
+
+
+def _train(job: RecJob, data: Prepared, folder: RunFolder) -> str | None:
+    """Train the one model, or all of the grid; the name of the best, whose model is then the run's."""
+    grid = grid_of(job.rec)
+    if not grid:
+        train(build_model(job.rec, data), data, job.rec, folder, job.rec.model.name)
+        return None
+    found = {}
+    for name, rec in grid.items():
+        own = RunFolder(job.run / "grid" / name)
+        train(build_model(rec, data), data, rec, own, f"{rec.model.name} {name}")
+        found[name] = files.read_json(own.path / FINISHED)[f"valid_{STOP_METRIC}"]
+    best = max(found, key=found.__getitem__)
+    if Ranks.current().is_first:
+        shutil.copytree(job.run / "grid" / best / MODEL, job.run / MODEL, dirs_exist_ok=True)
+        facts = files.read_json(job.run / "grid" / best / FINISHED)
+        files.write_json(job.run / FINISHED, {**facts, "chosen": best, "grid": found})
+    Ranks.current().barrier()
+    return best
+
+
+def _conclude(
+    job: RecJob, data: Prepared, folder: RunFolder, chosen: str | None, command: str, wall_s: float
+) -> dict[str, Any]:
+    """Evaluate on test and write ``result.json``."""
+    rec = grid_of(job.rec)[chosen] if chosen else job.rec
+    own = RunFolder(job.run / "grid" / chosen) if chosen else folder
+    model, epochs = Recommender.from_pretrained(job.run / MODEL), own.steps("epoch")
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    row = {"model": rec.model.name, "trained_on": rec.train.on, "parameters": parameters}
+    # A validation figure of a model that was trained on the validation items would say nothing.
+    parts = ("valid", "test") if rec.train.on == "train" else ("test",)
+    return folder.write_result(
+        command,
+        hash_of(job.model_dump(mode="json", exclude={"run"})),
+        rec.evaluate.protocol.described(),
+        [{**row, "part": part, **evaluate(model, data, part, rec.evaluate).summary()} for part in parts],
+        wall_s,
+        data={"name": job.data, "content_hash": data.meta["content_hash"], **data.meta["counts"]},
+        training={
+            **files.read_json(job.run / FINISHED),
+            "epochs": len(epochs),
+            "seconds_per_epoch": sum(epoch["seconds"] for epoch in epochs) / max(1, len(epochs)),
+        },
+    )
+
+
+def main() -> None:
+    """Entry of ``python -m rec.train``, also under ``accelerate launch``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="a recipe, or the config.yaml of a run folder")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. rec.train.lr=1e-3")
+    arguments = parser.parse_args()
+    job = load_job(arguments.config, arguments.overrides)
+    on_gpu = torch.cuda.is_available()
+    state = PartialState(cpu=not on_gpu, backend=None if on_gpu else "gloo")
+    run(job, shlex.join(["python", "-m", "rec.train", *sys.argv[1:]]))
+    state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_main(main)
