@@ -1,0 +1,97 @@
+"""Caser (Tang & Wang 2018): convolutions over the last few items, taken as an image of ``window`` x D.
+
+State l reads E [W, D], the vectors of items l-W+1 to l, zero where a history is shorter (Eq. 1). Vectors of N(0, 0.02)
+are scaled by sqrt(D), as in SASRec: the convolutions then see values of the size that their initialisation expects.
+
+    c_i   = relu(F^h · E[i : i+h] + b)        for each of n_h filters F^h [h, D] of every height h = 1..W    (Eq. 3)
+    o     = max_i c_i                         [n_h W]                                                    (Eq. 4, 5)
+    õ_k   = Σ_a F̃_k[a] E[a] + b_k             for each of n_v filters F̃ [W], all together [n_v D]        (Eq. 7, 8)
+    z     = relu(W [o ; õ] + b)               [D], dropout on [o ; õ]                                       (Eq. 9)
+    state = W' z + b'
+
+No state looks ahead and neighbouring windows share their convolutions, so one pass trains every position: a filter
+slides over the whole sequence, and the maximum over a window is a sliding maximum.
+
+The paper scores W'_i · [z ; P_u] + b'_i with a table W' of its own and a vector P_u for each user. Here the table is
+the item encoder's, behind one linear map, as everywhere in this package, and there is no P_u: users who were not
+trained on get scores too. RecBole's Caser ties the table as well, but ends in a second ReLU; states without negative
+entries fit a table around zero badly, so this one ends in the linear map.
+"""
+
+import math
+from typing import Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rec.dropout import dropout
+from rec.item_encoder import ItemEncoder
+from rec.models.base import SequenceRecommender
+from rec.runtime.config import Section
+
+
+class CaserConfig(Section):
+    """Size of a Caser."""
+
+    name: Literal["Caser"] = "Caser"
+    dim: int = Field(64, ge=1)
+    """Width D of item vectors and states."""
+    window: int = Field(5, ge=1)
+    """Items W that a state reads, and the greatest height of a horizontal filter."""
+    n_h: int = Field(16, ge=1)
+    """Horizontal filters of each height."""
+    n_v: int = Field(4, ge=1)
+    """Vertical filters."""
+    dropout: float = Field(0.5, ge=0, lt=1)
+    max_length: int = Field(100, ge=1)
+    """Longest history that is taken in, in items; its last state still reads ``window`` of them."""
+
+    @model_validator(mode="after")
+    def _window_fits(self) -> Self:
+        if self.window > self.max_length:
+            raise ValueError(f"window {self.window} is longer than max_length {self.max_length}")
+        return self
+
+
+class Caser(SequenceRecommender):
+    """Convolutional sequence embedding."""
+
+    architecture = "Caser"
+    config_class = CaserConfig
+    samples = "next-item"
+
+    def __init__(self, config: CaserConfig, items: ItemEncoder) -> None:
+        super().__init__(config, items)
+        heights = range(1, config.window + 1)
+        self.horizontal = nn.ModuleList(nn.Conv1d(config.dim, config.n_h, height) for height in heights)
+        self.vertical = nn.Conv1d(1, config.n_v, config.window)
+        self.dense = nn.Linear(config.n_h * config.window + config.n_v * config.dim, config.dim)
+        self.out = nn.Linear(config.dim, config.dim)
+        for linear in (self.dense, self.out):
+            # As in RecBole's Caser. After N(0, 0.02) the states would start near zero: no norm lifts them up again.
+            nn.init.xavier_normal_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, items: Tensor, knowledge: Tensor | None = None) -> Tensor:
+        self.check_length(items)
+        # Some item encoders give padding a vector; before and after a history there must be none.
+        vectors = self.items(items, knowledge) * (items > 0)[..., None] * math.sqrt(self.config.dim)
+        image = F.pad(vectors.transpose(1, 2), (self.config.window - 1, 0))  # [B, D, W - 1 + L]
+        features = torch.cat([*self._horizontal(image), self._vertical(image)], dim=-1)  # [B, L, n_h W + n_v D]
+        features = dropout(features, self.config.dropout, self.training)
+        return self.out(F.relu(self.dense(features)))
+
+    def _horizontal(self, image: Tensor) -> list[Tensor]:
+        """o for each height, [B, L, n_h]; a window holds W - h + 1 places of a filter of height h."""
+        pooled = []
+        for height, convolution in enumerate(self.horizontal, start=1):
+            c = F.relu(convolution(image))  # [B, n_h, L + W - h]
+            pooled.append(F.max_pool1d(c, self.config.window - height + 1, stride=1).transpose(1, 2))
+        return pooled
+
+    def _vertical(self, image: Tensor) -> Tensor:
+        """õ [B, L, n_v D]: the same filters on every one of the D channels."""
+        filtered = self.vertical(image.flatten(0, 1)[:, None])  # [B D, n_v, L]
+        return filtered.unflatten(0, image.shape[:2]).permute(0, 3, 2, 1).flatten(2)

@@ -1,0 +1,56 @@
+"""LightSANs (Fan et al. 2021): items attend to k latent interests of the user, and positions only to positions.
+
+Layers as in ``rec/models/two_branch.py``; LightSANs' own are
+
+    K' = Dᵀ K,  D = softmax over items of K Θ_K   [L, k]     item-to-interest aggregation, Θ [D, k]; V' alike by Θ_V
+    Z  = P                                                   decoupled positions: they never meet an item
+
+so position scores [L, L] are the same for all histories, and are computed once for a batch.
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from rec.models.two_branch import Layer, TwoBranch, TwoBranchConfig
+
+
+class LightSANsConfig(TwoBranchConfig):
+    """Size of a LightSANs."""
+
+    name: Literal["LightSANs"] = "LightSANs"
+    interests: int = Field(5, ge=1)
+    """Latent interests k; the authors take a tenth of max_length."""
+
+
+class LightSANsLayer(Layer):
+    """Attention to interests."""
+
+    def __init__(self, config: LightSANsConfig) -> None:
+        super().__init__(config)
+        self.theta_keys = nn.Parameter(torch.randn(config.dim, config.interests))
+        self.theta_values = nn.Parameter(torch.randn(config.dim, config.interests))
+
+    def summarise(self, keys: Tensor, values: Tensor, inside: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        return aggregate(keys, self.theta_keys, inside), aggregate(values, self.theta_values, inside), None
+
+    def position_input(self, x: Tensor, positions: Tensor) -> Tensor:
+        return positions[None]
+
+
+def aggregate(x: Tensor, theta: Tensor, inside: Tensor | None) -> Tensor:
+    """Interests [B, k, D] of x [B, L, D]: each a mean of the items, weighted by their relevance to it."""
+    relevance = x @ theta  # [B, L, k]
+    if inside is not None:
+        relevance = relevance.masked_fill(~inside[..., None], -torch.inf)
+    return relevance.softmax(1).transpose(1, 2) @ x
+
+
+class LightSANs(TwoBranch):
+    """Low-rank decomposed self-attention."""
+
+    architecture = "LightSANs"
+    config_class = LightSANsConfig
+    layer = LightSANsLayer

@@ -1,0 +1,167 @@
+"""Attention in two branches, items and positions: what LightSANs and PAUP have in common.
+
+One layer, with X [L, D] its input, P [L, D] trainable position vectors and d = D / heads, in every head:
+
+    Q, K, V = X W_Q + b, X W_K + b, X W_V + b
+    C_item  = softmax(Q K'ᵀ / √d) V'         K', V' [m, D] short summaries of K and V: each model's own
+    C_pos   = softmax(Q_p K_pᵀ / √d) V       Q_p, K_p linear maps of LN(Z), Z [L, D] each model's own
+    H       = LN(X + (C_item + C_pos) W_O + b)
+    output  = LN(H + FFN(H))                 FFN: D → inner → D with GELU
+
+The first X is LN of the item vectors; the state of a history is the last layer's output at its last item. Summaries
+look ahead, so every prefix of a sequence is a forward pass of its own. In the last layer only the last item's row
+is computed, but for what the others must give to it.
+
+``attention: paper`` is the above with row-wise softmax and with padding left out of everything, so that a state
+depends on its history alone. ``attention: reference`` is what the authors published and RecBole took over: softmax
+runs over the queries, down each column, position scores are divided by √(2d) once more, and padding up to max_length
+is treated like items; trained weights of theirs give the same states. The paper's is the default: under the
+reference a score changes with max_length, and every prefix costs as much as the longest.
+"""
+
+from typing import ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rec.dropout import dropout
+from rec.item_encoder import ItemEncoder
+from rec.models.base import SequenceRecommender
+from rec.runtime.config import Section
+
+EPS = 1e-12
+
+
+class TwoBranchConfig(Section):
+    """Size of a model with attention in two branches."""
+
+    name: str
+    dim: int = Field(64, ge=1)
+    """Width D of item vectors and states."""
+    blocks: int = Field(2, ge=1)
+    heads: int = Field(2, ge=1)
+    inner: int = Field(256, ge=1)
+    """Width of the FFN's hidden layer."""
+    dropout: float = Field(0.2, ge=0, lt=1)
+    """On the input, on item attention, and after each half of a layer."""
+    max_length: int = Field(100, ge=1)
+    """Longest history that is read, in items; earlier ones are cut off."""
+    attention: Literal["paper", "reference"] = "paper"
+    """The equations with padding masked, or exactly the authors' code (see rec/models/two_branch.py)."""
+
+    @model_validator(mode="after")
+    def _heads_divide_dim(self) -> Self:
+        if self.dim % self.heads:
+            raise ValueError(f"dim {self.dim} is not divisible by heads {self.heads}")
+        return self
+
+
+class Layer(nn.Module):
+    """One layer; ``summarise`` and ``position_input`` make it LightSANs' or PAUP's."""
+
+    def __init__(self, config: TwoBranchConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.heads, self.dropout, self.reference = config.heads, config.dropout, config.attention == "reference"
+        self.position_scale = (2 * dim // config.heads) ** -0.5 if self.reference else 1.0
+        self.query, self.key, self.value = (nn.Linear(dim, dim) for _ in range(3))
+        self.position_query, self.position_key = (nn.Linear(dim, dim) for _ in range(2))
+        self.out = nn.Linear(dim, dim)
+        self.ffn_in, self.ffn_out = nn.Linear(dim, config.inner), nn.Linear(config.inner, dim)
+        self.norm_position, self.norm_attention, self.norm_ffn = (nn.LayerNorm(dim, eps=EPS) for _ in range(3))
+        for module in self.children():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def summarise(self, keys: Tensor, values: Tensor, inside: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """K' and V' [B, m, D] of K and V [B, L, D], and which of the m exist, [B, m] (None: all).
+
+        ``inside`` [B, L] marks items, None takes all places as they are.
+        """
+        raise NotImplementedError
+
+    def position_input(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Z [1 or B, L, D] of the layer's input [B, L, D] and the position vectors [L, D]."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, positions: Tensor, inside: Tensor | None, last: Tensor | None = None) -> Tensor:
+        """[B, L, D] → [B, L, D], or with ``last`` [B] → [B, 1, D], the outputs at those places alone."""
+        p = self.dropout if self.training else 0.0
+        keys, values = self.key(x), self.value(x)
+        keys_short, values_short, exists = self.summarise(keys, values, inside)
+        z = self.norm_position(self.position_input(x, positions))
+        # Softmax over the queries needs all of them, even for one row of the result.
+        asking = None if self.reference else last
+        item = self._weights(self.query(_at(x, asking)), keys_short, exists, last)
+        position = self._weights(
+            self.position_query(_at(z, asking)) * self.position_scale, self.position_key(z), inside, last
+        )
+        context = dropout(item, p, True) @ self._split(values_short) + position @ self._split(values)  # [B, h, Q, d]
+        x = _at(x, last)
+        x = self.norm_attention(x + dropout(self.out(context.transpose(1, 2).flatten(2)), p, True))
+        return self.norm_ffn(x + dropout(self.ffn_out(F.gelu(self.ffn_in(x))), p, True))
+
+    def _weights(self, queries: Tensor, keys: Tensor, exists: Tensor | None, last: Tensor | None) -> Tensor:
+        """Attention [1 or B, h, Q, K] of queries [1 or B, Q, D] to keys [1 or B, K, D] that ``exists`` [B, K]."""
+        queries, keys = self._split(queries), self._split(keys)
+        scores = queries * queries.shape[-1] ** -0.5 @ keys.transpose(2, 3)
+        if self.reference:
+            return _at(scores.softmax(2).transpose(1, 2), last).transpose(1, 2)
+        if exists is not None:
+            scores = scores.masked_fill(~exists[:, None, None], -torch.inf)
+        return scores.softmax(3)
+
+    def _split(self, x: Tensor) -> Tensor:
+        """[B, L, D] → [B, heads, L, d]."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+class TwoBranch(SequenceRecommender):
+    """Layers of ``layer`` over item vectors, prefix by prefix."""
+
+    samples = "prefix"
+    layer: ClassVar[type[Layer]]
+
+    def __init__(self, config: TwoBranchConfig, items: ItemEncoder) -> None:
+        super().__init__(config, items)
+        self.positions = nn.Embedding(config.max_length, config.dim)
+        nn.init.normal_(self.positions.weight, std=0.02)
+        self.norm = nn.LayerNorm(config.dim, eps=EPS)
+        self.layers = nn.ModuleList(self.layer(config) for _ in range(config.blocks))
+
+    def states_at(self, items: Tensor, where: Tensor, knowledge: Tensor | None = None) -> Tensor:
+        rows, places = where.nonzero(as_tuple=True)
+        steps = torch.arange(items.shape[1], device=items.device)
+        prefixes = items[rows] * (steps <= places[:, None])
+        return self.last_states(prefixes, places + 1, None if knowledge is None else knowledge[rows])
+
+    def last_states(self, items: Tensor, lengths: Tensor, knowledge: Tensor | None = None) -> Tensor:
+        self.check_length(items)
+        reference = self.config.attention == "reference"
+        length = self.config.max_length if reference else int(lengths.max())
+        items = _fit(items, length)
+        inside = torch.arange(length, device=items.device) < lengths[:, None]
+        if knowledge is not None:
+            # Padding has no knowledge; the reference would read it.
+            knowledge = _fit(knowledge.transpose(1, 2), length).transpose(1, 2) * inside[..., None]
+        x = dropout(self.norm(self.items(items, knowledge)), self.config.dropout, self.training)
+        positions, mask = self.positions.weight[:length], None if reference else inside
+        for layer in self.layers[:-1]:
+            x = layer(x, positions, mask)
+        return self.layers[-1](x, positions, mask, lengths - 1).squeeze(1)
+
+
+def _at(x: Tensor, places: Tensor | None) -> Tensor:
+    """[B, 1, ...]: of x [1 or B, L, ...] the places [B]; all of x if there are none."""
+    if places is None:
+        return x
+    rows = torch.arange(len(places), device=x.device) if len(x) > 1 else torch.zeros_like(places)
+    return x[rows, places][:, None]
+
+
+def _fit(x: Tensor, length: int) -> Tensor:
+    """``x`` [..., L] cut or filled up with 0 to ``length``."""
+    return F.pad(x, (0, length - x.shape[-1]))
