@@ -1,6 +1,7 @@
 """A recommender's recipe and its run folder: what ``recalign train`` writes and every later command opens."""
 
 import itertools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,7 @@ def grid_of(rec: RecConfig) -> dict[str, RecConfig]:
     for values in itertools.product(*rec.grid.values()):
         chosen = dict(zip(rec.grid, values, strict=True))
         name = ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in chosen.items())
-        content = apply_overrides(base, [f"{key}={value}" for key, value in chosen.items()])
+        content = apply_overrides(base, [f"{key}={json.dumps(value)}" for key, value in chosen.items()])
         combinations[name] = build(RecConfig, content)
     return combinations
 

@@ -5,6 +5,7 @@
 
 import argparse
 import contextlib
+import os
 import shlex
 import shutil
 import sys
@@ -108,8 +109,9 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. rec.train.lr=1e-3")
     arguments = parser.parse_args()
     job = load_job(arguments.config, arguments.overrides)
-    on_gpu = torch.cuda.is_available()
-    state = PartialState(cpu=not on_gpu, backend=None if on_gpu else "gloo")
+    # Named on CPU, or several processes would each believe that they are alone; one alone refuses a name.
+    several, on_gpu = int(os.environ.get("WORLD_SIZE", "1")) > 1, torch.cuda.is_available()
+    state = PartialState(cpu=not on_gpu, **({"backend": "gloo"} if several and not on_gpu else {}))
     run(job, shlex.join(["python", "-m", "rec.train", *sys.argv[1:]]))
     state.destroy_process_group()
 

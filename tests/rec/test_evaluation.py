@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from rec.config import EvaluateConfig
-from rec.evaluation import evaluate
+from rec.evaluation import evaluate, evaluate_many
 from rec.item_encoder import IDTable
 from rec.models.sasrec import SASRec, SASRecConfig
+from rec.negatives import draw_negatives
+from rec.protocol import PRESETS, Protocol, preset
+from rec.runtime.errors import UserError
 
 
 def naive_rank(scores: list[float], target: int, left_out: set[int]) -> float:
@@ -84,3 +87,72 @@ def test_evaluating_leaves_training_mode_alone(small_data):
     model = coarse_model(small_data.n_items).train()
     evaluate(model, small_data, "test", EvaluateConfig())
     assert model.training
+
+
+def test_sampled_ranking_equals_a_naive_loop(small_data):
+    model = coarse_model(small_data.n_items)
+    protocol = Protocol(candidates="sampled", negatives=9, ties="optimistic")
+    metrics = evaluate_many(model, small_data, "test", {"": protocol}, batch_size=7)[""]
+    negatives = draw_negatives(protocol, small_data, "test")
+    for user in range(small_data.n_users):
+        sequence = small_data.sequence[small_data.offsets[user] : small_data.offsets[user + 1]].tolist()
+        with torch.no_grad():
+            scores = model.scores(model(torch.tensor([sequence[:-1][-6:]]))[0, -1]).tolist()
+        better = sum(scores[item - 1] > scores[sequence[-1] - 1] for item in negatives[user].tolist())
+        assert metrics.ranks[user] == 1 + better
+
+
+@pytest.mark.parametrize("cold_targets", ["rank", "drop", "miss"])
+def test_cold_targets_are_ranked_dropped_or_missed(small_data, monkeypatch, cold_targets):
+    model = coarse_model(small_data.n_items)
+    targets = small_data.targets("test")
+    counts = small_data.train_counts.clone()
+    counts[targets[0]] = 0
+    monkeypatch.setitem(vars(small_data), "train_counts", counts)
+    cold = targets == targets[0]
+    metrics = evaluate(model, small_data, "test", EvaluateConfig(cold_targets=cold_targets))
+    plain = evaluate(model, small_data, "test", EvaluateConfig())
+    if cold_targets == "drop":
+        assert metrics.instances.tolist() == (~cold).nonzero()[:, 0].tolist()
+        assert metrics.ranks.tolist() == plain.ranks[~cold].tolist()
+    elif cold_targets == "miss":
+        assert metrics.ranks[cold].isinf().all()
+        assert metrics.ranks[~cold].tolist() == plain.ranks[~cold].tolist()
+        assert all(math.isfinite(value) for value in metrics.summary().values())
+    else:
+        assert metrics.ranks.tolist() == plain.ranks.tolist()
+
+
+def test_all_protocols_come_out_of_one_pass(small_data):
+    model, passes = coarse_model(small_data.n_items), []
+    plain = model.score_all
+    model.score_all = lambda *inputs: passes.append(1) or plain(*inputs)
+    protocols = {"one": Protocol(seen="mask"), "two": Protocol(ties="pessimistic", cutoffs=(5,)), "three": Protocol()}
+    together = evaluate_many(model, small_data, "test", protocols, batch_size=10)
+    assert len(passes) == small_data.n_users / 10
+    for name, protocol in protocols.items():
+        alone = evaluate_many(model, small_data, "test", {name: protocol}, batch_size=64)[name]
+        assert together[name].ranks.tolist() == alone.ranks.tolist()
+
+
+def test_every_field_of_a_protocol_is_in_its_hash():
+    changed = {
+        "split": "time", "trained_on": "train", "cold_targets": "miss", "candidates": "sampled", "negatives": 7,
+        "negatives_from": "popularity", "negatives_exclude": "history", "negatives_seed": 1, "seen": "mask",
+        "ties": "optimistic", "cutoffs": (10, 20),
+    }  # fmt: skip
+    assert set(changed) == set(Protocol.model_fields)
+    hashes = {Protocol().hash} | {Protocol(**{name: value}).hash for name, value in changed.items()}
+    assert len(hashes) == len(changed) + 1
+    assert EvaluateConfig(batch_size=3).protocol.hash == Protocol().hash
+
+
+def test_presets_carry_the_names_of_the_papers():
+    wanted = {
+        "seralm", "elephant-100", "elephant-full", "lmrec-public", "lmrec-inhouse", "unisrec", "gsasrec", "esasrec",
+        "recbole",
+    }  # fmt: skip
+    assert wanted <= set(PRESETS)
+    assert preset("elephant-100").candidates == "sampled"
+    with pytest.raises(UserError, match="there are: seralm"):
+        preset("elefant")

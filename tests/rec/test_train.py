@@ -1,0 +1,161 @@
+"""The training job: its result, its grid, what it opens again, and several processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from rec.config import RecConfig
+from rec.job import grid_of, load_job, open_run
+from rec.models.base import Recommender
+from rec.runtime.config import build
+from rec.runtime.errors import UserError
+from rec.runtime.runfolder import RunFolder
+from rec.train import run
+
+SMALL = {
+    "model": {"name": "SASRec", "dim": 16, "heads": 2, "blocks": 1, "max_length": 8, "dropout": 0.0},
+    "train": {"lr": 5e-3, "batch_size": 8, "epochs": 4, "patience": 4, "checkpoint_every": 1},
+}
+
+
+@pytest.fixture
+def recipe(small_data, tmp_path):
+    """Writes a recipe with changed sections, and gives its path."""
+
+    def write(name: str = "run", **sections) -> Path:
+        rec = {key: {**SMALL.get(key, {}), **sections.get(key, {})} for key in {**SMALL, **sections}}
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(
+            yaml.safe_dump({"data": str(small_data.folder), "run": str(tmp_path / name), "rec": rec}, sort_keys=False)
+        )
+        return path
+
+    return write
+
+
+def test_a_run_leaves_a_result_and_can_be_opened(recipe, small_data):
+    job = load_job(recipe())
+    result = run(job, "recalign train x")
+    assert [row["part"] for row in result["rows"]] == ["valid", "test"]
+    assert result["command"] == "recalign train x"
+    assert result["protocol"]["hash"] == job.rec.evaluate.protocol.hash
+    assert result["rows"][0]["NDCG@10"] == pytest.approx(result["training"]["valid_NDCG@10"])
+    opened = open_run(job.run)
+    assert opened.data.meta == small_data.meta
+    assert run(job, "again") == result
+
+
+def test_the_grid_keeps_the_best_by_validation(recipe):
+    job = load_job(recipe(grid={"train.lr": [1e-6, 5e-3], "model.dropout": [0.0]}))
+    result = run(job, "")
+    found = result["training"]["grid"]
+    assert set(found) == {"lr=1e-06,dropout=0.0", "lr=0.005,dropout=0.0"}
+    assert result["training"]["chosen"] == "lr=0.005,dropout=0.0"
+    assert found["lr=0.005,dropout=0.0"] > found["lr=1e-06,dropout=0.0"]
+    best = Recommender.from_pretrained(job.run / "grid" / result["training"]["chosen"] / "model")
+    assert torch.equal(open_run(job.run).model.items.ids.weight, best.items.ids.weight)
+
+
+def test_a_wrong_key_of_the_grid_is_known_before_anything_runs(recipe):
+    with pytest.raises(UserError, match="unknown key 'lrr' in train; did you mean 'lr'"):
+        load_job(recipe(grid={"train.lrr": [1]}))
+    with pytest.raises(UserError, match="not divisible"):
+        load_job(recipe(grid={"model.heads": [2, 3]}))
+    assert list(grid_of(build(RecConfig, {"grid": {"model": ["SASRec"]}}))) == ["model=SASRec"]
+
+
+def test_training_on_validation_items_runs_all_epochs_and_says_so(recipe):
+    job = load_job(recipe(train={"on": "train+valid"}))
+    result = run(job, "")
+    assert [row["part"] for row in result["rows"]] == ["test"]
+    assert result["training"]["trained_on"] == "train+valid"
+    assert result["training"]["epochs"] == 4
+
+
+def test_validation_items_are_trained_on_only_if_asked(recipe, small_data):
+    """The held-out items of one user, in a data set where nobody else has them, gain only by training on them."""
+    scores = {}
+    for on in ("train", "train+valid"):
+        job = load_job(recipe(on.replace("+", "-"), train={"on": on, "epochs": 30, "patience": 30}))
+        run(job, "")
+        model = open_run(job.run).model
+        users, ends = small_data.instances("valid")
+        items, lengths = small_data.windows(users, ends, 8)
+        with torch.no_grad():
+            likelihood = model.log_likelihood(items, lengths, small_data.targets("valid"))
+        scores[on] = likelihood.mean().item()
+    assert scores["train+valid"] > scores["train"]
+
+
+def test_folders_that_are_no_finished_run_are_one_clear_line(recipe, tmp_path):
+    with pytest.raises(UserError, match="no run folder of a recommender"):
+        open_run(tmp_path / "nothing")
+    job = load_job(recipe())
+    RunFolder(job.run).claim(job)
+    with pytest.raises(UserError, match="is not finished; run 'recalign train"):
+        open_run(job.run)
+    run(job, "")
+    with pytest.raises(UserError, match=r"several recommenders; name one: .*run"):
+        open_run(job.run.parent)
+    facts = json.loads((job.run / "finished.json").read_text())
+    (job.run / "finished.json").write_text(json.dumps({**facts, "data_hash": "0123"}))
+    with pytest.raises(UserError, match=r"trained on other data .*0123 then"):
+        open_run(job.run)
+
+
+def launch(recipe: Path, processes: int, *overrides: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += ["--main_process_port", "0"] if processes > 1 else []
+    command += ["-m", "rec.train", "--config", str(recipe), *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.distributed
+def test_two_processes_train_the_same_model_as_one(recipe):
+    """Without dropout and with the full softmax a step is a function of the global batch alone."""
+    losses = {}
+    for processes in (1, 2):
+        path = recipe(f"ranks-{processes}", train={"clip_norm": 5.0})
+        process = launch(path, processes)
+        said, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, said
+        losses[processes] = [row["loss"] for row in RunFolder(load_job(path).run).steps("epoch")]
+    assert losses[2] == pytest.approx(losses[1], rel=2e-4)
+    assert len(losses[2]) == 4
+
+
+@pytest.mark.distributed
+def test_a_killed_job_of_two_processes_goes_on_where_it_was(recipe):
+    whole, killed = (
+        recipe("whole", train={"epochs": 8, "patience": 8}),
+        recipe("killed", train={"epochs": 8, "patience": 8}),
+    )
+    process = launch(whole, 2)
+    said, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, said
+    process = launch(killed, 2)
+    folder = RunFolder(load_job(killed).run)
+    deadline = time.monotonic() + 120
+    while len(folder.events("epoch")) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    children = subprocess.run(["pgrep", "-f", str(killed)], capture_output=True, text=True).stdout.split()
+    for child in children:
+        os.kill(int(child), signal.SIGKILL)
+    process.wait(timeout=60)
+    assert folder.result() is None
+    process = launch(killed, 2)
+    said, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, said
+    one, other = (open_run(load_job(path).run).model.state_dict() for path in (whole, killed))
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
