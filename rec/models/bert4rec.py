@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rec.dropout import dropout
 from rec.item_encoder import ItemEncoder
 from rec.models.base import SequenceRecommender
 from rec.runtime.config import Section
@@ -56,11 +57,21 @@ class Block(nn.Module):
         """[B, L, D] → [B, L, D]; ``inside`` [B, L] marks the places that are read."""
         p = self.dropout if self.training else 0.0
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, H, L, D / H]
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=inside[:, None, None], dropout_p=p)
+        attended = attention(q, k, v, inside, p)
         attended = self.out(attended.transpose(1, 2).flatten(-2))
-        x = self.norm_attention(x + F.dropout(attended, p, self.training))
+        x = self.norm_attention(x + dropout(attended, p, self.training))
         hidden = self.ffn_out(F.gelu(self.ffn_in(x)))
-        return self.norm_ffn(x + F.dropout(hidden, p, self.training))
+        return self.norm_ffn(x + dropout(hidden, p, self.training))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, inside: Tensor, p: float) -> Tensor:
+    """Attention [B, H, L, D / H] to the places ``inside`` [B, L], with dropout ``p`` on its weights (Eq. 2)."""
+    mask = inside[:, None, None]
+    if p == 0 or q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
+    # torch has no fused attention with dropout on CPU, and its plain one draws a slow random number for each weight.
+    weights = (q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)).masked_fill(~mask, float("-inf")).softmax(-1)
+    return dropout(weights, p, True) @ v
 
 
 class BERT4Rec(SequenceRecommender):
@@ -91,7 +102,7 @@ class BERT4Rec(SequenceRecommender):
         vectors = self.items(items.masked_fill(masked, 0), knowledge)  # [B, L, D]
         x = torch.where(masked[..., None], self.mask.to(vectors.dtype), vectors)
         x = x + self.positions(torch.arange(items.shape[1], device=items.device))
-        x = F.dropout(self.norm(x), self.config.dropout, self.training)
+        x = dropout(self.norm(x), self.config.dropout, self.training)
         for block in self.blocks:
             x = block(x, items > 0)
         return x

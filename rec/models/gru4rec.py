@@ -10,8 +10,8 @@ from typing import Literal
 
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from rec.dropout import dropout
 from rec.item_encoder import ItemEncoder
 from rec.models.base import SequenceRecommender
 from rec.runtime.config import Section
@@ -49,5 +49,5 @@ class GRU4Rec(SequenceRecommender):
         self.check_length(items)
         # Item vectors are of a size that suits scoring; unscaled they would hardly move the gates.
         x = self.items(items, knowledge) * math.sqrt(self.config.dim)  # [B, L, D]
-        hidden, _ = self.gru(F.dropout(x, self.config.dropout, self.training))  # [B, L, hidden]
+        hidden, _ = self.gru(dropout(x, self.config.dropout, self.training))  # [B, L, hidden]
         return self.out(hidden)

@@ -40,11 +40,12 @@ class _Propagate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, adjacency: Tensor, vectors: Tensor) -> Tensor:
         ctx.adjacency = adjacency
-        return adjacency @ vectors
+        with torch.autocast(vectors.device.type, enabled=False):  # sparse products know no bfloat16
+            return adjacency @ vectors.float()
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[None, Tensor]:
-        return None, ctx.adjacency @ grad.contiguous()
+        return None, _Propagate.apply(ctx.adjacency, grad.contiguous())
 
 
 class LightGCN(Recommender):
@@ -66,9 +67,9 @@ class LightGCN(Recommender):
         self.users = nn.Embedding(users, config.dim)
         nn.init.normal_(self.users.weight, std=0.02)  # as an ID table of items
         self.register_buffer("edges", edges)
-        # Not buffers: made from what is saved. Each goes with the state of the tensors that it was made from.
+        # Not buffers: made from what is saved, and kept with what they were made from.
         self._adjacency: tuple[Any, Tensor] | None = None
-        self._final: tuple[Any, tuple[Tensor, Tensor]] | None = None
+        self._final: tuple[Tensor, Tensor, tuple[Tensor, Tensor]] | None = None
 
     @classmethod
     def for_data(cls, config: LightGCNConfig, items: ItemEncoder, data: Prepared, ends: Tensor) -> "LightGCN":
@@ -101,14 +102,17 @@ class LightGCN(Recommender):
             self._adjacency = state, sparse
         return self._adjacency[1]
 
-    def forward(self) -> tuple[Tensor, Tensor]:
-        """Final vectors of users [U, D] and items [N, D] (Eq. 4 and 8)."""
+    def layer_zero(self) -> Tensor:
+        """E⁰ [U + N, D]: the vectors of users and items before any propagation."""
         numbers = torch.arange(1, self.items.n_items + 1, device=self.edges.device)
-        vectors = total = torch.cat([self.users.weight, self.items(numbers)]).float()  # E⁰ [U + N, D]
-        with torch.autocast(vectors.device.type, enabled=False):  # sparse products know no bfloat16
-            for _ in range(self.config.layers):
-                vectors = _Propagate.apply(self.adjacency(), vectors)
-                total = total + vectors
+        return torch.cat([self.users.weight, self.items(numbers)])
+
+    def forward(self, zero: Tensor) -> tuple[Tensor, Tensor]:
+        """Final vectors of users [U, D] and items [N, D] from E⁰ (Eq. 4 and 8)."""
+        vectors = total = zero.float()
+        for _ in range(self.config.layers):
+            vectors = _Propagate.apply(self.adjacency(), vectors)
+            total = total + vectors
         if self.config.combine == "mean":
             total = total / (self.config.layers + 1)
         return total.tensor_split([self.users.num_embeddings])
@@ -120,10 +124,11 @@ class LightGCN(Recommender):
         negatives = torch.randint(1, stride, positives.shape, device=positives.device)
         drawn = users * stride + negatives
         known = self.edges[torch.searchsorted(self.edges, drawn).clamp(max=len(self.edges) - 1)] == drawn
-        final_users, final_items = self()
+        zero = self.layer_zero()
+        final_users, final_items = self(zero)
         scores = [(final_users[users] * final_items[items - 1]).sum(-1) for items in (positives, negatives)]
-        zero = self.users(users), self.items(positives), self.items(negatives)
-        penalty = sum(vectors.square().sum() for vectors in zero) / (2 * len(users))
+        drawn_items = torch.cat([positives, negatives]) - 1 + self.users.num_embeddings
+        penalty = zero[torch.cat([users, drawn_items])].square().sum() / (2 * len(users))
         return bpr(scores[0], scores[1][:, None], known[:, None]) + self.config.l2 * penalty
 
     def score_all(self, users: Tensor, items: Tensor, lengths: Tensor) -> Tensor:
@@ -135,10 +140,11 @@ class LightGCN(Recommender):
         return super().train(mode)
 
     def _kept(self) -> tuple[Tensor, Tensor]:
-        """Final vectors, which an evaluation computes once."""
+        """Final vectors, computed once an evaluation; E⁰ is compared, for a fused optimizer counts no versions."""
+        zero, adjacency = self.layer_zero(), self.adjacency()
         if self.training or torch.is_grad_enabled():
-            return self()
-        state = [(value.data_ptr(), value._version) for value in self.state_dict().values()]
-        if self._final is None or self._final[0] != state:
-            self._final = state, self()
-        return self._final[1]
+            return self(zero)
+        kept = self._final
+        if kept is None or kept[0] is not adjacency or not torch.equal(kept[1], zero):
+            kept = self._final = adjacency, zero, self(zero)
+        return kept[2]
