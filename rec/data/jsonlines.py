@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import json as arrow_json
 
-from rec.data.raw import require_ids
+from rec.data.raw import in_one_piece, require_ids
 from rec.data.textfile import ENCODED, lines
 from rec.runtime.errors import UserError
 
@@ -34,7 +34,7 @@ def read_fields(path: Path, fields: dict[str, pa.DataType]) -> pa.Table:
     for number, block in lines(path):
         table = _by_arrow(block, schema)
         tables.append(_encoded(_by_python(path, number, block, schema) if table is None else table))
-    table = pa.concat_tables(tables).unify_dictionaries()
+    table = in_one_piece(pa.concat_tables(tables))
     require_ids(table, path, *(name for name, kind in fields.items() if kind == pa.string()))
     return table
 

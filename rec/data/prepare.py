@@ -167,10 +167,9 @@ def _encode(column: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
     """Codes [rows] by first occurrence, and the values that they stand for."""
     if pa.types.is_dictionary(column.type):
         # A dictionary may be in another order, and hold values that no row has.
-        column = column.unify_dictionaries()
-        names = column.chunk(0).dictionary if column.num_chunks else pa.array([], pa.string())
-        codes, old = _encode(pa.chunked_array([chunk.indices for chunk in column.chunks], pa.int32()))
-        return codes, names.take(old)
+        chunks = (column.unify_dictionaries() if column.num_chunks > 1 else column).chunks
+        codes, old = _encode(pa.chunked_array([chunk.indices for chunk in chunks], column.type.index_type))
+        return codes, chunks[0].dictionary.take(old) if chunks else pa.array([], pa.string())
     encoded = pc.dictionary_encode(column)
     if not encoded.num_chunks:
         return np.empty(0, np.int32), pa.array([], column.type)

@@ -72,19 +72,34 @@ def require_columns(present: Sequence[str], path: Path, *names: str) -> None:
             raise UserError(f"{path} has no column {name!r}; it has: {', '.join(present)}")
 
 
+def in_one_piece(table: pa.Table) -> pa.Table:
+    """The table with one chunk and one dictionary in each dictionary column.
+
+    Tables that are read in blocks have a dictionary a block; Arrow compares or merges them all again and again.
+    """
+    columns = {}
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        if pa.types.is_dictionary(column.type) and column.num_chunks > 1:
+            chunks = column.unify_dictionaries().chunks
+            codes = pa.concat_arrays([chunk.indices for chunk in chunks])
+            column = pa.DictionaryArray.from_arrays(codes, chunks[0].dictionary)
+        columns[name] = column
+    return pa.table(columns)
+
+
 def require_ids(table: pa.Table, path: Path, *names: str) -> None:
     """Raise a UserError that names the first row where one of these (string or dictionary) columns is empty."""
     for name in names:
-        column = table[name]
-        if pa.types.is_dictionary(column.type):
-            column = column.unify_dictionaries()
-            empty = pc.index(column.chunk(0).dictionary, "").as_py() if column.num_chunks else -1
-            codes = pa.chunked_array([chunk.indices for chunk in column.chunks], column.type.index_type)
-            row = pc.index(codes, empty).as_py() if empty >= 0 else -1
-        else:
-            row = pc.index(column, "").as_py()
-        if row >= 0:
-            raise UserError(f"{path}, data row {row + 1}: {name} is empty")
+        before = 0
+        for chunk in table[name].chunks:
+            if pa.types.is_dictionary(chunk.type):
+                code = pc.index(chunk.dictionary, "")
+                row = pc.index(chunk.indices, code.cast(chunk.indices.type)).as_py() if code.as_py() >= 0 else -1
+            else:
+                row = pc.index(chunk, "").as_py()
+            if row >= 0:
+                raise UserError(f"{path}, data row {before + row + 1}: {name} is empty")
+            before += len(chunk)
 
 
 def cast_strings(strings: pa.ChunkedArray, kind: pa.DataType, path: Path, column: str, what: str) -> pa.ChunkedArray:

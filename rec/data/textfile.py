@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 from pyarrow import csv
 
-from rec.data.raw import first_line, require_columns
+from rec.data.raw import first_line, in_one_piece, require_columns
 from rec.runtime.errors import UserError
 
 BLOCK = 1 << 20
@@ -139,7 +139,7 @@ def read_delimited(
         raise UserError(f"{path}: {first_line(error)}") from None
     if not batches:
         raise UserError(f"{path} has no rows")
-    table = pa.Table.from_batches(batches).unify_dictionaries()
+    table = in_one_piece(pa.Table.from_batches(batches))
     if quoted and source.ends_in_quotes(last):
         raise UserError(f"{path}, data row {len(table)}: a double quote is left open")
     return table

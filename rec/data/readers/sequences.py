@@ -77,10 +77,11 @@ def _interactions(
         )
     owners = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
     positions = np.arange(len(owners)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    return pa.table(
+    found = pa.table(
         {
             "user_id": pa.DictionaryArray.from_arrays(pa.array(owners), encoded.dictionary),
-            "item_id": pa.chunked_array(items).unify_dictionaries(),
+            "item_id": pa.chunked_array(items),
             "timestamp": pa.array(positions, pa.int64()),
         }
     )
+    return raw.in_one_piece(found)

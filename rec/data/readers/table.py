@@ -66,7 +66,7 @@ def _read_parquet(path: Path, wanted: Sequence[str] | None = None, ids: Sequence
         raise UserError(f"{path} is not a readable parquet file: {raw.first_line(error)}") from None
     if not tables:
         raise UserError(f"{path} has no rows")
-    return pa.concat_tables(tables).unify_dictionaries()
+    return raw.in_one_piece(pa.concat_tables(tables))
 
 
 def _as_text(batch: pa.RecordBatch, path: Path, ids: Sequence[str]) -> pa.Table:
