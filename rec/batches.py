@@ -77,9 +77,11 @@ class NextItemWindows(Windows):
     """
 
     @classmethod
-    def of(cls, data: Prepared, on: TrainedOn, max_length: int, batch_size: int) -> "NextItemWindows":
-        """Windows over the training part."""
-        return cls(data, *_cut(data, fit_ends(data, on) - 1, max_length), batch_size)
+    def of(
+        cls, data: Prepared, on: TrainedOn, max_length: int, batch_size: int, last: bool = False
+    ) -> "NextItemWindows":
+        """Windows over the training part, or the ``last`` one of each user alone."""
+        return cls(data, *_cut(data, fit_ends(data, on) - 1, max_length, last), batch_size)
 
     def batch(self, chosen: Tensor, rng: np.random.Generator) -> Batch:
         items, places = self.inputs(chosen)
@@ -110,9 +112,10 @@ class ClozeWindows(Windows):
         mask: int,
         ratio: float,
         last_only: float,
+        last: bool = False,
     ) -> "ClozeWindows":
-        """Windows over the training part."""
-        windows = cls(data, *_cut(data, fit_ends(data, on), max_length), batch_size)
+        """Windows over the training part, or the ``last`` one of each user alone."""
+        windows = cls(data, *_cut(data, fit_ends(data, on), max_length, last), batch_size)
         windows.mask, windows.ratio, windows.last_only = mask, ratio, last_only
         return windows
 
@@ -194,18 +197,23 @@ def make_batches(model: Recommender, data: Prepared, train: TrainConfig) -> Wind
     on, size = train.on, train.batch_size
     if model.samples == "pairs":
         return Pairs.of(data, on, size)
-    length = model.config.max_length
+    length, last = model.config.max_length, train.windows == "last"
     if model.samples == "prefix":
         return Prefixes.of(data, on, length, size, train.prefixes_per_user)
     if model.samples == "cloze":
         config = model.config
-        return ClozeWindows.of(data, on, length, size, data.n_items + 1, config.mask_ratio, config.last_only)
-    return NextItemWindows.of(data, on, length, size)
+        return ClozeWindows.of(data, on, length, size, data.n_items + 1, config.mask_ratio, config.last_only, last)
+    return NextItemWindows.of(data, on, length, size, last)
 
 
-def _cut(data: Prepared, ends: Tensor, max_length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Users, ends and lengths of windows that cover each user's items before ``ends`` [users], cut from the end."""
+def _cut(data: Prepared, ends: Tensor, max_length: int, last: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Users, ends and lengths of windows that cover each user's items before ``ends`` [users], cut from the end.
+
+    ``last`` keeps the one window that ends there.
+    """
     counts = -((data.offsets[:-1] - ends).clamp(max=0) // max_length)
+    if last:
+        counts = counts.clamp(max=1)
     users = torch.repeat_interleave(torch.arange(data.n_users), counts)
     _require_some(data, len(users))
     nth = torch.arange(len(users)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)

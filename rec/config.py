@@ -24,6 +24,9 @@ class TrainConfig(Section):
     """Steps over which the learning rate rises from 0; constant after."""
     batch_size: int = Field(128, ge=1)
     """Sequences a step, over all processes (prefixes, for models that train on prefixes)."""
+    windows: Literal["all", "last"] = "all"
+    """Of a sequence that is longer than the model reads: train on all of it, cut into windows, or on its last window
+    alone, as the original SASRec and most other toolkits do."""
     prefixes_per_user: int | None = Field(None, ge=1)
     """For models that train on prefixes: so many random ones of each user every epoch; null for all."""
     epochs: int = Field(100, ge=1)

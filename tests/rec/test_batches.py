@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from rec.batches import NextItemWindows
+from rec.batches import NextItemWindows, Pairs, Prefixes
 from rec.data.prepared import Prepared
 from rec.runtime.errors import UserError
 
@@ -93,3 +93,73 @@ def test_nothing_to_train_on_is_one_line():
     with pytest.raises(UserError, match="made-up leaves nothing to train on: no user has more than 3 interactions"):
         NextItemWindows.of(data_of([3, 3, 3]), "train", 5, 2)
     assert len(NextItemWindows.of(data_of([3, 4]), "train", 5, 2)) == 1
+
+
+def test_the_last_window_alone_is_each_users_newest_targets():
+    data = data_of(UNEVEN)
+    seen = Counter()
+    for batch in NextItemWindows.of(data, "train", 5, 7, last=True).epoch(0, 0):
+        seen.update(batch.targets[batch.targets > 0].tolist())
+    expected = Counter()
+    for start, end in zip(data.offsets[:-1].tolist(), data.train_ends.tolist(), strict=True):
+        expected.update(data.sequence[max(start + 1, end - 5) : end].tolist())
+    assert seen == expected
+
+
+@pytest.mark.parametrize("max_length", [1, 3, 200])
+def test_every_prefix_is_a_sample_once(max_length):
+    data = data_of(UNEVEN)
+    seen = Counter()
+    for batch in Prefixes.of(data, "train", max_length, 7, None).epoch(0, 0):
+        lengths = (batch.items > 0).sum(1)
+        rows = torch.arange(len(lengths))
+        assert torch.equal((batch.targets > 0).sum(1), torch.ones_like(lengths))
+        targets = batch.targets[rows, lengths - 1]
+        assert torch.equal(targets, batch.items[rows, lengths - 1] + 1)
+        first = data.offsets[batch.users] + 1  # the number of an item is its place, from 1
+        assert torch.equal(batch.items[:, 0], torch.maximum(first, targets - max_length))
+        seen.update(targets.tolist())
+    expected = Counter()
+    for start, end in zip(data.offsets[:-1].tolist(), data.train_ends.tolist(), strict=True):
+        expected.update(data.sequence[start + 1 : end].tolist())
+    assert seen == expected
+
+
+def test_some_prefixes_of_each_user_are_others_every_epoch():
+    data = data_of(UNEVEN)
+    prefixes = Prefixes.of(data, "train", 9, 7, 2)
+    epochs = []
+    for epoch in range(2):
+        batches = list(prefixes.epoch(0, epoch))
+        assert len(batches) == len(prefixes)
+        users = Counter(user for batch in batches for user in batch.users.tolist())
+        counts = (data.train_ends - data.offsets[:-1] - 1).clamp(max=2)
+        assert users == Counter({user: count for user, count in enumerate(counts.tolist()) if count})
+        epochs.append({item for batch in batches for item in batch.targets.flatten().tolist()})
+    assert epochs[0] != epochs[1]
+
+
+def test_pairs_are_the_training_interactions():
+    data = data_of([5, 3, 8])
+    seen = [
+        (user, target)
+        for batch in Pairs.of(data, "train", 4).epoch(0, 0)
+        for user, target in zip(batch.users.tolist(), batch.targets[:, 0].tolist(), strict=True)
+    ]
+    assert sorted(seen) == [(0, 1), (0, 2), (0, 3), (1, 6), *((2, item) for item in range(9, 15))]
+
+
+def test_training_on_validation_items_adds_exactly_those():
+    data = data_of(UNEVEN)
+    for kind in (NextItemWindows, Prefixes):
+        more = [None] if kind is Prefixes else []
+        seen = {
+            on: Counter(
+                item
+                for batch in kind.of(data, on, 9, 7, *more).epoch(0, 0)
+                for item in batch.targets[batch.targets > 0].tolist()
+            )
+            for on in ("train", "train+valid")
+        }
+        added = seen["train+valid"] - seen["train"]
+        assert added == Counter(data.targets("valid").tolist())
