@@ -87,7 +87,7 @@ class LightGCN(Recommender):
         return cls(config, items, users, torch.zeros(edges, dtype=torch.long))
 
     def adjacency(self) -> Tensor:
-        """Â = D^-1/2 A D^-1/2 [U + N, U + N], sparse: edges of users (rows 0 to U - 1) and items, both ways."""
+        """Â = D^-1/2 A D^-1/2 [U + N, U + N], sparse; users come first."""
         state = self.edges.data_ptr(), self.edges._version
         if self._adjacency is None or self._adjacency[0] != state:
             n_users, stride = self.users.num_embeddings, self.items.n_items + 1

@@ -123,8 +123,8 @@ def test_every_parameter_gets_a_gradient(blocks):
 
 
 def config_of(**rec) -> RecConfig:
-    model = {"name": "BST", "dim": 16, "position_dim": 8, "heads": 2, "max_length": 8, "mlp": [32, 16], "dropout": 0}
-    schedule = {"lr": 5e-3, "batch_size": 16, "epochs": 15, "patience": 15}
+    model = {"name": "BST", "dim": 32, "position_dim": 8, "heads": 2, "max_length": 3, "mlp": [32, 16], "dropout": 0}
+    schedule = {"lr": 5e-3, "batch_size": 16, "epochs": 14, "patience": 7, "evaluate_every": 2}
     return build(RecConfig, {"model": model, "train": schedule, **rec})
 
 
@@ -139,7 +139,16 @@ def test_a_width_that_heads_do_not_divide_is_refused():
         build(RecConfig, {"model": {"name": "BST", "heads": 7}})
 
 
-def test_training_learns_the_ring(small_data, tmp_path):
+@pytest.fixture
+def one_thread():
+    """Threads that wait for each other on a busy machine take ten times as long over such small tensors."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_training_learns_the_ring(small_data, tmp_path, one_thread):
     config = config_of()
     before = evaluate(build_model(config, small_data), small_data, "test", config.evaluate)["HR@10"]
     trained = train(build_model(config, small_data), small_data, config, RunFolder(tmp_path), "test")

@@ -6,7 +6,7 @@ import torch
 from rec.config import RecConfig
 from rec.data.prepared import Prepared
 from rec.evaluation import evaluate
-from rec.item_encoder import IDTable
+from rec.item_encoder import IDTable, KnowledgeConcat
 from rec.linear_cross_entropy import linear_cross_entropy
 from rec.models.base import Batch, Recommender
 from rec.models.lightgcn import LightGCN, LightGCNConfig
@@ -167,3 +167,13 @@ def test_training_learns_the_ring(small_data: Prepared, tmp_path):
     before = evaluate(build_model(config, small_data), small_data, "test", config.evaluate)["HR@10"]
     trained = train(build_model(config, small_data), small_data, config, RunFolder(tmp_path), "test")
     assert evaluate(trained, small_data, "test", config.evaluate)["HR@10"] > max(0.6, before + 0.1)
+
+
+def test_knowledge_of_items_takes_part():
+    items = KnowledgeConcat(N, D, 5)
+    items.set_knowledge(torch.randn(N, 5))
+    model = LightGCN(LightGCNConfig(dim=D), items, USERS, model_of().edges)
+    targets = torch.tensor([[1], [4]])
+    batch = Batch(torch.tensor([0, 1]), torch.zeros_like(targets), targets)
+    model.training_loss(batch, linear_cross_entropy).backward()
+    assert items.fuse.weight.grad[:, D:].any()
