@@ -92,8 +92,7 @@ class LightGCN(Recommender):
         if self._adjacency is None or self._adjacency[0] != state:
             n_users, stride = self.users.num_embeddings, self.items.n_items + 1
             user, item = self.edges // stride, self.edges % stride - 1 + n_users
-            both = torch.stack([torch.cat([user, item]), torch.cat([item, user])])  # [2, 2 edges]
-            size = n_users + self.items.n_items
+            both, size = torch.stack([torch.cat([user, item]), torch.cat([item, user])]), n_users + stride - 1
             degree = torch.bincount(both[0], minlength=size).float()
             values = (degree[both[0]] * degree[both[1]]).rsqrt()  # 1 / (√|N_u| √|N_i|), Eq. 3
             with warnings.catch_warnings():
