@@ -63,6 +63,19 @@ def print_comparison(found: dict[str, dict[str, Any]], one: Path, other: Path) -
     console().print(table)
 
 
+def print_bench(result: dict[str, Any]) -> None:
+    """One row a measurement, then the targets."""
+    table = Table("stage", "data", "length", "system", "precision", "seconds", "times recalign's")
+    for row in result["rows"]:
+        ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        figures = (f"{row['seconds']:.2f}", ratio)
+        table.add_row(row["stage"], row["data"], str(row["max_length"]), row["name"], row["precision"], *figures)
+    out = console()
+    out.print(table)
+    for claim in result["claims"]:
+        out.print(f"{'holds' if claim['holds'] else 'MISSED'}  {claim['id']}: {claim['figure']:.2f}", soft_wrap=True)
+
+
 def describe(protocol: dict[str, Any]) -> str:
     """A protocol in words."""
     if protocol["candidates"] == "all":

@@ -105,7 +105,7 @@ class _Step:
         if self.ranks.size > 1:
             self.forward = DistributedDataParallel(self.forward, broadcast_buffers=False)
 
-    def __call__(self, batch: Batch, state: "_State") -> torch.Tensor:
+    def __call__(self, batch: Batch, state: "_State | EpochTimer") -> torch.Tensor:
         """The mean loss over the targets of the global batch."""
         own, share = self._own(batch)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.train.precision == "bf16"):
@@ -134,6 +134,46 @@ class _Step:
         return own, self.ranks.size * int((own.targets > 0).sum()) / total
 
 
+class EpochTimer:
+    """Training steps without validation, checkpoints or a run folder: what a speed comparison times.
+
+    Attributes:
+        targets: items that one epoch predicts.
+        places: places of the padded input that one epoch computes.
+    """
+
+    def __init__(self, model: Recommender, data: Prepared, config: RecConfig) -> None:
+        self.model, self.config = model.to(_device()), config
+        self.batches = make_batches(model, data, config.train)
+        self.step = _Step(model, make_loss(config.loss, data.train_counts[1:]), config)
+        self.optimizer, self.schedule = _optimizer(model, config)
+        cells = [(batch.targets > 0, batch.items) for batch in self.batches.epoch(config.train.seed, 0)]
+        self.targets = sum(int(targets.sum()) for targets, _ in cells)
+        self.places = sum(items.numel() for _, items in cells)
+
+    def run(self, limit_s: float) -> float:
+        """Train for one epoch or ``limit_s`` seconds; the share of an epoch that was done."""
+        self.model.train()
+        begin = time.monotonic()
+        done = 0
+        for batch in self.batches.epoch(self.config.train.seed, 0):
+            self.step(batch, self)
+            done += 1
+            if time.monotonic() - begin > limit_s:
+                break
+        return done / len(self.batches)
+
+
+def _optimizer(
+    model: Recommender, config: RecConfig
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """Adam, and the learning rate's rise over the warm-up steps."""
+    train, trainable = config.train, [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(trainable, lr=train.lr, betas=(0.9, 0.98), weight_decay=train.weight_decay, fused=True)
+    rise = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, train.warmup_steps)))
+    return optimizer, rise
+
+
 class _State:
     """What a recommender's training is made of, between two epochs."""
 
@@ -141,14 +181,7 @@ class _State:
         self.model, self.data, self.config, self.run = model, data, config, run
         self.ranks = Ranks.current()
         self.rank_seed = [self.ranks.rank] if self.ranks.size > 1 else []
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.Adam(
-            trainable, lr=config.train.lr, betas=(0.9, 0.98), weight_decay=config.train.weight_decay, fused=True
-        )
-        warmup = config.train.warmup_steps
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: min(1.0, (step + 1) / warmup) if warmup else 1.0
-        )
+        self.optimizer, self.schedule = _optimizer(model, config)
         self.best, self.best_epoch, self.waited = 0.0, -1, 0
         self.best_weights = self._weights()
         self.checkpoints = Checkpoints(run.path / "checkpoints", self.ranks, keep_last=1)
