@@ -264,7 +264,7 @@ def numbering(own, n_items):
 def renumber(histories, mapping):
     """Left-padded histories in a peer's own numbers, without the items that it does not know."""
     rows = mapping[histories]
-    return rows.gather(1, (rows > 0).long().argsort(1, stable=True))
+    return rows.gather(1, (rows > 0).long().argsort(dim=1, stable=True))
 
 
 def in_catalog_order(scores, mapping):

@@ -169,6 +169,8 @@ def run_flat(arguments, data):
         while not stopwatch.done:
             loss = train(stopwatch.watch(loader))
         return {**stopwatch.figures(len(loader)), "last_loss": loss}
+    # torch's shortcut for attention without gradients makes the net's states of padded histories not a number.
+    torch.backends.mha.set_fastpath_enabled(False)
     mapping = common.numbering(known, data.n_items)
 
     def score(histories):

@@ -42,6 +42,23 @@ def schema_of(n_items):
     return TensorSchema([feature])
 
 
+class SameType(torch.nn.Module):
+    """An encoder whose states have the type of its inputs: RePlay's buckets do not expect autocast to change it."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def reset_parameters(self):
+        """Of the encoder."""
+        self.encoder.reset_parameters()
+
+    def forward(self, feature_tensors, input_embeddings, padding_mask, attention_mask):
+        """The encoder's states."""
+        states = self.encoder(feature_tensors, input_embeddings, padding_mask, attention_mask)
+        return states.to(input_embeddings.dtype)
+
+
 def build(arguments, schema, n_items):
     """The model."""
     body = SasRec.from_params(
@@ -54,7 +71,7 @@ def build(arguments, schema, n_items):
         hidden_dim=common.FEED_FORWARD,
     ).body
     if arguments.bucket:
-        body.encoder = LengthBucketedQueryEncoder(body.encoder, bucket_size=arguments.bucket)
+        body.encoder = LengthBucketedQueryEncoder(SameType(body.encoder), bucket_size=arguments.bucket)
     return SasRec(body, (CE if arguments.loss == "ce" else CESampled)(ignore_index=n_items))
 
 
