@@ -69,7 +69,7 @@ def require_columns(present: Sequence[str], path: Path, *names: str) -> None:
     """Raise a UserError that lists what is there if one of ``names`` is not."""
     for name in names:
         if name not in present:
-            raise UserError(f"{path} has no column {name!r}; it has: {', '.join(present)}")
+            raise UserError(f"{path} has no column {name!r}; it has: {', '.join(present)[:400]}")
 
 
 def in_one_piece(table: pa.Table) -> pa.Table:

@@ -6,6 +6,7 @@ from typing import Any
 
 from rec.data.raw import RawData
 from rec.data.readers import amazon, movielens, online_retail, recbole, sequences, table, yelp
+from rec.runtime.errors import UserError
 
 READERS: dict[str, Callable[..., RawData]] = {
     "amazon": amazon.read,
@@ -19,5 +20,14 @@ READERS: dict[str, Callable[..., RawData]] = {
 
 
 def read(source: str, folder: Path, **options: Any) -> RawData:
-    """Read ``folder`` with the reader called ``source``; ``options`` are that reader's keyword arguments."""
-    return READERS[source](folder, **options)
+    """Read ``folder`` with the reader called ``source``; ``options`` are that reader's keyword arguments.
+
+    Raises:
+        UserError: with one line, whatever the files hold.
+    """
+    try:
+        return READERS[source](folder, **options)
+    except UserError as error:
+        # Names and values that a message quotes from a broken file may hold line breaks and control characters.
+        message = "".join(letter if letter.isprintable() else " " for letter in str(error))
+        raise UserError(message) from error
