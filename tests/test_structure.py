@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from align.config import MainJob
+from rec.job import RecJob
 from rec.runtime import config
 
 ROOT = Path(__file__).parents[1]
@@ -53,8 +54,9 @@ def test_files_and_functions_stay_small_and_documented(path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "launch" / "recipes").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_recipe_loads_and_begins_with_its_command(path):
-    job = config.load(MainJob, path)
-    assert config.load(MainJob, path) == job
+    kind = MainJob if "align" in config.read_recipe(path) else RecJob
+    job = config.load(kind, path)
+    assert config.load(kind, path) == job
     head = path.read_text(encoding="utf-8").split("\n\n")[0]
     assert head.startswith("# ")
     assert "recalign " in head
