@@ -1,7 +1,7 @@
 """RecTools' SASRec: SASRecModel with its own Lightning trainer, or the flat net of its fast_transformers.
 
-``softmax`` and ``sampled_softmax`` train SASRecModel. ``flat`` trains FlatSASRecNet with full cross-entropy: RecTools
-ships that net without a trainer, here it has a plain loop over RecTools' own fast sequences.
+``ce`` and ``sampled`` train SASRecModel. ``fast-ce`` trains FlatSASRecNet with full cross-entropy: RecTools ships that
+net without a trainer, here it has a plain loop over RecTools' own fast sequences.
 """
 
 import logging
@@ -20,6 +20,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 NEGATIVES = 256
+LOSSES = {"ce": "softmax", "sampled": "sampled_softmax"}
 MANY = 10_000
 
 
@@ -79,7 +80,7 @@ def classic(arguments, callback, epochs):
         n_factors=common.HIDDEN,
         dropout_rate=arguments.dropout,
         session_max_len=arguments.max_length,
-        loss=arguments.loss,
+        loss=LOSSES[arguments.loss],
         n_negatives=NEGATIVES,
         lr=arguments.learning_rate,
         batch_size=arguments.batch_size,
@@ -101,7 +102,7 @@ def interactions(data, chosen):
 def run_classic(arguments, data):
     """Figures of SASRecModel."""
     train = interactions(data, data.part == common.PARTS["train"])
-    stopwatch = common.Stopwatch(arguments.seconds)
+    stopwatch = common.Stopwatch(0 if arguments.time_evaluation else arguments.seconds)
     if arguments.epochs:
         callback = Record(lambda: common.Journal(arguments, data, classic_scorer(model, data), net()))
     else:
@@ -187,12 +188,11 @@ def run_flat(arguments, data):
 
 def main():
     """Time or train, and print the result."""
-    losses = ("softmax", "sampled_softmax", "flat")
-    arguments = common.parse(__doc__.splitlines()[0], losses, batch_size=128)
+    arguments = common.parse(__doc__.splitlines()[0], ("ce", "sampled", "fast-ce"), batch_size=128)
     warnings.simplefilter("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     data = common.Sequences.load(arguments.data)
-    flat = arguments.loss == "flat"
+    flat = arguments.loss == "fast-ce"
     if flat and arguments.time_evaluation:
         raise SystemExit("error: the flat net has no evaluation of its own")
     figures = {
