@@ -5,7 +5,8 @@ Layers as in ``rec/models/two_branch.py``; LightSANs' own are
     K' = Dᵀ K,  D = softmax over items of K Θ_K   [L, k]     item-to-interest aggregation, Θ [D, k]; V' alike by Θ_V
     Z  = P                                                   decoupled positions: they never meet an item
 
-so position scores [L, L] are the same for all histories, and are computed once for a batch.
+so Q_p and K_p are the same for all histories, and are computed once for a batch. Their product is not kept: fused
+attention makes it anew for each history in less time than reading [B, L, L] weights takes.
 """
 
 from typing import Literal

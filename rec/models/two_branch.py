@@ -10,7 +10,7 @@ One layer, with X [L, D] its input, P [L, D] trainable position vectors and d = 
 
 The first X is LN of the item vectors; the state of a history is the last layer's output at its last item. Summaries
 look ahead, so every prefix of a sequence is a forward pass of its own. In the last layer only the last item's row
-is computed, but for what the others must give to it.
+is computed, but for what the others must give to it. (Two models' worth of code, hence the length of this file.)
 
 ``attention: paper`` is the above with row-wise softmax and with padding left out of everything, so that a state
 depends on its history alone. ``attention: reference`` is what the authors published and RecBole took over: softmax
@@ -95,28 +95,29 @@ class Layer(nn.Module):
         z = self.norm_position(self.position_input(x, positions))
         # Softmax over the queries needs all of them, even for one row of the result.
         asking = None if self.reference else last
-        item = self._weights(self.query(_at(x, asking)), keys_short, exists, last)
-        position = self._weights(
-            self.position_query(_at(z, asking)) * self.position_scale, self.position_key(z), inside, last
-        )
-        context = dropout(item, p, True) @ self._split(values_short) + position @ self._split(values)  # [B, h, Q, d]
+        context = self._attend(self.query(_at(x, asking)), keys_short, values_short, exists, last, p)
+        position_queries = self.position_query(_at(z, asking)) * self.position_scale
+        context = context + self._attend(position_queries, self.position_key(z), values, inside, last, 0.0)
         x = _at(x, last)
-        x = self.norm_attention(x + dropout(self.out(context.transpose(1, 2).flatten(2)), p, True))
+        x = self.norm_attention(x + dropout(self.out(context), p, True))
         return self.norm_ffn(x + dropout(self.ffn_out(F.gelu(self.ffn_in(x))), p, True))
 
-    def _weights(self, queries: Tensor, keys: Tensor, exists: Tensor | None, last: Tensor | None) -> Tensor:
-        """Attention [1 or B, h, Q, K] of queries [1 or B, Q, D] to keys [1 or B, K, D] that ``exists`` [B, K]."""
-        queries, keys = self._split(queries), self._split(keys)
-        scores = queries * queries.shape[-1] ** -0.5 @ keys.transpose(2, 3)
-        if self.reference:
-            return _at(scores.softmax(2).transpose(1, 2), last).transpose(1, 2)
-        if exists is not None:
-            scores = scores.masked_fill(~exists[:, None, None], -torch.inf)
-        return scores.softmax(3)
+    def _attend(
+        self, queries: Tensor, keys: Tensor, values: Tensor, exists: Tensor | None, last: Tensor | None, p: float
+    ) -> Tensor:
+        """C [B, Q, D] of queries [B, Q, D], keys and values [B, K, D]; B may be 1 where all histories agree.
 
-    def _split(self, x: Tensor) -> Tensor:
-        """[B, L, D] → [B, heads, L, d]."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        ``exists`` [B, K] marks the keys that there are (None: all), ``last`` as in ``forward``, ``p`` drops weights.
+        """
+        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (queries, keys, values))  # [B, h, ., d]
+        if self.reference:
+            weights = (q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)).softmax(2)
+            weights = _at(weights.transpose(1, 2), last).transpose(1, 2)
+            context = dropout(weights, p, True) @ v
+        else:
+            mask = None if exists is None else exists[:, None, None]
+            context = attention(q.expand(len(v), -1, -1, -1), k.expand(len(v), -1, -1, -1), v, mask, p)
+        return context.transpose(1, 2).flatten(2)
 
 
 class TwoBranch(SequenceRecommender):
@@ -142,16 +143,28 @@ class TwoBranch(SequenceRecommender):
         self.check_length(items)
         reference = self.config.attention == "reference"
         length = self.config.max_length if reference else int(lengths.max())
-        items = _fit(items, length)
+        extra = length - items.shape[1]
+        items = F.pad(items, (0, extra))
         inside = torch.arange(length, device=items.device) < lengths[:, None]
         if knowledge is not None:
             # Padding has no knowledge; the reference would read it.
-            knowledge = _fit(knowledge.transpose(1, 2), length).transpose(1, 2) * inside[..., None]
+            knowledge = F.pad(knowledge, (0, 0, 0, extra)) * inside[..., None]
         x = dropout(self.norm(self.items(items, knowledge)), self.config.dropout, self.training)
         positions, mask = self.positions.weight[:length], None if reference else inside
         for layer in self.layers[:-1]:
             x = layer(x, positions, mask)
         return self.layers[-1](x, positions, mask, lengths - 1).squeeze(1)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float) -> Tensor:
+    """[B, h, Q, d] for q [B, h, Q, d], k and v [B, h, K, d], with dropout ``p`` on the weights."""
+    if p == 0 or q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
+    # torch has no fused attention with dropout on CPU.
+    scores = q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return dropout(scores.softmax(3), p, True) @ v
 
 
 def _at(x: Tensor, places: Tensor | None) -> Tensor:
@@ -160,8 +173,3 @@ def _at(x: Tensor, places: Tensor | None) -> Tensor:
         return x
     rows = torch.arange(len(places), device=x.device) if len(x) > 1 else torch.zeros_like(places)
     return x[rows, places][:, None]
-
-
-def _fit(x: Tensor, length: int) -> Tensor:
-    """``x`` [..., L] cut or filled up with 0 to ``length``."""
-    return F.pad(x, (0, length - x.shape[-1]))
