@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from align.config import Stages
+from launch.tables import describe
 from rec.runtime.runfolder import RunFolder
 
 matplotlib.use("Agg")  # before pyplot: no screen is needed
@@ -50,11 +51,10 @@ def asynchronous(run: RunFolder) -> dict[str, Any]:
 def print_result(result: dict[str, Any], console: Console | None = None) -> None:
     """The table and the asynchronous figures, for people."""
     console = console or Console(width=110, highlight=False)
-    data, protocol = result["data"], result["protocol"]
+    data = result["data"]
     table = Table(
         title=f"{data['name']}: " + ", ".join(f"{data[what]:,} {what}" for what in ("users", "items", "interactions")),
-        caption=f"{protocol['split']}; candidates: {protocol['candidates']}; seen items {protocol['seen_items']};"
-        f" ties: {protocol['ties']}; ± is the standard error over users",
+        caption=f"test items; {describe(result['protocol'])}; ± is the standard error over users",
         title_justify="left",
         caption_justify="left",
     )
