@@ -133,7 +133,7 @@ def slow_state(model, history: list[int]) -> Tensor:
         (LightSANs, {}),
         (LightSANs, {"blocks": 1, "interests": 1}),
         (PAUP, {}),  # 6 slots, 4 segments of 2, one empty slot before: the last segment holds one slot
-        (PAUP, {"blocks": 1, "slot": 1, "segments": 7}),  # 12 slots, 7 segments of 2, the first without a slot
+        (PAUP, {"blocks": 1, "slot": 1, "segments": 8}),  # 12 slots, 8 segments of 2, the first and the last without
         (PAUP, {"slot": 3, "segments": 2}),  # 4 slots, 2 segments of 2
     ],
 )
@@ -179,7 +179,7 @@ def test_on_a_full_history_the_modes_differ_in_the_axis_of_softmax_and_the_scale
     torch.testing.assert_close(run(paper, HISTORIES[2:3]), run(reference, HISTORIES[2:3]))
 
 
-@pytest.mark.parametrize(("slot", "segments"), [(1, 4), (2, 4), (3, 2), (1, 7), (12, 1)])
+@pytest.mark.parametrize(("slot", "segments"), [(1, 4), (2, 4), (3, 2), (1, 8), (12, 1)])
 def test_down_convolution_is_the_published_pair_of_convolutions(slot, segments):
     torch.manual_seed(0)
     config = PAUPConfig(dim=D, max_length=L, slot=slot, segments=segments)
