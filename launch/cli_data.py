@@ -1,6 +1,7 @@
 """The commands about data: ``recalign prepare`` and ``recalign data``."""
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,21 @@ examples:
     options.add_argument("--min-rating", type=float, help="amazon, movielens, yelp: least rating (default: any)")
     _add_filters(prepare.add_argument_group("filters, in this order"), prepare.add_argument_group("split"))
 
+    data = commands.add_parser("data", help="look at prepared data", description="Look at prepared data.")
+    stats = add_command(
+        data.add_subparsers(required=True, metavar="COMMAND"),
+        "stats",
+        _stats,
+        "a readable summary and plots of a prepared folder",
+        """\
+examples:
+  recalign data stats data/ml-1m
+  recalign data stats data/ml-1m --out figures
+""",
+    )
+    stats.add_argument("folder", type=Path, metavar="DIR", help="a prepared folder")
+    stats.add_argument("--out", type=Path, help="where stats.png and result.json go (default: DIR/stats)")
+
 
 def _add_filters(filters: argparse._ArgumentGroup, split: argparse._ArgumentGroup) -> None:
     filters.add_argument("--repeats", choices=("keep", "drop"), help="a user's repeated items (default: keep)")
@@ -86,6 +102,12 @@ def _prepare(arguments: argparse.Namespace) -> None:
             found = ", ".join(f"{split} {count:,}" for split, count in counts[name].items())
             lines.append(f"  {name.replace('_', ' ')}: {found}")
     sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _stats(arguments: argparse.Namespace) -> None:
+    from launch import data_stats
+
+    data_stats.run(arguments.folder, arguments.out, shlex.join(["recalign", *sys.argv[1:]]))
 
 
 def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:

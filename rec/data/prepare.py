@@ -147,7 +147,7 @@ def _require_unique_items(raw: RawData) -> None:
     seen = set()
     for row, item in enumerate(ids.to_pylist(), start=1):
         if item in seen:
-            raise UserError(f"{raw.files[-1]}, data row {row}: item_id {item!r} occurs twice")
+            raise UserError(f"{raw.files[-1]}, data row {row}: item_id {item[:80]!r} occurs twice")
         seen.add(item)
 
 

@@ -139,7 +139,7 @@ def to_seconds(table: pa.Table, column: str, path: Path) -> pa.ChunkedArray:
     bad = ~(np.abs(seconds) < 2**63)  # NaN compares false
     if bad.any():
         row = int(np.flatnonzero(bad)[0])
-        raise UserError(f"{path}, data row {row + 1}: {column} is {strings[row].as_py()!r}, not a time")
+        raise UserError(f"{path}, data row {row + 1}: {column} is {strings[row].as_py()[:80]!r}, not a time")
     return pa.chunked_array([seconds.astype(np.int64)])
 
 

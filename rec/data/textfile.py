@@ -34,9 +34,9 @@ def blocks(path: Path, encoding: str = "utf-8") -> Iterator[bytes]:
             byte = error.object[error.start]
             raise UserError(f"{path}, line {line}: not {encoding} text (byte {byte:#04x})") from None
         lines += block.count(b"\n")
-        empty = empty and not block.strip()
         if not nth and encoding == "utf-8":
             block = block.removeprefix(codecs.BOM_UTF8)
+        empty = empty and not block.strip()
         yield block if encoding == "utf-8" else text.encode()
     if empty:
         raise UserError(f"{path} is empty")

@@ -72,7 +72,7 @@ def _interactions(
         again = np.setdiff1d(np.arange(len(codes)), first)[0]
         line = np.concatenate(numbers)[again]
         raise UserError(
-            f"{path}, line {line}: user {users[again].as_py()!r} was there before; each user has one line:"
+            f"{path}, line {line}: user {users[again].as_py()[:80]!r} was there before; each user has one line:"
             " 'user item1 item2 …'"
         )
     owners = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
