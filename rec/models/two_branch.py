@@ -142,7 +142,9 @@ class TwoBranch(SequenceRecommender):
     def last_states(self, items: Tensor, lengths: Tensor, knowledge: Tensor | None = None) -> Tensor:
         self.check_length(items)
         reference = self.config.attention == "reference"
-        length = self.config.max_length if reference else int(lengths.max())
+        # While a graph is traced there are no lengths to look at; padding changes no state, it only costs time.
+        longest = items.shape[1] if torch.compiler.is_exporting() else int(lengths.max())
+        length = self.config.max_length if reference else longest
         extra = length - items.shape[1]
         items = F.pad(items, (0, extra))
         inside = torch.arange(length, device=items.device) < lengths[:, None]
