@@ -4,12 +4,14 @@ import builtins
 import datetime
 import gzip
 
+import make_interactions
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 from raw_files import HEADER, RETAIL_HEADER, csv_pair, message_of, retail_row, rows_of, write_files
 
 from rec.data import readers, textfile
+from rec.data.prepare import Filters, prepare
 from rec.runtime.errors import UserError
 
 
@@ -254,3 +256,16 @@ def test_gzip_without_its_ending_in_the_name_says_so(tmp_path):
     (tmp_path / "interactions.csv").write_bytes(gzip.compress(b"user_id,item_id,timestamp\nu,a,1\n"))
     with pytest.raises(UserError, match=r"interactions\.csv is compressed: add \.gz to its name"):
         readers.read("table", tmp_path)
+
+
+def test_every_format_of_the_same_interactions_gives_the_same_bytes(tmp_path):
+    make_interactions.write(60_000, tmp_path)
+    assert (tmp_path / "csv" / "interactions.csv").stat().st_size > 2 * textfile.BLOCK
+    found = {}
+    for name in ("csv", "csv-gz", "parquet", "jsonl-gz"):
+        raw = readers.read("amazon" if name == "jsonl-gz" else "table", tmp_path / name)
+        prepare("t", raw, tmp_path / "out" / name, Filters(k_core=2))
+        found[name] = [
+            (tmp_path / "out" / name / file).read_bytes() for file in ("interactions.parquet", "users.parquet")
+        ]
+    assert all(files == found["csv"] for files in found.values())
