@@ -21,11 +21,14 @@ POOL = 16
 
 
 def fit_ends(data: Prepared, on: TrainedOn) -> Tensor:
-    """[users] where the interactions that are trained on end (exclusive), as indices into the sequence."""
+    """[users] where the interactions that are trained on end (exclusive), as indices into the sequence.
+
+    ``train+valid`` ends after a user's last validation item: of a user who was held out, that is the whole history.
+    """
     if on == "train":
         return data.train_ends
-    valid = torch.bincount(data.instances("valid")[0], minlength=data.n_users)
-    return data.train_ends + valid
+    users, ends = data.instances("valid")
+    return data.train_ends.scatter_reduce(0, users, ends + 1, "amax")
 
 
 @dataclass
