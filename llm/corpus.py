@@ -34,7 +34,8 @@ class HistoryCorpus:
         self.inner = [ids[:longest] for ids in tokenizer([f" {text}" for text in texts])["input_ids"]]
         numbers = (data.sequence - 1).numpy()
         bounds = zip(data.offsets[:-1].tolist(), data.train_ends.tolist(), strict=True)
-        self.histories = [numbers[begin:end] for begin, end in bounds]
+        # A split by time or by users leaves some users nothing to train on.
+        self.histories = [numbers[begin:end] for begin, end in bounds if end > begin]
 
     def rows(self, seed: int, epoch: int) -> list[list[int]]:
         """All rows of one epoch, in history order; a row of one token has nothing to predict and is left out."""
