@@ -4,6 +4,7 @@ A row has ``history``, a list of item ids or text with commas between them, or `
 whose known history is meant. With both, ``user_id`` is a label that is handed through.
 """
 
+import contextlib
 import csv
 import difflib
 import io
@@ -108,7 +109,8 @@ def answer_file(
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
     return Batch(len(rows), unknown, empty, short)
 
 

@@ -1,5 +1,6 @@
 """Small worlds that tests share."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,10 @@ import pytest
 from rec.data.prepare import Filters, prepare
 from rec.data.prepared import Prepared
 from rec.data.raw import RawData
+from rec.job import RecJob
+from rec.runtime.config import build
 from rec.runtime.memory import keep_freed_memory
+from rec.train import run
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -52,3 +56,27 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     folder = tmp_path_factory.mktemp("small")
     prepare("test", make_raw(folder / "raw"), folder / "prepared", Filters())
     return Prepared.load(folder / "prepared")
+
+
+# What a small model needs besides dim and max_length, where its own values are too large for those.
+SMALL_MODELS = {"PAUP": {"slot": 2, "segments": 2}, "BST": {"mlp": [32]}}
+
+
+@pytest.fixture(scope="session")
+def finished_run(small_data: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Gives the run folder of a model by its name, trained for three epochs on ``small_data`` when first asked for."""
+    folders: dict[str, Path] = {}
+
+    def train(name: str) -> Path:
+        if name not in folders:
+            folders[name] = tmp_path_factory.mktemp(f"run-{name}") / "run"
+            model = {"name": name, "dim": 16, **({} if name == "LightGCN" else {"max_length": 8})}
+            rec = {
+                "model": {**model, **SMALL_MODELS.get(name, {})},
+                "train": {"lr": 5e-3, "batch_size": 16, "epochs": 3},
+                "evaluate": {"cutoffs": [10]},
+            }
+            run(build(RecJob, {"data": str(small_data.folder), "run": str(folders[name]), "rec": rec}), "test")
+        return folders[name]
+
+    return train
