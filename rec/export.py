@@ -249,6 +249,8 @@ def check_tower(model: SequenceRecommender, data: Prepared, tower: Tower, items:
             for padding in {0, longest - histories.shape[1]}:
                 asked = F.pad(histories, (0, padding))
                 want, got = model.last_states(asked, lengths), tower(asked, lengths)
+                if want.shape != got.shape:
+                    return Parity(len(users), float("inf"), float("inf"), 0.0)
                 scores = model.score_all(users, asked, lengths)
                 found.append((_difference(want, got), *_compare_lists(scores, got @ items.T), len(users)))
     return _worst(found)
@@ -283,8 +285,6 @@ def _compare_lists(wanted: Tensor, got: Tensor) -> tuple[float, float]:
 
 
 def _difference(wanted: Tensor, got: Tensor) -> float:
-    if wanted.shape != got.shape:
-        return float("inf")
     return float((wanted - got).abs().max() / wanted.abs().max().clamp(min=1))
 
 

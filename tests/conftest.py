@@ -58,8 +58,14 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     return Prepared.load(folder / "prepared")
 
 
-# What a small model needs besides dim and max_length, where its own values are too large for those.
-SMALL_MODELS = {"PAUP": {"slot": 2, "segments": 2}, "BST": {"mlp": [32]}}
+# What a small model needs besides dim and max_length.
+SMALL_MODELS = {
+    "SASRec": {"blocks": 1},
+    "BERT4Rec": {"blocks": 1},
+    "LightSANs": {"blocks": 1},
+    "PAUP": {"blocks": 1, "slot": 2, "segments": 2},
+    "BST": {"mlp": [32]},
+}
 
 
 @pytest.fixture(scope="session")

@@ -60,7 +60,7 @@ def test_a_model_of_knowledge_and_of_one_item_histories(small_data, tmp_path):
     items = KnowledgeConcat(small_data.n_items, 16, 5, on_target=True)
     items.set_knowledge(torch.randn(small_data.n_items, 5))
     with torch.no_grad():
-        items.fuse.weight[:, 16:] = 0.1
+        items.fuse.weight[:, 16:].normal_()
     model = SASRec(SASRecConfig(dim=16, max_length=1), items).eval().requires_grad_(False)
     program, _ = trace(model)
     save_tower(program, 1, tmp_path / "tower.pt2")
