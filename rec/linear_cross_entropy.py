@@ -9,10 +9,13 @@ three matrix products and one exp.
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 CHUNK_BYTES = 9 * 2**20
 # exp must neither overflow nor vanish; up to here no row needs its maximum subtracted first.
 SAFE_LOGIT = 60.0
+# oneDNN, which multiplies bfloat16, compiles a kernel for every new number of rows, at 10 ms each.
+ROW_MULTIPLE = 64
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -48,8 +51,10 @@ def linear_cross_entropy(states: Tensor, table: Tensor, targets: Tensor) -> Tens
 
 def _loss_and_gradients(states: Tensor, table: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows = max(1, (32 if states.is_cuda else 1) * CHUNK_BYTES // (states.element_size() * table.shape[0]))
+    if few_shapes := states.dtype != torch.float32 and not states.is_cuda:
+        rows += -rows % ROW_MULTIPLE
     # One buffer for all chunks: fresh memory costs more than the arithmetic on it (page faults on CPU).
-    buffer = states.new_empty(min(rows, len(states)), table.shape[0])
+    buffer = states.new_empty(min(rows, len(states) + -len(states) % ROW_MULTIPLE), table.shape[0])
     shift = _needs_shift(states, table)
     own = (states.float() * table[targets].float()).sum(1)
     grad_states = torch.empty(states.shape, dtype=torch.float32, device=states.device)
@@ -57,23 +62,34 @@ def _loss_and_gradients(states: Tensor, table: Tensor, targets: Tensor) -> tuple
     log_totals = []
     for begin in range(0, len(states), rows):
         part = states[begin : begin + rows]
+        kept = len(part)
+        if few_shapes:  # A row of zeros adds nothing to the table's gradient; elsewhere it is cut off again.
+            part = F.pad(part, (0, 0, 0, -kept % ROW_MULTIPLE))
         e = torch.mm(part, table.T, out=buffer[: len(part)])
         top = e.amax(1, keepdim=True) if shift else None
         if shift:
             e.sub_(top)
-        total = e.exp_().sum(1, keepdim=True, dtype=torch.float32)
-        torch.div(torch.mm(e, table), total, out=grad_states[begin : begin + rows])
+        total = _row_sums(e.exp_())
+        torch.div(torch.mm(e, table)[:kept], total[:kept], out=grad_states[begin : begin + rows])
         scaled = (part / total).to(e.dtype)
         if e.dtype == torch.float32:
             grad_table.addmm_(e.T, scaled)
         else:
             grad_table += torch.mm(e.T, scaled)
-        log_totals.append(total.log_() if top is None else total.log_() + top.float())
+        log_totals.append((total.log_() if top is None else total.log_() + top.float())[:kept])
     grad_states -= table[targets].float()
     grad_table.index_add_(0, targets, states.float(), alpha=-1)
     count = max(1, len(states))
     loss = (torch.cat(log_totals).squeeze(1) - own).sum() / count if log_totals else own.sum()
     return loss, grad_states.div_(count), grad_table.div_(count)
+
+
+def _row_sums(e: Tensor) -> Tensor:
+    """[rows, 1] sums in float32."""
+    if e.dtype == torch.float32 or e.is_cuda:
+        return e.sum(1, keepdim=True, dtype=torch.float32)
+    # On CPU a float32 sum of bfloat16 copies all of it first. Sums of slices round to bfloat16, each its own way.
+    return torch.stack([part.sum(1) for part in e.split(512, dim=1)], 1).sum(1, keepdim=True, dtype=torch.float32)
 
 
 def _needs_shift(states: Tensor, table: Tensor) -> bool:

@@ -29,3 +29,18 @@ def test_huge_logits_do_not_overflow():
     loss = linear_cross_entropy(states, table, torch.tensor([0, 3]))
     assert torch.isfinite(loss)
     assert torch.isfinite(torch.autograd.grad(loss, states)[0]).all()
+
+
+@pytest.mark.parametrize("rows", [3, 64, 130])
+def test_bfloat16_is_as_exact_as_its_products(rows):
+    torch.manual_seed(0)
+    states, table = torch.randn(rows, 16, requires_grad=True), torch.randn(700, 16, requires_grad=True)
+    targets = torch.randint(700, (rows,))
+    expected = F.cross_entropy(states @ table.T, targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = linear_cross_entropy(states, table, targets)
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=0)
+    for ours, theirs in zip(
+        torch.autograd.grad(found, (states, table)), torch.autograd.grad(expected, (states, table)), strict=True
+    ):
+        assert (ours - theirs).norm() < 0.01 * theirs.norm()
