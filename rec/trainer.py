@@ -100,7 +100,7 @@ class _Step:
         self.model, self.train, self.ranks = model, config.train, Ranks.current()
         self.device = next(model.parameters()).device
         if config.train.compile:
-            model.compile(dynamic=True)
+            model.training_loss = torch.compile(model.training_loss, dynamic=True)
         self.forward: nn.Module = _Loss(model, loss)
         if self.ranks.size > 1:
             self.forward = DistributedDataParallel(self.forward, broadcast_buffers=False)
