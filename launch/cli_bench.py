@@ -19,7 +19,7 @@ examples:
     bench.add_argument("name", choices=("rec",), help="what to compare")
     bench.add_argument("--data", type=Path, action="append", required=True, help="prepared folder; may be repeated")
     bench.add_argument("--peers", default="recbole,rectools,replay", help="separated by commas (default: all)")
-    bench.add_argument("--stages", help="separated by commas (default: all)")
+    bench.add_argument("--stages", help="separated by commas (default: all but quality)")
     bench.add_argument("--max-length", default="50,200", help="lengths of history (default: 50,200)")
     bench.add_argument("--seconds", type=float, default=30, help="to time each system (default: 30)")
     bench.add_argument("--out", type=Path, default=Path("runs/bench-rec"), help="folder of the measurements")
@@ -27,15 +27,16 @@ examples:
 
 def _bench(arguments: argparse.Namespace) -> None:
     from launch import tables
-    from launch.bench import rec
+    from launch.bench import rec, rec_tasks
     from rec.runtime.errors import UserError
 
-    stages = arguments.stages.split(",") if arguments.stages else rec.STAGES
-    if unknown := [stage for stage in stages if stage not in rec.STAGES]:
-        raise UserError(f"unknown stage {unknown[0]!r}; there are: {', '.join(rec.STAGES)}")
+    stages = arguments.stages.split(",") if arguments.stages else rec_tasks.STAGES
+    known = (*rec_tasks.STAGES, *rec_tasks.ON_REQUEST)
+    if unknown := [stage for stage in stages if stage not in known]:
+        raise UserError(f"unknown stage {unknown[0]!r}; there are: {', '.join(known)}")
     if not all(length.isdigit() for length in arguments.max_length.split(",")):
         raise UserError(f"--max-length {arguments.max_length!r}: expected numbers separated by commas")
-    settings = rec.Settings(
+    settings = rec_tasks.Settings(
         arguments.data,
         [int(length) for length in arguments.max_length.split(",")],
         arguments.peers.split(",") if arguments.peers else [],

@@ -3,7 +3,7 @@
 Scores of one batch of users exist at a time, never [users, items], and every protocol reads the same scores.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,11 +12,14 @@ from torch import Tensor
 
 from rec.config import EvaluateConfig
 from rec.data.prepared import Prepared
-from rec.models.base import Recommender
+from rec.models.base import Recommender, SequenceRecommender
 from rec.negatives import draw_negatives
 from rec.protocol import Protocol
 
 Part = Literal["valid", "test"]
+# Rows of scores that are made at a time on a CPU, and those of them that are then compared at a time: wide enough for
+# fast matrix products, and narrow enough for what is compared to stay in the caches.
+SCORED_ROWS, COMPARED_ROWS = 256, 32
 
 
 @dataclass(frozen=True)
@@ -93,20 +96,47 @@ def evaluate_many(
     chosen = torch.arange(len(ends)) if instances is None else torch.as_tensor(instances)
     rankers = {name: _Ranker(protocol, data, part) for name, protocol in protocols.items()}
     found: dict[str, list[Tensor]] = {name: [] for name in protocols}
-    device, was_training = next(model.parameters()).device, model.training
+    targets = data.sequence[ends]
+    scorer, was_training = _Scorer(model, data.n_items), model.training
     model.eval()
     # Neighbours in length share a batch: little padding. Every result goes back to its place.
     order = (ends - data.offsets[users])[chosen].argsort(stable=True)
     for rows in chosen[order].split(batch_size):
         items, lengths = data.windows(users[rows], ends[rows], model.config.max_length)
-        scores = model.score_all(users[rows].to(device), items.to(device), lengths.to(device)).float()
-        if scores.amax(1).isnan().any():
-            raise FloatingPointError("scores are not a number: the model has diverged")
-        for name, ranker in rankers.items():
-            found[name].append(ranker(scores, rows))
+        for part, scores in scorer(rows, users[rows], items, lengths):
+            if _not_numbers(scores, targets[part]):
+                raise FloatingPointError("scores are not a number: the model has diverged")
+            for name, ranker in rankers.items():
+                found[name].append(ranker(scores, part))
     model.train(was_training)
     back = order.argsort()
     return {name: rankers[name].metrics(torch.cat(found[name])[back], chosen) for name in protocols}
+
+
+class _Scorer:
+    """Scores of batches, part by part: states are made together, but a part's wide scores stay in a CPU's cache."""
+
+    def __init__(self, model: Recommender, n_items: int) -> None:
+        self.model, self.device = model, next(model.parameters()).device
+        self.in_parts = isinstance(model, SequenceRecommender) and self.device.type == "cpu"
+        # One for all parts: fresh memory costs more than the arithmetic on it.
+        self.buffer = torch.empty(SCORED_ROWS, n_items) if self.in_parts else None
+
+    def __call__(self, rows: Tensor, users: Tensor, items: Tensor, lengths: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Parts of ``rows`` [B] with their scores [part, N], which are overwritten by the next part's."""
+        inputs = users.to(self.device), items.to(self.device), lengths.to(self.device)
+        if not self.in_parts:
+            yield rows, self.model.score_all(*inputs).float()
+            return
+        states = self.model.last_states(*inputs[1:]).float()
+        for part, own in zip(rows.split(SCORED_ROWS), states.split(SCORED_ROWS), strict=True):
+            yield part, self.model.scores(own, out=self.buffer[: len(part)])
+
+
+def _not_numbers(scores: Tensor, targets: Tensor) -> bool:
+    """Whether scores [B, N] have a NaN: of a state that has one, every score is NaN; of an item, its whole column."""
+    own = scores.gather(1, targets.to(scores.device)[:, None] - 1)
+    return bool(own.isnan().any() | scores[0].isnan().any())
 
 
 class _Ranker:
@@ -118,6 +148,7 @@ class _Ranker:
         self.targets = data.sequence[self.ends]
         self.negatives = draw_negatives(protocol, data, part) if protocol.candidates == "sampled" else None
         self.cold = data.train_counts[self.targets] == 0
+        self.marks: Tensor | None = None
 
     def __call__(self, scores: Tensor, rows: Tensor) -> Tensor:
         """Ranks [B] (float64, on the CPU) of the targets of instances ``rows`` [B] in ``scores`` [B, N]."""
@@ -126,7 +157,9 @@ class _Ranker:
             others = scores.gather(1, self.negatives[rows].to(scores.device).long() - 1)
             better, equal = (others > own).sum(1), (others == own).sum(1)
         else:
-            better, equal = _count(scores, own)
+            if self.marks is None:
+                self.marks = torch.empty_like(scores[:COMPARED_ROWS] if scores.device.type == "cpu" else scores)
+            better, equal = _count(scores, own, self.marks)
             if self.protocol.seen == "mask":
                 seen_better, seen_equal = self._count_seen(scores, own, rows)
                 better, equal = better - seen_better, equal - seen_equal
@@ -153,11 +186,14 @@ class _Ranker:
         return ((seen > own) & counts).sum(1), ((seen == own) & counts).sum(1)
 
 
-def _count(scores: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-    """[B] numbers of scores [B, N] above ``own`` [B, 1], and of others equal to it.
+def _count(scores: Tensor, own: Tensor, marks: Tensor) -> tuple[Tensor, Tensor]:
+    """[B] numbers of scores [B, N] above ``own`` [B, 1], and of others equal to it; ``marks`` [rows, N] is overwritten.
 
     Comparing into floats and adding those up is ten times as fast on CPU as counting booleans, and exact up to 2^24.
     """
-    marks = torch.empty_like(scores)
-    better = torch.gt(scores, own, out=marks).sum(1)
-    return better, torch.ge(scores, own, out=marks).sum(1) - better - 1
+    better, as_good = [], []
+    for part, target in zip(scores.split(len(marks)), own.split(len(marks)), strict=True):
+        own_marks = marks[: len(part)]
+        better.append(torch.gt(part, target, out=own_marks).sum(1))
+        as_good.append(torch.ge(part, target, out=own_marks).sum(1))
+    return torch.cat(better), torch.cat(as_good) - torch.cat(better) - 1

@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("overrides", nargs="*", help="keys of the rec section")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     torch.set_num_threads(arguments.threads)
     data = Prepared.load(arguments.data)
     content = {"model": {**SIZE, "max_length": arguments.max_length}, "train": {"precision": arguments.precision}}
@@ -97,6 +97,8 @@ def converge(config: RecConfig, data: Prepared, seconds: float) -> dict[str, Any
         rows, spent, epochs = run.steps("epoch"), 0.0, []
         for row in rows:
             spent += row["seconds"]
+            if "NDCG@10" not in row:
+                continue
             valid = {name: row[name] for name in ("HR@10", "NDCG@10")}
             epochs.append({"epoch": row["step"] + 1, "train_seconds": row["seconds"], "spent": spent, "valid": valid})
         test = evaluate(model, data, "test", config.evaluate).summary()

@@ -8,21 +8,23 @@ Stages, each a file in the output folder, so that an interrupted run goes on whe
 - ``evaluation``: seconds to rank all items for every user.
 - ``convergence``: SASRec until early stopping; training seconds until validation NDCG@10 is within 1 % of its best.
 - ``floor``: the time of the matrix products alone.
+- ``quality``: every model, and every peer's SASRec, trained to the end by early stopping with three seeds: test figures
+  as mean and standard error over seeds. Hours, so only on request.
 """
 
-import itertools
 import json
 import logging
 import os
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from launch.bench import peers
+from launch.bench.rec_tasks import Settings, Task, tasks
 from rec.models import MODELS
 from rec.runtime import files
 from rec.runtime.errors import UserError
@@ -30,39 +32,7 @@ from rec.runtime.runfolder import RunFolder
 
 log = logging.getLogger(__name__)
 
-STAGES = ("floor", "epoch", "models", "evaluation", "convergence")
-PRECISIONS = ("fp32", "bf16")
-# The losses that an adapter has, by ours.
-LOSSES = {
-    "recbole": {"cross-entropy": "ce"},
-    "rectools": {"cross-entropy": "fast-ce"},
-    "replay": {"cross-entropy": "ce", "sampled-softmax": "sampled"},
-}
-SAMPLED = ("loss.name=sampled-softmax", "loss.negatives=256")
-# Epochs that peers may take to converge, and the loss that gets them there soonest.
-CONVERGENCE_EPOCHS = 40
 PEER_TIMEOUT_S = 3600
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is compared.
-
-    Attributes:
-        data: prepared folders.
-        lengths: longest histories that are read.
-        names: of the peers.
-        seconds: to time each of them.
-        stages: which comparisons.
-        root: where the peers' environments are.
-    """
-
-    data: Sequence[Path]
-    lengths: Sequence[int] = (50, 200)
-    names: Sequence[str] = tuple(peers.PEERS)
-    seconds: float = 30.0
-    stages: Sequence[str] = STAGES
-    root: Path | None = None
 
 
 def run(settings: Settings, out: Path, command: str) -> dict[str, Any]:
@@ -80,9 +50,9 @@ def run(settings: Settings, out: Path, command: str) -> dict[str, Any]:
             raise UserError(f"{folder} is no prepared folder; make one with 'recalign prepare'")
     began, folder = time.monotonic(), RunFolder(out)
     measured = []
-    for task in _tasks(settings):
+    for task in tasks(settings):
         measured.append({"stage": task.stage, **_once(task, out / "measured", settings)})
-    rows = _with_ratios(measured)
+    rows = [*_with_ratios([row for row in measured if row["stage"] != "quality"]), *_over_seeds(measured)]
     return folder.write_result(
         command,
         "",
@@ -92,92 +62,6 @@ def run(settings: Settings, out: Path, command: str) -> dict[str, Any]:
         claims=_claims(rows),
         machine={"cores": os.cpu_count(), "load_average": os.getloadavg()},
     )
-
-
-@dataclass(frozen=True)
-class Task:
-    """One measurement: a name for its file, and who does it."""
-
-    stage: str
-    name: str
-    peer: str
-    arguments: Sequence[str]
-
-
-def _tasks(settings: Settings) -> list[Task]:
-    makers: dict[str, Callable[[Settings, Path], list[Task]]] = {
-        "floor": _floor,
-        "epoch": _epochs,
-        "models": _models,
-        "evaluation": _evaluation,
-        "convergence": _convergence,
-    }
-    return [task for stage in settings.stages for folder in settings.data for task in makers[stage](settings, folder)]
-
-
-def _floor(settings: Settings, folder: Path) -> list[Task]:
-    return [
-        Task("floor", f"recalign-{length}-{precision}", "recalign", ["floor", *_common(folder, length, precision)])
-        for length, precision in itertools.product(settings.lengths, PRECISIONS)
-    ]
-
-
-def _epochs(settings: Settings, folder: Path) -> list[Task]:
-    tasks = []
-    for length, precision in itertools.product(settings.lengths, PRECISIONS):
-        common = [*_common(folder, length, precision), "--seconds", str(settings.seconds)]
-        for loss, more in (("cross-entropy", ()), ("sampled-softmax", SAMPLED)):
-            ours = ["epoch", *common, "train.windows=last", *more]
-            tasks.append(Task("epoch", f"recalign-{length}-{precision}-{loss}", "recalign", ours))
-            tasks += [
-                Task("epoch", f"{name}-{length}-{precision}-{loss}", name, [*common, "--loss", LOSSES[name][loss]])
-                for name in settings.names
-                if loss in LOSSES[name]
-            ]
-        # RecBole trains on every prefix, which is every target: ours on all windows is the same work.
-        everything = ["epoch", *common]
-        tasks.append(Task("epoch", f"recalign-{length}-{precision}-all-windows", "recalign", everything))
-    return tasks
-
-
-def _models(settings: Settings, folder: Path) -> list[Task]:
-    tasks = []
-    for length, (name, model) in itertools.product(settings.lengths, MODELS.items()):
-        if model.samples == "pairs" or name == "BST":
-            continue
-        overrides = [f"model={{name: {name}, dim: 64, max_length: {length}}}"]
-        if model.samples == "prefix":
-            overrides.append("train.batch_size=1024")
-        common = [*_common(folder, length, "fp32"), "--seconds", str(settings.seconds), *overrides]
-        tasks.append(Task("models", f"{name}-{length}", "recalign", ["epoch", *common]))
-    return tasks
-
-
-def _evaluation(settings: Settings, folder: Path) -> list[Task]:
-    length = settings.lengths[0]
-    ours = ["evaluation", *_common(folder, length, "fp32")]
-    return [
-        Task("evaluation", "recalign", "recalign", ours),
-        *(
-            Task("evaluation", name, name, [*_common(folder, length, "fp32"), "--time-evaluation"])
-            for name in settings.names
-        ),
-    ]
-
-
-def _convergence(settings: Settings, folder: Path) -> list[Task]:
-    """Every system with the loss and precision that converge soonest; validation is not counted for any of them."""
-    common = _common(folder, settings.lengths[0], "fp32")
-    patient = ["train.epochs=100", "train.patience=8", "train.windows=last"]
-    tasks = [Task("convergence", "recalign", "recalign", ["convergence", *common, *patient])]
-    if "replay" in settings.names:
-        train = ["--epochs", str(CONVERGENCE_EPOCHS), "--evaluate", "--loss", LOSSES["replay"]["sampled-softmax"]]
-        tasks.append(Task("convergence", "replay-sampled", "replay", [*common, *train]))
-    return tasks
-
-
-def _common(folder: Path, length: int, precision: str) -> list[str]:
-    return ["--data", str(folder.resolve()), "--max-length", str(length), "--precision", precision]
 
 
 def _once(task: Task, folder: Path, settings: Settings) -> dict[str, Any]:
@@ -215,23 +99,48 @@ def _with_ratios(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
         time_of = _seconds(row)
         base = min((_seconds(other) for other in own if _seconds(other)), default=None)
         ratio = round(time_of / base, 2) if base and time_of else None
-        rows.append({**row, "seconds": time_of, "ratio": ratio})
+        epochs = row.get("epochs")
+        best = {"best": max(epoch["valid"]["NDCG@10"] for epoch in epochs)} if epochs else {}
+        rows.append({**row, **best, "seconds": time_of, "ratio": ratio})
+    return rows
+
+
+def _over_seeds(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for every system and folder of ``quality``: means and standard errors of test figures over seeds."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in measured:
+        if row["stage"] == "quality":
+            groups.setdefault((row["data"], row["name"].partition("-seed")[0]), []).append(row)
+    rows = []
+    for (data, name), runs in groups.items():
+        figures: dict[str, float] = {}
+        for metric in ("HR@10", "NDCG@10"):
+            values = [run["test"][metric] for run in runs]
+            figures[metric] = statistics.mean(values)
+            figures[f"{metric}_se"] = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+        seconds = statistics.mean(run["train_seconds"] for run in runs)
+        shared = {key: runs[0][key] for key in ("peer", "max_length", "precision", "loss")}
+        best = statistics.mean(run["best_epoch"] for run in runs)
+        more = {"seeds": len(runs), "best_epoch": best, "seconds": seconds, "ratio": None}
+        rows.append({"stage": "quality", "name": name, "data": data, **shared, **figures, **more})
     return rows
 
 
 def _comparable(row: dict[str, Any], ours: dict[str, Any]) -> bool:
     if (row["stage"], row["data"]) != (ours["stage"], ours["data"]):
         return False
-    if row["stage"] in ("evaluation", "convergence"):
+    if row["stage"] == "evaluation":
         return True
+    sampled = "sampled" in row["loss"]
+    same_loss = sampled == ("sampled" in ours["loss"]) and row["precision"] == ours["precision"]
+    if row["stage"] == "convergence":
+        return same_loss
     if row["max_length"] != ours["max_length"]:
         return False
     if row["stage"] == "models":
         return ours["model"] == "SASRec"
     if row["stage"] == "floor":
         return row is ours
-    sampled = "sampled" in row["loss"]
-    same_loss = sampled == ("sampled" in ours["loss"]) and row["precision"] == ours["precision"]
     # Every target once: RecBole and our "all windows"; the others train on the last window of each user.
     everything = row["name"].startswith("recbole") or row["name"].endswith("all-windows")
     return same_loss and everything == ours["name"].endswith("all-windows")

@@ -152,9 +152,12 @@ class SequenceRecommender(Recommender):
         states = self(items, knowledge)
         return states[torch.arange(len(items), device=items.device), lengths - 1]
 
-    def scores(self, states: Tensor) -> Tensor:
-        """Scores [..., N] of items 1 to N (column i is item i + 1) for states [..., D]."""
-        return states @ self.items.table()[1:].T
+    def scores(self, states: Tensor, out: Tensor | None = None) -> Tensor:
+        """Scores [..., N] of items 1 to N (column i is item i + 1) for states [..., D].
+
+        Without gradients they can be written into ``out``.
+        """
+        return torch.matmul(states, self.items.table()[1:].T, out=out)
 
     def score_all(self, users: Tensor, items: Tensor, lengths: Tensor) -> Tensor:
         return self.scores(self.last_states(items, lengths))

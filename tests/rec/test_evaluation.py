@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from rec import evaluation
 from rec.config import EvaluateConfig
 from rec.evaluation import evaluate, evaluate_many
 from rec.item_encoder import IDTable
@@ -32,13 +33,16 @@ def coarse_model(n_items: int) -> SASRec:
     torch.manual_seed(1)
     model = SASRec(SASRecConfig(dim=16, heads=2, max_length=6), IDTable(n_items, 16)).eval()
     plain = model.scores
-    model.scores = lambda states: (plain(states) * 60).round() / 4
+    model.scores = lambda states, out=None: (plain(states) * 60).round() / 4
     return model
 
 
 @pytest.mark.parametrize("seen", ["rank", "mask"])
 @pytest.mark.parametrize("split", ["valid", "test"])
-def test_full_ranking_equals_a_naive_loop(small_data, seen, split):
+@pytest.mark.parametrize(("scored", "compared"), [(256, 32), (5, 2)])
+def test_full_ranking_equals_a_naive_loop(small_data, monkeypatch, seen, split, scored, compared):
+    monkeypatch.setattr(evaluation, "SCORED_ROWS", scored)
+    monkeypatch.setattr(evaluation, "COMPARED_ROWS", compared)
     model = coarse_model(small_data.n_items)
     metrics = evaluate(model, small_data, split, EvaluateConfig(seen=seen, cutoffs=(1, 10), batch_size=7))
     ranks, ties = [], 0
@@ -65,7 +69,7 @@ def test_full_ranking_equals_a_naive_loop(small_data, seen, split):
 @pytest.mark.parametrize(("ties", "rank"), [("mean", 15.5), ("optimistic", 1.0), ("pessimistic", 30.0)])
 def test_a_constant_model_gets_what_the_tie_rule_says(small_data, ties, rank):
     model = coarse_model(small_data.n_items)
-    model.scores = lambda states: torch.zeros(len(states), small_data.n_items)
+    model.scores = lambda states, out=None: torch.zeros(len(states), small_data.n_items)
     assert set(evaluate(model, small_data, "test", EvaluateConfig(ties=ties)).ranks.tolist()) == {rank}
 
 
@@ -125,8 +129,8 @@ def test_cold_targets_are_ranked_dropped_or_missed(small_data, monkeypatch, cold
 
 def test_all_protocols_come_out_of_one_pass(small_data):
     model, passes = coarse_model(small_data.n_items), []
-    plain = model.score_all
-    model.score_all = lambda *inputs: passes.append(1) or plain(*inputs)
+    plain = model.last_states
+    model.last_states = lambda *inputs: passes.append(1) or plain(*inputs)
     protocols = {"one": Protocol(seen="mask"), "two": Protocol(ties="pessimistic", cutoffs=(5,)), "three": Protocol()}
     together = evaluate_many(model, small_data, "test", protocols, batch_size=10)
     assert len(passes) == small_data.n_users / 10

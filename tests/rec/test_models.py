@@ -196,10 +196,13 @@ def test_given_knowledge_takes_the_place_of_the_stored(name, kind):
     torch.testing.assert_close(model.last_states(items, lengths, fresh), after)
 
 
-def test_sasrec_equals_its_equations():
-    """Loops over positions and heads, no shared code: attention over the past, pre-norm, residuals, ReLU FFN."""
+@pytest.mark.parametrize("kind", ["sasrec", "ligr"])
+@pytest.mark.parametrize("positions", ["first", "last"])
+def test_sasrec_equals_its_equations(kind, positions):
+    """Loops over positions and heads, no shared code: attention over the past, pre-norm, residuals, the FFN."""
     torch.manual_seed(2)
-    model = SASRec(SASRecConfig(dim=8, heads=2, blocks=2, max_length=L), IDTable(N, 8)).eval().double()
+    config = SASRecConfig(dim=8, heads=2, blocks=2, max_length=L, block=kind, positions=positions)
+    model = SASRec(config, IDTable(N, 8)).eval().double()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     items = [2, 5, 9, 2]
@@ -207,7 +210,21 @@ def test_sasrec_equals_its_equations():
     def norm(v, layer):
         return (v - v.mean()) / (v.var(unbiased=False) + layer.eps).sqrt() * layer.weight + layer.bias
 
-    x = [model.items.ids.weight[i] * 8**0.5 + model.positions.weight[t] for t, i in enumerate(items)]
+    def sigmoid(v):
+        return 1 / (1 + (-v).exp())
+
+    def feed_forward(v, block):
+        if kind == "sasrec":
+            hidden = (block.ffn_in.weight @ v + block.ffn_in.bias).clamp(min=0)
+            return block.ffn_out.weight @ hidden + block.ffn_out.bias
+        gate, linear = block.ffn_in.weight[:32] @ v, block.ffn_in.weight[32:] @ v
+        return block.ffn_out.weight @ (gate * sigmoid(gate) * linear)
+
+    def gate(v, layer):
+        return sigmoid(layer.weight @ v + layer.bias)
+
+    place = {"first": [0, 1, 2, 3], "last": [3, 2, 1, 0]}[positions]
+    x = [model.items.ids.weight[i] * 8**0.5 + model.positions.weight[place[t]] for t, i in enumerate(items)]
     for block in model.blocks:
         normed = [norm(v, block.norm_attention) for v in x]
         q, k, v = ([block.qkv.weight[8 * j : 8 * j + 8] @ n + block.qkv.bias[8 * j : 8 * j + 8] for n in normed]
@@ -217,12 +234,13 @@ def test_sasrec_equals_its_equations():
             for h in (slice(0, 4), slice(4, 8)):
                 weights = torch.stack([q[t][h] @ k[s][h] / 2 for s in range(t + 1)]).softmax(0)
                 heads.append(sum(w * v[s][h] for s, w in enumerate(weights)))
-            x[t] = x[t] + block.out.weight @ torch.cat(heads) + block.out.bias
+            attended = block.out.weight @ torch.cat(heads) + block.out.bias
+            x[t] = x[t] + (gate(x[t], block.gate_attention) if kind == "ligr" else 1) * attended
         for t in range(len(items)):
-            hidden = (block.ffn_in.weight @ norm(x[t], block.norm_ffn) + block.ffn_in.bias).clamp(min=0)
-            x[t] = x[t] + block.ffn_out.weight @ hidden + block.ffn_out.bias
+            hidden = feed_forward(norm(x[t], block.norm_ffn), block)
+            x[t] = x[t] + (gate(x[t], block.gate_ffn) if kind == "ligr" else 1) * hidden
     expected = torch.stack([norm(v, model.norm) for v in x])
-    torch.testing.assert_close(model(torch.tensor([items]))[0], expected)
+    torch.testing.assert_close(model(torch.tensor([items + [0] * (L - 4)]))[0, :4], expected)
 
 
 def test_knowledge_starts_silent_and_can_be_learnt():
