@@ -37,6 +37,8 @@ class TrainConfig(Section):
     """Epochs between validations."""
     weight_decay: float = Field(0.0, ge=0)
     clip_norm: float | None = Field(None, gt=0)
+    ema: float | None = Field(None, gt=0, lt=1)
+    """Decay a step of an exponential moving average of the weights, which is then what is validated and kept."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: autocast, on CPU too; weights and optimizer stay float32."""
     compile: bool = False

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from rec.averaging import WeightAverage
 from rec.batches import fit_ends, make_batches
 from rec.config import RecConfig
 from rec.data.prepared import Prepared
@@ -67,7 +68,10 @@ def train(model: Recommender, data: Prepared, config: RecConfig, run: RunFolder,
             begin = time.monotonic()
             torch.manual_seed(int(hash_of([config.train.seed, epoch, *state.rank_seed]), 16) % 2**63)  # dropout
             model.train()
-            losses = [step(batch, state) for batch in batches.epoch(config.train.seed, epoch)]
+            losses = []
+            for batch in batches.epoch(config.train.seed, epoch):
+                losses.append(step(batch, state))
+                state.after_step()
             mean_loss = float(torch.stack(losses).mean())
             seconds = time.monotonic() - begin
             if not math.isfinite(mean_loss):
@@ -182,10 +186,16 @@ class _State:
         self.ranks = Ranks.current()
         self.rank_seed = [self.ranks.rank] if self.ranks.size > 1 else []
         self.optimizer, self.schedule = _optimizer(model, config)
+        self.average = WeightAverage(model, config.train.ema) if config.train.ema else None
         self.best, self.best_epoch, self.waited = 0.0, -1, 0
         self.best_weights = self._weights()
         self.checkpoints = Checkpoints(run.path / "checkpoints", self.ranks, keep_last=1)
         self.meta = {"config_hash": hash_of(config), "data_hash": data.meta["content_hash"]}
+
+    @property
+    def judged(self) -> Recommender:
+        """The model that is validated and kept."""
+        return self.average.model if self.average else self.model
 
     @property
     def stops_early(self) -> bool:
@@ -205,12 +215,19 @@ class _State:
             return 0
         checkpoint, saved = found
         self.model.load_state_dict(saved["model"])
+        if self.average:
+            self.average.model.load_state_dict(saved["average"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.schedule.load_state_dict(saved["schedule"])
         self.best, self.best_epoch, self.waited = saved["best"], saved["best_epoch"], saved["waited"]
         self.best_weights = saved["best_weights"]
         log.info("resuming %s after epoch %d", self.run.path, checkpoint.step)
         return checkpoint.step
+
+    def after_step(self) -> None:
+        """Keep up the average of the weights, if there is one."""
+        if self.average:
+            self.average.update(self.model, self.schedule.last_epoch)
 
     def after_epoch(self, epoch: int, loss: float, seconds: float) -> None:
         """Validate, remember the best weights, write metrics and, now and then, a checkpoint."""
@@ -232,9 +249,9 @@ class _State:
     def finish(self, folder: Path) -> None:
         """Save the best weights, or without validation the last ones, and mark the run as finished."""
         if self.stops_early:
-            self.model.load_state_dict(self.best_weights)
+            self.judged.load_state_dict(self.best_weights)
         if self.ranks.is_first:
-            self.model.save_pretrained(folder)
+            self.judged.save_pretrained(folder)
             facts = {
                 "best_epoch": self.best_epoch,
                 f"valid_{STOP_METRIC}": self.best,
@@ -247,15 +264,16 @@ class _State:
         """The validation figures; the first process computes them, all of them go by them."""
         figures = None
         if self.ranks.is_first:
-            figures = evaluate(self.model, self.data, "valid", self.config.evaluate).summary()
+            figures = evaluate(self.judged, self.data, "valid", self.config.evaluate).summary()
         return self.ranks.broadcast(figures)
 
     def _weights(self) -> dict[str, torch.Tensor]:
-        return {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
+        return {name: value.detach().cpu().clone() for name, value in self.judged.state_dict().items()}
 
     def _saved(self) -> dict[str, Any]:
         return {
             "model": self.model.state_dict(),
+            **({"average": self.average.model.state_dict()} if self.average else {}),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "best": self.best,

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from rec.averaging import WeightAverage
 from rec.config import RecConfig
 from rec.evaluation import evaluate
 from rec.item_encoder import KnowledgeConcat
@@ -30,9 +31,10 @@ def test_training_learns_the_ring(small_data, tmp_path):
     assert evaluate(model, small_data, "test", CONFIG.evaluate)["HR@10"] > max(0.6, untrained)
 
 
-@pytest.mark.parametrize("killed_in_epoch", [0, 1, 5])
-def test_a_killed_and_resumed_run_equals_an_undisturbed_one(small_data, tmp_path, monkeypatch, killed_in_epoch):
-    whole = train(build_model(CONFIG, small_data), small_data, CONFIG, RunFolder(tmp_path / "a"), "test")
+@pytest.mark.parametrize(("killed_in_epoch", "ema"), [(0, None), (1, None), (5, None), (5, 0.9)])
+def test_a_killed_and_resumed_run_equals_an_undisturbed_one(small_data, tmp_path, monkeypatch, killed_in_epoch, ema):
+    config = CONFIG.model_copy(update={"train": CONFIG.train.model_copy(update={"ema": ema})})
+    whole = train(build_model(config, small_data), small_data, config, RunFolder(tmp_path / "a"), "test")
     saved = Checkpoints.save
 
     def save_then_die(self, step, *args, **kwargs):
@@ -43,14 +45,38 @@ def test_a_killed_and_resumed_run_equals_an_undisturbed_one(small_data, tmp_path
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "save", save_then_die)
         with pytest.raises(KeyboardInterrupt):
-            train(build_model(CONFIG, small_data), small_data, CONFIG, RunFolder(tmp_path / "b"), "test")
+            train(build_model(config, small_data), small_data, config, RunFolder(tmp_path / "b"), "test")
     torch.manual_seed(99)
     torch.rand(5)
-    resumed = train(build_model(CONFIG, small_data), small_data, CONFIG, RunFolder(tmp_path / "b"), "test")
+    resumed = train(build_model(config, small_data), small_data, config, RunFolder(tmp_path / "b"), "test")
     for name, value in weights(whole).items():
         assert torch.equal(value, weights(resumed)[name]), name
     a, b = (RunFolder(tmp_path / name).steps("epoch") for name in "ab")
     assert [row["loss"].hex() for row in a] == [row["loss"].hex() for row in b]
+
+
+def test_the_average_of_weights_is_what_its_loop_gives():
+    model = torch.nn.Linear(2, 1)
+    average, expected = WeightAverage(model, 0.5), model.weight.detach().clone()
+    for steps in range(1, 30):
+        with torch.no_grad():
+            model.weight.add_(torch.randn(1, 2))
+        average.update(model, steps)
+        decay = min(0.5, (1 + steps) / (10 + steps))
+        expected = decay * expected + (1 - decay) * model.weight.detach()
+    torch.testing.assert_close(average.model.weight.detach(), expected)
+    assert not average.model.weight.requires_grad
+
+
+def test_the_average_is_what_is_validated_and_kept(small_data, tmp_path):
+    update = {"ema": 0.95, "epochs": 3, "patience": 3}
+    config = CONFIG.model_copy(update={"train": CONFIG.train.model_copy(update=update)})
+    kept = train(build_model(config, small_data), small_data, config, RunFolder(tmp_path / "a"), "test")
+    valid = evaluate(kept, small_data, "valid", config.evaluate)["NDCG@10"]
+    assert valid == max(row["NDCG@10"] for row in RunFolder(tmp_path / "a").steps("epoch"))
+    plain = config.model_copy(update={"train": config.train.model_copy(update={"ema": None})})
+    other = train(build_model(plain, small_data), small_data, plain, RunFolder(tmp_path / "b"), "test")
+    assert not torch.equal(kept.items.ids.weight, other.items.ids.weight)
 
 
 def test_a_finished_run_is_returned_not_repeated(small_data, tmp_path):
