@@ -32,6 +32,8 @@ class SASRecConfig(Section):
     """Longest history that is read, in items; earlier ones are cut off."""
     positions: Literal["first", "last"] = "first"
     """Count positions from the first item that is read, or from the last, as left-padded implementations do."""
+    item_dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of the input items that are left out as a whole while training; their positions stay."""
     block: Literal["sasrec", "ligr"] = "sasrec"
     """The paper's, or the gated one with which eSASRec (Tikhonovich et al. 2025) replaces it."""
 
@@ -148,8 +150,11 @@ class SASRec(SequenceRecommender):
         steps = torch.arange(items.shape[1], device=items.device)
         if self.config.positions == "last":
             steps = ((items > 0).sum(1, keepdim=True) - 1 - steps).clamp(min=0)
-        x = self.items(items, knowledge) * math.sqrt(self.config.dim) + self.positions(steps)
-        return dropout(x, self.config.dropout, self.training)
+        x = self.items(items, knowledge) * math.sqrt(self.config.dim)
+        if self.training and self.config.item_dropout:
+            kept = torch.rand(items.shape, device=items.device) >= self.config.item_dropout
+            x = x * kept[..., None]
+        return dropout(x + self.positions(steps), self.config.dropout, self.training)
 
 
 def _at(x: Tensor, places: Tensor | None) -> Tensor:

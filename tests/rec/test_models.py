@@ -243,6 +243,18 @@ def test_sasrec_equals_its_equations(kind, positions):
     torch.testing.assert_close(model(torch.tensor([items + [0] * (L - 4)]))[0, :4], expected)
 
 
+def test_item_dropout_leaves_out_whole_items_while_training():
+    torch.manual_seed(0)
+    model = SASRec(SASRecConfig(dim=8, heads=2, max_length=L, dropout=0.0, item_dropout=0.5), IDTable(N, 8))
+    torch.nn.init.zeros_(model.positions.weight)
+    items = torch.randint(1, N + 1, (200, L))
+    seen = model.train()._inputs(items, None)
+    left_out = (seen == 0).all(-1)
+    assert 0.4 < left_out.double().mean() < 0.6
+    assert torch.equal(seen[~left_out], model.items(items)[~left_out] * 8**0.5)
+    assert not (model.eval()._inputs(items, None) == 0).all(-1).any()
+
+
 def test_knowledge_starts_silent_and_can_be_learnt():
     torch.manual_seed(0)
     items = KnowledgeConcat(N, 16, 5)
