@@ -10,7 +10,8 @@ from llm.config import LLMConfig
 from rec.config import RecConfig, TrainConfig
 from rec.data.builtin import BUILTIN
 from rec.runtime.config import Section, hash_of, load
-from rec.runtime.runfolder import CONFIG
+from rec.runtime.errors import UserError
+from rec.runtime.runfolder import is_run_config
 
 
 class ObjectiveConfig(Section):
@@ -130,8 +131,11 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> MainJob:
     Raises:
         UserError: on a missing file, an unknown key or an impossible value.
     """
-    here = [f"run={path.parent}"] if path.name == CONFIG else []
-    return load(MainJob, path, [*here, *overrides])
+    here = [f"run={path.parent}"] if is_run_config(path) else []
+    job = load(MainJob, path, [*here, *overrides])
+    if job.rec.grid:
+        raise UserError("rec.grid is for 'recalign train': the main job trains its recommender once")
+    return job
 
 
 class Stages:

@@ -39,12 +39,12 @@ def delete_run(folder: Path) -> None:
     Raises:
         UserError: if it is none, or in use.
     """
-    from rec.runtime.runfolder import CONFIG, RunFolder
+    from rec.runtime.runfolder import CONFIG, RunFolder, is_run_config
 
     if not folder.exists():
         return
-    if not (folder / CONFIG).exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is no run folder (no {CONFIG}); not deleting it")
+    if not is_run_config(folder / CONFIG) and any(folder.iterdir()):
+        raise UserError(f"{folder} is no run folder (no {CONFIG} that a run wrote); not deleting it")
     run = RunFolder(folder)
     with run.lock("launcher"), run.lock("trainer"), run.lock("generator"):
         shutil.rmtree(folder)

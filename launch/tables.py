@@ -29,7 +29,7 @@ def print_training(result: dict[str, Any], run: Path) -> None:
     chosen = f"; best of the grid: {training['chosen']}" if "chosen" in training else ""
     out.print(
         f"{training['epochs']} epochs of {training['seconds_per_epoch']:.1f} s, best epoch"
-        f" {training['best_epoch'] + 1 or training['epochs']}{chosen}; {result['rows'][0]['parameters']:,} parameters"
+        f" {_best_epoch(training)}{chosen}; {result['rows'][0]['parameters']:,} parameters"
     )
     out.print(f"Everything is in {run}: result.json, metrics.jsonl, model/", soft_wrap=True)
 
@@ -78,6 +78,12 @@ def print_bench(result: dict[str, Any]) -> None:
     out.print(table)
     for claim in result["claims"]:
         out.print(f"{'holds' if claim['holds'] else 'MISSED'}  {claim['id']}: {claim['figure']:.2f}", soft_wrap=True)
+
+
+def _best_epoch(training: dict[str, Any]) -> str:
+    if training["best_epoch"] >= 0:
+        return str(training["best_epoch"] + 1)
+    return "the last" if training["trained_on"] != "train" else "none: the model as it came"
 
 
 def describe(protocol: dict[str, Any]) -> str:

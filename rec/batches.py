@@ -31,6 +31,15 @@ def fit_ends(data: Prepared, on: TrainedOn) -> Tensor:
     return data.train_ends.scatter_reduce(0, users, ends + 1, "amax")
 
 
+def fit_counts(data: Prepared, on: TrainedOn) -> Tensor:
+    """[items + 1] interactions of each item number that are trained on."""
+    if on == "train":
+        return data.train_counts
+    lengths = data.offsets.diff()
+    inside = torch.arange(len(data.sequence)) < torch.repeat_interleave(fit_ends(data, on), lengths)
+    return torch.bincount(data.sequence[inside], minlength=data.n_items + 1)
+
+
 @dataclass
 class Windows:
     """Stretches of sequences, each with what follows it: ``ends`` [W] are exclusive ends of the inputs."""
@@ -226,4 +235,4 @@ def _cut(data: Prepared, ends: Tensor, max_length: int, last: bool) -> tuple[Ten
 
 def _require_some(data: Prepared, count: int) -> None:
     if not count:
-        raise UserError(f"{data.folder} leaves nothing to train on: no user has more than 3 interactions")
+        raise UserError(f"{data.folder} leaves nothing to train on: its users have too few training interactions")

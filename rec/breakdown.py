@@ -3,11 +3,13 @@
 import torch
 from torch import Tensor
 
+from rec.batches import fit_counts
 from rec.data.prepared import Prepared
 from rec.evaluation import Metrics, Part
+from rec.protocol import TrainedOn
 
 
-def groups(data: Prepared, part: Part) -> dict[str, Tensor]:
+def groups(data: Prepared, part: Part, trained_on: TrainedOn = "train") -> dict[str, Tensor]:
     """[M] membership (bool) of every instance of ``part`` in each group.
 
     ``cold``: the target never occurs in training, ``warm`` the others. ``repeat``: the target is in the user's
@@ -17,7 +19,7 @@ def groups(data: Prepared, part: Part) -> dict[str, Tensor]:
     """
     users, ends = data.instances(part)
     targets, lengths = data.sequence[ends], ends - data.offsets[users]
-    found = {"cold": data.train_counts[targets] == 0}
+    found = {"cold": fit_counts(data, trained_on)[targets] == 0}
     found["warm"] = ~found["cold"]
     found["repeat"] = _repeats(data, users, ends)
     found["new"] = ~found["repeat"]
@@ -32,13 +34,15 @@ def groups(data: Prepared, part: Part) -> dict[str, Tensor]:
     return found
 
 
-def break_down(metrics: Metrics, data: Prepared, part: Part) -> dict[str, dict[str, float]]:
+def break_down(
+    metrics: Metrics, data: Prepared, part: Part, trained_on: TrainedOn = "train"
+) -> dict[str, dict[str, float]]:
     """The summary of every group that has an instance, with their number ``instances``."""
     result = {}
-    for name, members in groups(data, part).items():
+    for name, members in groups(data, part, trained_on).items():
         own = members[metrics.instances]
         if own.any():
-            chosen = Metrics(metrics.ranks[own], metrics.cutoffs, metrics.instances[own])
+            chosen = Metrics(metrics.ranks[own], metrics.cutoffs, metrics.instances[own], metrics.users[own])
             result[name] = {"instances": int(own.sum()), **chosen.summary()}
     return result
 

@@ -10,8 +10,8 @@ DRAWS, SEED = 10_000, 0
 def compare(one: Metrics, other: Metrics, draws: int = DRAWS) -> dict[str, dict[str, float]]:
     """For every metric, the mean difference ``one`` minus ``other``, its 95 % interval, and a two-sided p-value.
 
-    Users are drawn with replacement, both runs on the same draw. The p-value is twice the smaller share of draws in
-    which the difference has the other sign, or is zero.
+    Users are drawn with replacement, each with all their instances, both runs on the same draw. The p-value is twice
+    the smaller share of draws in which the difference has the other sign, or is zero.
 
     Raises:
         ValueError: if the two were not evaluated on the same instances.
@@ -19,15 +19,18 @@ def compare(one: Metrics, other: Metrics, draws: int = DRAWS) -> dict[str, dict[
     if not torch.equal(one.instances, other.instances):
         raise ValueError("the two evaluations are not of the same instances")
     generator = torch.Generator().manual_seed(SEED)
-    count = len(one.instances)
-    values, others = one.per_user(), other.per_user()
+    owners = one.users.unique(return_inverse=True)[1]
+    count = int(owners.max()) + 1
+    values, others = one.values(), other.values()
     names = [name for name in values if name in others]
     differences = torch.stack([values[name] - others[name] for name in names])
+    by_user = torch.zeros(len(names), count, dtype=torch.double).index_add_(1, owners, differences)
+    instances = torch.bincount(owners, minlength=count).double()
     # How often each user is drawn is all that a mean needs; one draw at a time keeps [draws, users] out of memory.
     means = torch.empty(draws, len(names), dtype=torch.double)
     for draw in range(draws):
         times = torch.bincount(torch.randint(count, (count,), generator=generator), minlength=count)
-        means[draw] = differences @ times.double() / count
+        means[draw] = by_user @ times.double() / (instances @ times.double())
     result = {}
     for number, name in enumerate(names):
         drawn = means[:, number]

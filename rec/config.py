@@ -1,12 +1,12 @@
 """The ``rec`` section of a recipe."""
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from rec.items import IDItems, ItemsConfig
 from rec.losses import LossConfig
-from rec.models import ModelConfig
+from rec.models import MODELS, ModelConfig
 from rec.models.sasrec import SASRecConfig
 from rec.protocol import Protocol, TrainedOn
 from rec.runtime.config import Section
@@ -66,6 +66,10 @@ class EvaluateConfig(Protocol):
         return Protocol(**self.model_dump(exclude={"batch_size"}))
 
 
+# Options that only some kinds of training samples know.
+WINDOWED, PREFIXED = ("next-item", "cloze"), ("prefix",)
+
+
 class RecConfig(Section):
     """The recommender: its model, items, loss, training and evaluation."""
 
@@ -77,3 +81,19 @@ class RecConfig(Section):
     grid: dict[str, list[Any]] = Field(default_factory=dict)
     """Values to try of any key of this section, e.g. {train.lr: [1e-3, 3e-3]}: one training for every combination,
     the best by validation NDCG@10 is the result."""
+
+    @model_validator(mode="after")
+    def _options_are_used(self) -> Self:
+        """Every option that is set must matter to this model."""
+        model, train = MODELS[self.model.name], self.train
+        if model.has_own_loss and self.loss != LossConfig():
+            raise ValueError(f"{self.model.name} has a loss of its own: leave rec.loss out")
+        if train.windows == "last" and model.samples not in WINDOWED:
+            raise ValueError(f"{self.model.name} is not trained on windows: leave train.windows out")
+        if train.prefixes_per_user is not None and model.samples not in PREFIXED:
+            raise ValueError(f"{self.model.name} is not trained on prefixes: leave train.prefixes_per_user out")
+        if self.grid and train.on != "train":
+            raise ValueError(f"a grid chooses by validation, which train.on={train.on} leaves nothing for")
+        if empty := [key for key, values in self.grid.items() if not values]:
+            raise ValueError(f"grid.{empty[0]} has no values")
+        return self

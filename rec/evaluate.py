@@ -24,15 +24,10 @@ def evaluate_run(run: FinishedRun, protocols: Mapping[str, Protocol], part: Part
     the protocol, its hash, the figures, and the figures by kind of target and history.
 
     Raises:
-        UserError: if a cutoff is larger than the catalog.
+        UserError: if a cutoff is larger than the catalog, or the model was trained on what it would rank.
     """
-    for name, protocol in protocols.items():
-        if max(protocol.cutoffs) > run.data.n_items:
-            raise UserError(
-                f"protocol {name!r} asks for the best {max(protocol.cutoffs)} of {run.data.n_items} items; use smaller"
-                " cutoffs"
-            )
-    found = evaluate_many(run.model, run.data, part, protocols, run.rec.evaluate.batch_size)
+    found = rank_run(run, protocols, part)
+    trained_on = run.facts.get("trained_on", "train")
     for name, metrics in found.items():
         protocol = protocols[name]
         folder = run.path / FOLDER
@@ -43,14 +38,29 @@ def evaluate_run(run: FinishedRun, protocols: Mapping[str, Protocol], part: Part
             "name": name,
             "part": part,
             "model": run.model.architecture,
-            "trained_on": run.facts.get("trained_on", "train"),
+            "trained_on": trained_on,
             "remarks": remarks(run, protocol),
             "instances": len(metrics.ranks),
             "metrics": metrics.summary(),
-            "groups": break_down(metrics, run.data, part),
+            "groups": break_down(metrics, run.data, part, trained_on),
         }
         files.write_json(folder / f"{name}-{part}.json", content)
     return found
+
+
+def rank_run(run: FinishedRun, protocols: Mapping[str, Protocol], part: Part = "test") -> dict[str, Metrics]:
+    """Rank under every protocol, in one pass, and write nothing; raises as ``evaluate_run`` does."""
+    trained_on = run.facts.get("trained_on", "train")
+    if part == "valid" and trained_on != "train":
+        raise UserError(f"{run.path} was trained on its validation items: figures on them say nothing")
+    for name, protocol in protocols.items():
+        if max(protocol.cutoffs) > run.data.n_items:
+            raise UserError(
+                f"protocol {name!r} asks for the best {max(protocol.cutoffs)} of {run.data.n_items} items; use smaller"
+                " cutoffs"
+            )
+    size = run.rec.evaluate.batch_size
+    return evaluate_many(run.model, run.data, part, protocols, size, trained_on=trained_on)
 
 
 def compare_runs(
@@ -67,7 +77,7 @@ def compare_runs(
             f"{one.path} and {other.path} were trained on different data ({hashes[0]}, {hashes[1]}): their users"
             " cannot be paired"
         )
-    ones, others = (evaluate_run(run, protocols, part) for run in (one, other))
+    ones, others = (rank_run(run, protocols, part) for run in (one, other))
     return {name: compare(ones[name], others[name]) for name in protocols}
 
 

@@ -10,11 +10,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rec.batches import fit_counts
 from rec.config import EvaluateConfig
 from rec.data.prepared import Prepared
 from rec.models.base import Recommender, SequenceRecommender
 from rec.negatives import draw_negatives
-from rec.protocol import Protocol
+from rec.protocol import Protocol, TrainedOn
+from rec.runtime.errors import UserError
 
 Part = Literal["valid", "test"]
 # Rows of scores that are made at a time on a CPU, and those of them that are then compared at a time: wide enough for
@@ -30,14 +32,16 @@ class Metrics:
         ranks: [M] the (possibly fractional) rank of each held-out item, best is 1; infinite for a counted miss.
         cutoffs: the k of HR@k, NDCG@k and MRR@k.
         instances: [M] which of the data's instances these are.
+        users: [M] whose they are.
     """
 
     ranks: Tensor
     cutoffs: tuple[int, ...]
     instances: Tensor
+    users: Tensor
 
-    def per_user(self) -> dict[str, Tensor]:
-        """[M] values of each metric."""
+    def values(self) -> dict[str, Tensor]:
+        """[M] values of each metric, one an instance."""
         values = {}
         for k in self.cutoffs:
             hit = (self.ranks <= k).double()
@@ -48,15 +52,23 @@ class Metrics:
         return values
 
     def summary(self) -> dict[str, float]:
-        """Means and standard errors (``NAME`` and ``NAME_se``) over instances."""
+        """Means over instances and their standard errors (``NAME`` and ``NAME_se``).
+
+        A user's instances are no independent draws, users are: with one instance a user this is the plain standard
+        error, with several the cluster-robust one.
+        """
+        owners = self.users.unique(return_inverse=True)[1]
+        count = int(owners.max()) + 1 if len(owners) else 0
         result = {}
-        for name, value in self.per_user().items():
+        for name, value in self.values().items():
             result[name] = float(value.mean())
-            result[f"{name}_se"] = float(value.std() / len(value) ** 0.5) if len(value) > 1 else 0.0
+            residuals = torch.zeros(count, dtype=torch.double).index_add_(0, owners, value - value.mean())
+            spread = residuals.square().sum() * count / max(1, count - 1)
+            result[f"{name}_se"] = float(spread.sqrt() / max(1, len(value)))
         return result
 
     def __getitem__(self, name: str) -> float:
-        return float(self.per_user()[name].mean())
+        return float(self.values()[name].mean())
 
 
 def evaluate(
@@ -65,9 +77,10 @@ def evaluate(
     part: Part,
     config: EvaluateConfig,
     instances: Sequence[int] | Tensor | None = None,
+    trained_on: TrainedOn = "train",
 ) -> Metrics:
     """``evaluate_many`` under the one protocol of ``config``."""
-    return evaluate_many(model, data, part, {"": config}, config.batch_size, instances)[""]
+    return evaluate_many(model, data, part, {"": config}, config.batch_size, instances, trained_on)[""]
 
 
 @torch.no_grad()
@@ -78,6 +91,7 @@ def evaluate_many(
     protocols: Mapping[str, Protocol],
     batch_size: int = 512,
     instances: Sequence[int] | Tensor | None = None,
+    trained_on: TrainedOn = "train",
 ) -> dict[str, Metrics]:
     """Rank every held-out item of ``part`` under every protocol.
 
@@ -88,13 +102,16 @@ def evaluate_many(
         protocols: by the names that the result has.
         batch_size: instances whose scores exist at a time.
         instances: which of the data's held-out items, by number; all by default.
+        trained_on: what the model was trained on; targets that never occur there are cold.
 
     Raises:
-        FloatingPointError: if the model has diverged to scores that are no numbers.
+        UserError: if there is nothing to rank, or the model has diverged to scores that are no numbers.
     """
     users, ends = data.instances(part)
     chosen = torch.arange(len(ends)) if instances is None else torch.as_tensor(instances)
-    rankers = {name: _Ranker(protocol, data, part) for name, protocol in protocols.items()}
+    if not len(chosen):
+        raise UserError(f"{data.folder} has no {part} items to rank")
+    rankers = {name: _Ranker(protocol, data, part, trained_on) for name, protocol in protocols.items()}
     found: dict[str, list[Tensor]] = {name: [] for name in protocols}
     targets = data.sequence[ends]
     scorer, was_training = _Scorer(model, data.n_items), model.training
@@ -103,11 +120,13 @@ def evaluate_many(
     order = (ends - data.offsets[users])[chosen].argsort(stable=True)
     for rows in chosen[order].split(batch_size):
         items, lengths = data.windows(users[rows], ends[rows], model.config.max_length)
-        for part, scores in scorer(rows, users[rows], items, lengths):
-            if _not_numbers(scores, targets[part]):
-                raise FloatingPointError("scores are not a number: the model has diverged")
+        for some, scores in scorer(rows, users[rows], items, lengths):
+            if _not_numbers(scores, targets[some]):
+                raise UserError(
+                    f"the scores of {model.architecture} are no numbers: it has diverged; lower the learning rate"
+                )
             for name, ranker in rankers.items():
-                found[name].append(ranker(scores, part))
+                found[name].append(ranker(scores, some))
     model.train(was_training)
     back = order.argsort()
     return {name: rankers[name].metrics(torch.cat(found[name])[back], chosen) for name in protocols}
@@ -142,12 +161,12 @@ def _not_numbers(scores: Tensor, targets: Tensor) -> bool:
 class _Ranker:
     """One protocol over one part of the data."""
 
-    def __init__(self, protocol: Protocol, data: Prepared, part: Part) -> None:
+    def __init__(self, protocol: Protocol, data: Prepared, part: Part, trained_on: TrainedOn) -> None:
         self.protocol, self.data = protocol, data
         self.users, self.ends = data.instances(part)
         self.targets = data.sequence[self.ends]
         self.negatives = draw_negatives(protocol, data, part) if protocol.candidates == "sampled" else None
-        self.cold = data.train_counts[self.targets] == 0
+        self.cold = fit_counts(data, trained_on)[self.targets] == 0
         self.marks: Tensor | None = None
 
     def __call__(self, scores: Tensor, rows: Tensor) -> Tensor:
@@ -173,7 +192,7 @@ class _Ranker:
             ranks = ranks.masked_fill(cold, float("inf"))
         elif self.protocol.cold_targets == "drop":
             ranks, instances = ranks[~cold], instances[~cold]
-        return Metrics(ranks, self.protocol.cutoffs, instances)
+        return Metrics(ranks, self.protocol.cutoffs, instances, self.users[instances])
 
     def _count_seen(self, scores: Tensor, own: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """How many of the history's items, each once and the target not, are better and equal."""

@@ -15,7 +15,7 @@ from rec.models.base import Recommender
 from rec.runtime import files
 from rec.runtime.config import Section, apply_overrides, build, load, read_recipe
 from rec.runtime.errors import UserError
-from rec.runtime.runfolder import CONFIG
+from rec.runtime.runfolder import CONFIG, is_run_config
 from rec.trainer import FINISHED, MODEL
 
 
@@ -46,7 +46,7 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> RecJob:
     Raises:
         UserError: on a missing file, an unknown key or an impossible value, also one of the grid's.
     """
-    here = [f"run={path.parent}"] if path.name == CONFIG else []
+    here = [f"run={path.parent}"] if is_run_config(path) else []
     job = load(RecJob, path, [*here, *overrides])
     grid_of(job.rec)
     return job

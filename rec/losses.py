@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from rec.linear_cross_entropy import linear_cross_entropy
 from rec.runtime.config import Section
-from rec.runtime.errors import UserError
 
 
 class LossConfig(Section):
@@ -53,15 +52,6 @@ def make_loss(config: LossConfig, popularity: Tensor) -> Loss:
     if config.name == "cross-entropy":
         return linear_cross_entropy
     return NegativeSampling(config, popularity.float())
-
-
-def require_default(loss: Loss, architecture: str) -> None:
-    """For models with a loss of their own: raise UserError where ``rec.loss`` asks for another one.
-
-    ``rec.loss`` scores states against a table; left at its default, cross-entropy, it asks for nothing.
-    """
-    if loss is not linear_cross_entropy:
-        raise UserError(f"{architecture} has a loss of its own: leave rec.loss.name at 'cross-entropy', its default")
 
 
 @dataclass

@@ -16,12 +16,16 @@ BLOCK_CELLS = 2**25
 def draw_negatives(protocol: Protocol, data: Prepared, part: Literal["valid", "test"]) -> Tensor:
     """[M, n] int32 item numbers for the M instances of ``part``: distinct, never the target, never what is excluded.
 
+    By popularity, an item without training interactions counts as if it had one: every user must get all negatives.
+
     Raises:
         UserError: if the catalog has too few items for a user.
     """
     users, ends = data.instances(part)
     rng = np.random.default_rng([protocol.negatives_seed, {"valid": 0, "test": 1}[part]])
-    weights = np.ones(data.n_items) if protocol.negatives_from == "uniform" else data.train_counts[1:].numpy() + 1e-9
+    weights = (
+        np.ones(data.n_items) if protocol.negatives_from == "uniform" else data.train_counts[1:].clamp(min=1).numpy()
+    )
     cumulative = np.cumsum(weights / weights.sum())
     block = max(1, BLOCK_CELLS // (data.n_items + 1))
     drawn = [

@@ -91,7 +91,10 @@ def _conclude(
         command,
         hash_of(job.model_dump(mode="json", exclude={"run"})),
         rec.evaluate.protocol.described(),
-        [{**row, "part": part, **evaluate(model, data, part, rec.evaluate).summary()} for part in parts],
+        [
+            {**row, "part": part, **evaluate(model, data, part, rec.evaluate, trained_on=rec.train.on).summary()}
+            for part in parts
+        ],
         wall_s,
         data={"name": job.data, "content_hash": data.meta["content_hash"], **data.meta["counts"]},
         training={

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rec.averaging import WeightAverage
-from rec.batches import fit_ends, make_batches
+from rec.batches import fit_counts, fit_ends, make_batches
 from rec.config import RecConfig
 from rec.data.prepared import Prepared
 from rec.evaluation import evaluate
@@ -51,15 +51,22 @@ def train(model: Recommender, data: Prepared, config: RecConfig, run: RunFolder,
 
     The best model is saved under ``model`` in the run folder. Called again on the same folder it goes on from the
     last checkpoint, or returns the finished model. Every process of a process group calls it alike.
+
+    Raises:
+        UserError: if there is no validation part to stop by, or the loss or the scores are no numbers any more.
     """
     final = run.path / MODEL
     if (run.path / FINISHED).exists():
         return Recommender.from_pretrained(final)
+    if config.train.on == "train" and not len(data.instances("valid")[0]):
+        raise UserError(
+            f"{data.folder} has no validation part to stop by: prepare it with one, or set rec.train.on=train+valid"
+        )
     model.to(_device())
     state = _State(model, data, config, run)
     first = state.resume()
     batches = make_batches(model, data, config.train)
-    step = _Step(model, make_loss(config.loss, data.train_counts[1:]), config)
+    step = _Step(model, make_loss(config.loss, fit_counts(data, config.train.on)[1:]), config)
     users_per_epoch = len(torch.unique(batches.users))
     with progress(title, config.train.epochs) as advance:
         for epoch in range(first, config.train.epochs):
@@ -149,7 +156,7 @@ class EpochTimer:
     def __init__(self, model: Recommender, data: Prepared, config: RecConfig) -> None:
         self.model, self.config = model.to(_device()), config
         self.batches = make_batches(model, data, config.train)
-        self.step = _Step(model, make_loss(config.loss, data.train_counts[1:]), config)
+        self.step = _Step(model, make_loss(config.loss, fit_counts(data, config.train.on)[1:]), config)
         self.optimizer, self.schedule = _optimizer(model, config)
         cells = [(batch.targets > 0, batch.items) for batch in self.batches.epoch(config.train.seed, 0)]
         self.targets = sum(int(targets.sum()) for targets, _ in cells)
@@ -232,7 +239,7 @@ class _State:
     def after_epoch(self, epoch: int, loss: float, seconds: float) -> None:
         """Validate, remember the best weights, write metrics and, now and then, a checkpoint."""
         train, row = self.config.train, {"loss": loss, "seconds": seconds}
-        if self.stops_early and (epoch + 1) % train.evaluate_every == 0:
+        if self.stops_early and ((epoch + 1) % train.evaluate_every == 0 or epoch + 1 == train.epochs):
             begin = time.monotonic()
             figures = self._validate()
             row |= figures | {"evaluation_seconds": time.monotonic() - begin}
@@ -256,6 +263,7 @@ class _State:
                 "best_epoch": self.best_epoch,
                 f"valid_{STOP_METRIC}": self.best,
                 "trained_on": self.config.train.on,
+                "data_hash": self.meta["data_hash"],
             }
             files.write_json(self.run.path / FINISHED, facts)
         self.ranks.barrier()

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -47,11 +48,13 @@ class Recommender(nn.Module):
         samples: what it is trained on. ``next-item``: whole sequences, a target after every item, for models whose
             states never look ahead. ``prefix``: every prefix is a sample of its own with one target, for models
             that look at a whole sequence. ``cloze``: sequences with masked items. ``pairs``: (user, item) alone.
+        has_own_loss: whether ``training_loss`` leaves the loss that it is given unused.
     """
 
     architecture: ClassVar[str] = ""
     config_class: ClassVar[type[Section]]
     samples: ClassVar[Literal["next-item", "prefix", "cloze", "pairs"]]
+    has_own_loss: ClassVar[bool] = False
 
     def __init__(self, config: Section, items: ItemEncoder) -> None:
         super().__init__()
@@ -117,17 +120,21 @@ class Recommender(nn.Module):
         try:
             described: dict[str, Any] = files.read_json(folder / CONFIG)
             weights = load_file(folder / WEIGHTS)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"{folder} holds no recommender: {error}") from error
         architecture = described.pop("architecture", None)
         if architecture not in MODELS:
             raise UserError(f"{folder}: unknown recommender {architecture!r}")
         model_class = MODELS[architecture]
-        settings = described.pop("item_encoder")
-        items = item_encoder.build(settings.pop("kind"), settings)
-        config = build(model_class.config_class, described.pop("config"))
-        model = model_class.build_empty(config, items, **described)
-        model.load_state_dict(weights)
+        try:
+            settings = described.pop("item_encoder")
+            items = item_encoder.build(settings.pop("kind"), settings)
+            config = build(model_class.config_class, described.pop("config"))
+            model = model_class.build_empty(config, items, **described)
+            model.load_state_dict(weights)
+        except (KeyError, TypeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{folder} is damaged, its files do not belong together: {reason}") from error
         return model.eval()
 
 

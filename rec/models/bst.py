@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from rec.dropout import Dropout
 from rec.item_encoder import ItemEncoder
-from rec.losses import Loss, binary_cross_entropy, require_default
+from rec.losses import Loss, binary_cross_entropy
 from rec.models.base import Batch, Recommender
 from rec.runtime.config import Section
 
@@ -94,6 +94,7 @@ class BST(Recommender):
     architecture = "BST"
     config_class = BSTConfig
     samples = "prefix"
+    has_own_loss = True
 
     def __init__(self, config: BSTConfig, items: ItemEncoder) -> None:
         super().__init__(config, items)
@@ -133,7 +134,6 @@ class BST(Recommender):
 
     def training_loss(self, batch: Batch, loss: Loss) -> Tensor:
         """Binary cross-entropy (2.3) of the true next item against uniform negatives."""
-        require_default(loss, self.architecture)
         positive = batch.targets.amax(1, keepdim=True)  # [B, 1]
         shape = (len(positive), self.config.negatives)
         negatives = torch.randint(1, self.items.n_items + 1, shape, device=positive.device)

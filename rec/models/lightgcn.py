@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rec.data.prepared import Prepared
 from rec.item_encoder import ItemEncoder
-from rec.losses import Loss, bpr, require_default
+from rec.losses import Loss, bpr
 from rec.models.base import Batch, Recommender
 from rec.runtime.config import Section
 
@@ -61,6 +61,7 @@ class LightGCN(Recommender):
     architecture = "LightGCN"
     config_class = LightGCNConfig
     samples = "pairs"
+    has_own_loss = True
 
     def __init__(self, config: LightGCNConfig, items: ItemEncoder, users: int, edges: Tensor) -> None:
         super().__init__(config, items)
@@ -118,7 +119,6 @@ class LightGCN(Recommender):
 
     def training_loss(self, batch: Batch, loss: Loss) -> Tensor:
         """-ln σ(ŷ_ui - ŷ_uj) with one drawn j a pair, plus λ/2 of the squared layer-0 vectors a pair (Eq. 15)."""
-        require_default(loss, self.architecture)
         users, positives, stride = batch.users, batch.targets[:, 0], self.items.n_items + 1
         negatives = torch.randint(1, stride, positives.shape, device=positives.device)
         drawn = users * stride + negatives

@@ -18,6 +18,16 @@ from rec.runtime.errors import UserError
 log = logging.getLogger(__name__)
 
 CONFIG, METRICS, RESULT = "config.yaml", "metrics.jsonl", "result.json"
+# Tells the resolved recipe of a run from a recipe of a user's that happens to have the same name.
+CONFIG_HEADER = "# Written by recalign: the resolved recipe of this run folder.\n"
+
+
+def is_run_config(path: Path) -> bool:
+    """Whether ``path`` is the resolved recipe that a run wrote into its folder."""
+    if path.name != CONFIG or not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        return stream.readline() == CONFIG_HEADER.encode()
 
 
 class RunFolder:
@@ -38,9 +48,12 @@ class RunFolder:
         """Write the resolved recipe, or check that the one that is here is the same; the folder may have moved.
 
         Raises:
-            UserError: if the folder holds a run of another recipe; names the first key that differs.
+            UserError: if the folder holds a run of another recipe, naming the first key that differs, or a
+                ``config.yaml`` of the user's own.
         """
         target, now = self.path / CONFIG, recipe.model_dump(mode="json")
+        if target.exists() and not is_run_config(target):
+            raise UserError(f"{target} is not a run's; use another run folder")
         if target.exists():
             before = config.read_recipe(target) | {"run": now.get("run")}
             if before != now:
@@ -48,7 +61,7 @@ class RunFolder:
                     f"{self.path} holds a run of another recipe ({_first_difference(before, now)});"
                     " use another run folder, or start over with --fresh"
                 )
-        files.write_text(target, config.to_yaml(recipe))
+        files.write_text(target, CONFIG_HEADER + config.to_yaml(recipe))
 
     def log(self, event: str, **fields: Any) -> None:
         """Append one line to the metrics file; one write call, so that lines of several processes never mix."""

@@ -46,7 +46,7 @@ def test_figures_of_groups_average_to_the_whole(small_data):
 
 
 def of_ranks(ranks: list[float]) -> Metrics:
-    return Metrics(torch.tensor(ranks, dtype=torch.double), (10,), torch.arange(len(ranks)))
+    return Metrics(torch.tensor(ranks, dtype=torch.double), (10,), torch.arange(len(ranks)), torch.arange(len(ranks)))
 
 
 def test_the_same_run_differs_from_itself_by_nothing():
@@ -68,11 +68,26 @@ def test_the_interval_is_that_of_a_paired_difference():
     """The bootstrap's spread of a mean must be the standard error of the paired differences."""
     torch.manual_seed(0)
     one, other = (torch.randint(1, 30, (400,)).double() for _ in range(2))
-    metrics = [Metrics(ranks, (10,), torch.arange(400)) for ranks in (one, other)]
+    metrics = [Metrics(ranks, (10,), torch.arange(400), torch.arange(400)) for ranks in (one, other)]
     row = compare(*metrics)["MRR"]
     differences = 1 / one - 1 / other
     error = differences.std().item() / 20
     assert row["high"] - row["low"] == pytest.approx(2 * 1.96 * error, rel=0.05)
+
+
+def test_instances_of_one_user_count_as_one_draw():
+    """Every user's instance four times over is no more evidence than once."""
+    torch.manual_seed(0)
+    one, other = (torch.randint(1, 30, (400,)).double() for _ in range(2))
+    users = torch.arange(400)
+    for metric in ("HR@10", "MRR"):
+        plain = [Metrics(ranks, (10,), users, users) for ranks in (one, other)]
+        repeated = [Metrics(ranks.repeat(4), (10,), torch.arange(1600), users.repeat(4)) for ranks in (one, other)]
+        value = plain[0].values()[metric]
+        assert plain[0].summary()[f"{metric}_se"] == pytest.approx(value.std().item() / 20)
+        assert repeated[0].summary()[f"{metric}_se"] == pytest.approx(value.std().item() / 20)
+        once, often = compare(*plain)[metric], compare(*repeated)[metric]
+        assert often["high"] - often["low"] == pytest.approx(once["high"] - once["low"], rel=1e-6)
 
 
 def test_runs_on_other_instances_are_not_compared():

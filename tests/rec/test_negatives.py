@@ -54,3 +54,12 @@ def test_blocks_only_bound_memory(small_data, monkeypatch):
     monkeypatch.setattr(module, "BLOCK_CELLS", 31 * 7)
     drawn = draw_negatives(sampled(), small_data, "test")
     assert drawn.shape == (small_data.n_users, 8)
+    targets = small_data.targets("test")
+    for row, target in zip(drawn.tolist(), targets.tolist(), strict=True):
+        assert len(set(row)) == 8
+        assert target not in row
+
+
+def test_cold_items_fill_up_where_popular_ones_run_out(small_data, monkeypatch):
+    monkeypatch.setitem(vars(small_data), "train_counts", torch.tensor([0] + [0] * 25 + [50] * 5))
+    assert draw_negatives(sampled(negatives_from="popularity"), small_data, "test").min() >= 1

@@ -2,17 +2,22 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 import yaml
+from pyarrow import parquet
 
+from launch.commands import delete_run
 from rec.config import RecConfig
+from rec.evaluate import evaluate_run
 from rec.job import grid_of, load_job, open_run
 from rec.models.base import Recommender
 from rec.runtime.config import build
@@ -95,7 +100,7 @@ def test_validation_items_are_trained_on_only_if_asked(recipe, small_data):
     assert scores["train+valid"] > scores["train"]
 
 
-def test_folders_that_are_no_finished_run_are_one_clear_line(recipe, tmp_path):
+def test_folders_that_are_no_finished_run_are_one_clear_line(recipe, tmp_path, small_data):
     with pytest.raises(UserError, match="no run folder of a recommender"):
         open_run(tmp_path / "nothing")
     job = load_job(recipe())
@@ -105,10 +110,71 @@ def test_folders_that_are_no_finished_run_are_one_clear_line(recipe, tmp_path):
     run(job, "")
     with pytest.raises(UserError, match=r"several recommenders; name one: .*run"):
         open_run(job.run.parent)
-    facts = json.loads((job.run / "finished.json").read_text())
-    (job.run / "finished.json").write_text(json.dumps({**facts, "data_hash": "0123"}))
-    with pytest.raises(UserError, match=r"trained on other data .*0123 then"):
+    meta = json.loads((small_data.folder / "meta.json").read_text())
+    other = tmp_path / "other"
+    shutil.copytree(small_data.folder, other)
+    (other / "meta.json").write_text(json.dumps({**meta, "content_hash": "0123"}))
+    recipe_now = (job.run / "config.yaml").read_text()
+    (job.run / "config.yaml").write_text(recipe_now.replace(str(small_data.folder), str(other)))
+    with pytest.raises(UserError, match=r"trained on other data .*0123 now"):
         open_run(job.run)
+
+
+def test_a_recipe_called_config_yaml_is_not_taken_for_a_run(recipe, tmp_path):
+    own = recipe().rename(tmp_path / "config.yaml")
+    job = load_job(own)
+    assert job.run == tmp_path / "run"
+    assert load_job(own, [f"run={tmp_path}"]).run == tmp_path
+    with pytest.raises(UserError, match="is not a run's"):
+        run(load_job(own, [f"run={tmp_path}"]), "")
+    with pytest.raises(UserError, match="is no run folder"):
+        delete_run(tmp_path)
+    run(job, "")
+    assert load_job(job.run / "config.yaml").run == job.run
+
+
+def test_the_last_epoch_is_validated_whatever_the_rhythm(recipe):
+    result = run(load_job(recipe(train={"epochs": 3, "evaluate_every": 10})), "")
+    assert result["training"]["best_epoch"] == 2
+
+
+@pytest.mark.parametrize(
+    ("rec", "message"),
+    [
+        ({"grid": {"train.lr": []}}, "grid.train.lr has no values"),
+        ({"grid": {"train.lr": [1e-3]}, "train": {"on": "train+valid"}}, "a grid chooses by validation"),
+        ({"train": {"prefixes_per_user": 3}}, "SASRec is not trained on prefixes"),
+        ({"model": {"name": "LightSANs"}, "train": {"windows": "last"}}, "LightSANs is not trained on windows"),
+        ({"model": {"name": "BST"}, "loss": {"negatives": 7}}, "BST has a loss of its own"),
+    ],
+)
+def test_an_option_that_would_not_be_used_is_refused(rec, message):
+    with pytest.raises(UserError, match=message):
+        build(RecConfig, rec)
+
+
+def test_data_without_validation_needs_another_way_to_stop(recipe, small_data, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(small_data.folder, bare)
+    interactions = parquet.read_table(bare / "interactions.parquet")
+    part = interactions["part"].to_numpy().copy()
+    part[part == 1] = 3
+    index = interactions.column_names.index("part")
+    parquet.write_table(
+        interactions.set_column(index, "part", pa.array(part, interactions["part"].type)), bare / "interactions.parquet"
+    )
+    job = load_job(recipe(), [f"data={bare}"])
+    with pytest.raises(UserError, match="no validation part to stop by"):
+        run(job, "")
+    result = run(load_job(recipe(), [f"data={bare}", "rec.train.on=train+valid", f"run={tmp_path / 'all'}"]), "")
+    assert [row["part"] for row in result["rows"]] == ["test"]
+
+
+def test_figures_on_validation_items_that_were_trained_on_are_refused(recipe):
+    job = load_job(recipe(train={"on": "train+valid", "epochs": 1}))
+    run(job, "")
+    with pytest.raises(UserError, match="say nothing"):
+        evaluate_run(open_run(job.run), {"own": job.rec.evaluate.protocol}, "valid")
 
 
 def launch(recipe: Path, processes: int, *overrides: str) -> subprocess.Popen:
