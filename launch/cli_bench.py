@@ -34,8 +34,10 @@ def _bench(arguments: argparse.Namespace) -> None:
     known = (*rec_tasks.STAGES, *rec_tasks.ON_REQUEST)
     if unknown := [stage for stage in stages if stage not in known]:
         raise UserError(f"unknown stage {unknown[0]!r}; there are: {', '.join(known)}")
-    if not all(length.isdigit() for length in arguments.max_length.split(",")):
-        raise UserError(f"--max-length {arguments.max_length!r}: expected numbers separated by commas")
+    if not all(length.isdigit() and int(length) for length in arguments.max_length.split(",")):
+        raise UserError(f"--max-length {arguments.max_length!r}: expected numbers above 0 separated by commas")
+    if arguments.seconds <= 0:
+        raise UserError(f"--seconds {arguments.seconds:g}: expected a number above 0")
     settings = rec_tasks.Settings(
         arguments.data,
         [int(length) for length in arguments.max_length.split(",")],

@@ -67,13 +67,15 @@ def print_bench(result: dict[str, Any]) -> None:
     """One row a measurement, then the targets."""
     table = Table("stage", "data", "length", "system", "precision", "seconds", "times recalign's")
     for row in result["rows"]:
+        if "failed" in row:
+            table.add_row(row["stage"], row["data"], "", row["name"], "", "failed", "-")
+            continue
         ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}"
-        figures = (f"{row['seconds']:.2f}", ratio)
         reached = f" (to validation NDCG@10 {row['best']:.4f})" if "best" in row else ""
         if row["stage"] == "quality":
             reached = f" (test NDCG@10 {_figure(row, 'NDCG@10')})"
-        name = row["name"] + reached
-        table.add_row(row["stage"], row["data"], str(row["max_length"]), name, row["precision"], *figures)
+        figures = (row["precision"], f"{row['seconds']:.2f}", ratio)
+        table.add_row(row["stage"], row["data"], str(row["max_length"]), row["name"] + reached, *figures)
     out = console()
     out.print(table)
     for claim in result["claims"]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from launch.bench import peers
 from rec.models import MODELS
+from rec.models.base import SequenceRecommender
 
 STAGES = ("floor", "epoch", "models", "evaluation", "convergence")
 ON_REQUEST = ("quality",)
@@ -18,8 +19,8 @@ LOSSES = {
     "replay": {"cross-entropy": "ce", "sampled-softmax": "sampled"},
 }
 SAMPLED = ("loss.name=sampled-softmax", "loss.negatives=256")
-# Epochs that peers may take to converge, and the loss that gets them there soonest.
-CONVERGENCE_EPOCHS = 40
+# Where training to the end stops, for us and for peers: epochs, and epochs without a better validation NDCG@10.
+EPOCHS, PATIENCE = 100, 8
 SEEDS = (1, 2, 3)
 # Width 64, two blocks and two heads for all; otherwise each model's defaults, but for what makes training bearable:
 # models that need one sample a prefix see 20 random ones of each user in an epoch, and BST, for which ranking all items
@@ -35,7 +36,8 @@ QUALITY: dict[str, Sequence[str]] = {
     "BST": (*PREFIXES, "train.evaluate_every=5", "train.patience=2"),
     "LightGCN": ("train.batch_size=2048", "train.evaluate_every=4"),
 }
-PEER_QUALITY_EPOCHS = 15
+# Training time after which a peer begins no further epoch.
+PEER_QUALITY_S = 1800
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def _epochs(settings: Settings, folder: Path) -> list[Task]:
 def _models(settings: Settings, folder: Path) -> list[Task]:
     tasks = []
     for length, (name, model) in itertools.product(settings.lengths, MODELS.items()):
-        if model.samples == "pairs" or name == "BST":
+        if not issubclass(model, SequenceRecommender):
             continue
         overrides = [f"model={{name: {name}, dim: 64, max_length: {length}}}"]
         if model.samples == "prefix":
@@ -138,14 +140,15 @@ def _convergence(settings: Settings, folder: Path) -> list[Task]:
     The time of validation counts for none of them.
     """
     common = _common(folder, settings.lengths[0], "fp32")
-    patient = ["train.epochs=100", "train.patience=8", "train.windows=last"]
+    patient = [f"train.epochs={EPOCHS}", f"train.patience={PATIENCE}", "train.windows=last"]
     ours = {"cross-entropy": (), "sampled-softmax": SAMPLED}
     tasks = [
         Task("convergence", f"recalign-{loss}", "recalign", ["convergence", *common, *patient, *more])
         for loss, more in ours.items()
     ]
     if "replay" in settings.names:
-        train = ["--epochs", str(CONVERGENCE_EPOCHS), "--evaluate", "--loss", LOSSES["replay"]["sampled-softmax"]]
+        train = ["--epochs", str(EPOCHS), "--patience", str(PATIENCE), "--evaluate"]
+        train += ["--loss", LOSSES["replay"]["sampled-softmax"]]
         tasks.append(Task("convergence", "replay-sampled-softmax", "replay", [*common, *train]))
     return tasks
 
@@ -153,13 +156,14 @@ def _convergence(settings: Settings, folder: Path) -> list[Task]:
 def _quality(settings: Settings, folder: Path) -> list[Task]:
     common, tasks = _common(folder, settings.lengths[0], "fp32"), []
     for seed, (name, more) in itertools.product(SEEDS, QUALITY.items()):
-        size = {} if name == "SASRec" else {"model": f"{{name: {name}, dim: 64, max_length: {settings.lengths[0]}}}"}
-        overrides = [f"{key}={value}" for key, value in size.items()] + ["train.epochs=200", "train.patience=5", *more]
-        arguments = ["convergence", *common, *overrides, f"train.seed={seed}"]
+        size = [] if name == "SASRec" else [f"model={{name: {name}, dim: 64, max_length: {settings.lengths[0]}}}"]
+        train = [f"train.epochs={EPOCHS}", f"train.patience={PATIENCE}", f"train.seed={seed}"]
+        arguments = ["convergence", *common, *size, *train, *more]
         tasks.append(Task("quality", f"{name}-seed-{seed}", "recalign", arguments))
     for seed, name in itertools.product(SEEDS, settings.names):
-        train = ["--epochs", str(PEER_QUALITY_EPOCHS), "--evaluate", "--loss", LOSSES[name]["cross-entropy"]]
-        arguments = [*common, *train, "--seed", str(seed)]
+        # RecTools' flat net is fast, but it starts from vectors of N(0, 1) and learns badly: its usual model it is.
+        train = ["--loss", "ce", "--epochs", str(EPOCHS), "--patience", str(PATIENCE), "--evaluate"]
+        arguments = [*common, *train, "--train-seconds", str(PEER_QUALITY_S), "--seed", str(seed)]
         tasks.append(Task("quality", f"{name}-seed-{seed}", name, arguments))
     return tasks
 

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import resource
+import statistics
 import sys
 import tempfile
 import time
@@ -22,6 +23,7 @@ import torch
 PARTS = {"train": 0, "valid": 1, "test": 2}
 HIDDEN, BLOCKS, HEADS, FEED_FORWARD = 64, 2, 2, 64
 WARMUP_BATCHES, WARMUP_SECONDS, LEAST_BATCHES = 3, 5.0, 3
+EVALUATION_PASSES = 5
 
 
 def parse(description, losses, batch_size, extend=lambda parser: None):
@@ -46,6 +48,8 @@ def parse(description, losses, batch_size, extend=lambda parser: None):
     parser.add_argument("--seconds", type=float, default=60, help="time batches for about that long")
     parser.add_argument("--epochs", type=int, help="train that many epochs instead of timing batches")
     parser.add_argument("--evaluate", action="store_true", help="with --epochs: rank the held-out items")
+    parser.add_argument("--patience", type=int, help="with --evaluate: end after so many epochs without a better one")
+    parser.add_argument("--train-seconds", type=float, help="with --epochs: begin no epoch after so much training")
     parser.add_argument("--seen", choices=("rank", "mask"), default="rank", help="items of the history as candidates")
     parser.add_argument("--time-evaluation", action="store_true", help="time the peer's own evaluation instead")
     parser.add_argument("--out", type=Path, help="write the result there too")
@@ -171,6 +175,17 @@ class Stopwatch:
         }
 
 
+def time_passes(work):
+    """The median of a few passes after one that warms up, as recalign's own side takes it."""
+    work()
+    passes = []
+    for _ in range(EVALUATION_PASSES):
+        started = time.perf_counter()
+        work()
+        passes.append(time.perf_counter() - started)
+    return statistics.median(passes)
+
+
 @torch.no_grad()
 def evaluate(score, data, split, arguments, batch=256):
     """HR@10 and NDCG@10 of the held-out items among all items; equal scores share the mean of their places.
@@ -212,7 +227,7 @@ class Journal:
 
     def __init__(self, arguments, data, score, module):
         self.arguments, self.data, self.score, self.module = arguments, data, score, module
-        self.epochs, self.best, self.weights = [], -1.0, None
+        self.epochs, self.best, self.best_epoch, self.weights, self.spent = [], -1.0, 0, None, 0.0
 
     def begin(self):
         """Before each epoch."""
@@ -221,7 +236,9 @@ class Journal:
 
     def end(self):
         """After each epoch: validate, which is not timed."""
-        line = {"epoch": len(self.epochs) + 1, "train_seconds": time.perf_counter() - self.started}
+        seconds = time.perf_counter() - self.started
+        self.spent += seconds
+        line = {"epoch": len(self.epochs) + 1, "train_seconds": seconds, "spent": self.spent}
         self.epochs.append(line)
         if self.arguments.evaluate:
             line["valid"] = self._evaluate("valid")
@@ -230,10 +247,18 @@ class Journal:
                 self.weights = {name: value.clone() for name, value in self.module.state_dict().items()}
         sys.stderr.write(json.dumps(line) + "\n")
 
+    @property
+    def done(self):
+        """Whether to train no further epoch."""
+        arguments, count = self.arguments, len(self.epochs)
+        waited = arguments.patience is not None and count - self.best_epoch >= arguments.patience
+        late = arguments.train_seconds is not None and self.spent >= arguments.train_seconds
+        return count >= arguments.epochs or waited or late
+
     def result(self):
         """What happened, and the test of the best epoch."""
-        seconds = sum(line["train_seconds"] for line in self.epochs)
-        result = {"seconds_per_epoch": seconds / len(self.epochs), "train_seconds": seconds, "epochs": self.epochs}
+        per_epoch = self.spent / len(self.epochs)
+        result = {"seconds_per_epoch": per_epoch, "train_seconds": self.spent, "epochs": self.epochs}
         if self.arguments.evaluate:
             self.module.load_state_dict(self.weights)
             result |= {"best_epoch": self.best_epoch, "test": self._evaluate("test"), "seen": self.arguments.seen}

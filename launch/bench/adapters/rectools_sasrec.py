@@ -5,7 +5,6 @@ net without a trainer, here it has a plain loop over RecTools' own fast sequence
 """
 
 import logging
-import time
 import warnings
 
 import common
@@ -49,9 +48,10 @@ class Record(Callback):
         self.journal = self.journal or self.begin()
         self.journal.begin()
 
-    def on_train_epoch_end(self, *unused):
+    def on_train_epoch_end(self, trainer, *unused):
         """Stop the clock and evaluate."""
         self.journal.end()
+        trainer.should_stop = self.journal.done
 
     def __deepcopy__(self, memo):
         return self
@@ -135,13 +135,10 @@ def classic_scorer(model, data):
 
 
 def time_own_evaluation(model, data):
-    """Seconds of ``recommend`` for all users, the second of two passes."""
+    """Seconds of ``recommend`` for all users: RecTools has no other ranking of everything."""
     known = interactions(data, data.part != common.PARTS["test"])
     users = known.user_id_map.external_ids
-    for _ in range(2):
-        started = time.perf_counter()
-        model.recommend(users, known, k=20, filter_viewed=False)
-        seconds = time.perf_counter() - started
+    seconds = common.time_passes(lambda: model.recommend(users, known, k=20, filter_viewed=False))
     return {"evaluation_seconds": seconds, "evaluated": len(users)}
 
 
@@ -179,7 +176,7 @@ def run_flat(arguments, data):
         return common.in_catalog_order(states @ net.all_item_embeddings().T, mapping)
 
     journal = common.Journal(arguments, data, score, net)
-    for _ in range(arguments.epochs):
+    while not journal.done:
         journal.begin()
         train(loader)
         journal.end()

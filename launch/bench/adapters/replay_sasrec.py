@@ -5,8 +5,6 @@ RePlay's remedies against padding are in use unless ``--bucket 0``: columns that
 trimmed, and the encoder runs over buckets of rows of similar length.
 """
 
-import time
-
 import common
 import torch
 from replay.data import FeatureHint, FeatureSource, FeatureType
@@ -107,14 +105,14 @@ def scorer(model, n_items):
 
 
 def time_evaluation(arguments, data, score):
-    """Seconds to score all test histories and take the best 20 of each, the second of two passes."""
+    """Seconds to score all test histories and take the best 20 of each."""
     targets = torch.from_numpy(data.targets("test"))
-    for _ in range(2):
-        started = time.perf_counter()
+
+    def work():
         for chunk in targets.split(arguments.batch_size):
             score(data.histories(chunk.numpy(), arguments.max_length)).topk(20)
-        seconds = time.perf_counter() - started
-    return {"evaluation_seconds": seconds, "evaluated": len(targets)}
+
+    return {"evaluation_seconds": common.time_passes(work), "evaluated": len(targets)}
 
 
 def main():
@@ -154,7 +152,7 @@ def main():
             figures |= time_evaluation(arguments, data, score)
     elif arguments.epochs:
         journal = common.Journal(arguments, data, score, model)
-        for _ in range(arguments.epochs):
+        while not journal.done:
             journal.begin()
             train(epoch())
             journal.end()
