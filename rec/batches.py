@@ -150,8 +150,7 @@ class Prefixes(Windows):
     def of(cls, data: Prepared, on: TrainedOn, max_length: int, batch_size: int, per_user: int | None) -> "Prefixes":
         """Prefixes of the training part; ``per_user`` chooses so many at random each epoch, null takes all."""
         counts = (fit_ends(data, on) - data.offsets[:-1] - 1).clamp(min=0)
-        users = torch.repeat_interleave(torch.arange(data.n_users), counts)
-        nth = torch.arange(len(users)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+        users, nth = _count_out(counts)
         ends = data.offsets[users] + nth + 1
         _require_some(data, len(users))
         prefixes = cls(data, users, ends, (nth + 1).clamp(max=max_length), batch_size)
@@ -190,8 +189,7 @@ class Pairs(Windows):
     def of(cls, data: Prepared, on: TrainedOn, batch_size: int) -> "Pairs":
         """The pairs; a repeat is a pair of its own."""
         counts = fit_ends(data, on) - data.offsets[:-1]
-        users = torch.repeat_interleave(torch.arange(data.n_users), counts)
-        nth = torch.arange(len(users)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+        users, nth = _count_out(counts)
         _require_some(data, len(users))
         return cls(data, users, data.offsets[users] + nth, torch.zeros_like(users), batch_size)
 
@@ -226,11 +224,16 @@ def _cut(data: Prepared, ends: Tensor, max_length: int, last: bool) -> tuple[Ten
     counts = -((data.offsets[:-1] - ends).clamp(max=0) // max_length)
     if last:
         counts = counts.clamp(max=1)
-    users = torch.repeat_interleave(torch.arange(data.n_users), counts)
+    users, nth = _count_out(counts)
     _require_some(data, len(users))
-    nth = torch.arange(len(users)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
     window_ends = ends[users] - nth * max_length
     return users, window_ends, (window_ends - data.offsets[users]).clamp(max=max_length)
+
+
+def _count_out(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Each user as often as ``counts`` [users] says, and for each of these the how manyth of the user it is, from 0."""
+    users = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    return users, torch.arange(len(users)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
 
 
 def _require_some(data: Prepared, count: int) -> None:

@@ -119,7 +119,7 @@ def evaluate_many(
     # Neighbours in length share a batch: little padding. Every result goes back to its place.
     order = (ends - data.offsets[users])[chosen].argsort(stable=True)
     for rows in chosen[order].split(batch_size):
-        items, lengths = data.windows(users[rows], ends[rows], model.config.max_length)
+        items, lengths = data.histories(part, rows, model.config.max_length)
         for some, scores in scorer(rows, users[rows], items, lengths):
             if _not_numbers(scores, targets[some]):
                 raise UserError(

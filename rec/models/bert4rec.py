@@ -7,20 +7,20 @@ b^O is left out, since losses score states against a table alone. The LayerNorm 
 code's, the paper does not mention it.
 """
 
-from typing import Literal, Self
+from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rec.attention import HeadsSection, attention
 from rec.dropout import dropout
 from rec.item_encoder import ItemEncoder
 from rec.models.base import SequenceRecommender
-from rec.runtime.config import Section
 
 
-class BERT4RecConfig(Section):
+class BERT4RecConfig(HeadsSection):
     """Size of a BERT4Rec, and how its training windows are masked."""
 
     name: Literal["BERT4Rec"] = "BERT4Rec"
@@ -35,12 +35,6 @@ class BERT4RecConfig(Section):
     """Share ρ of a window's items that are masked."""
     last_only: float = Field(0.1, ge=0, le=1)
     """Share of windows whose last item alone is masked, which is what scoring a history looks like."""
-
-    @model_validator(mode="after")
-    def _heads_divide_dim(self) -> Self:
-        if self.dim % self.heads:
-            raise ValueError(f"dim {self.dim} is not divisible by heads {self.heads}")
-        return self
 
 
 class Block(nn.Module):
@@ -57,21 +51,11 @@ class Block(nn.Module):
         """[B, L, D] → [B, L, D]; ``inside`` [B, L] marks the places that are read."""
         p = self.dropout if self.training else 0.0
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, H, L, D / H]
-        attended = attention(q, k, v, inside, p)
+        attended = attention(q, k, v, inside[:, None, None], p)
         attended = self.out(attended.transpose(1, 2).flatten(-2))
         x = self.norm_attention(x + dropout(attended, p, self.training))
         hidden = self.ffn_out(F.gelu(self.ffn_in(x)))
         return self.norm_ffn(x + dropout(hidden, p, self.training))
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, inside: Tensor, p: float) -> Tensor:
-    """Attention [B, H, L, D / H] to the places ``inside`` [B, L], with dropout ``p`` on its weights (Eq. 2)."""
-    mask = inside[:, None, None]
-    if p == 0 or q.is_cuda:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
-    # torch has no fused attention with dropout on CPU, and its plain one draws a slow random number for each weight.
-    weights = (q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)).masked_fill(~mask, float("-inf")).softmax(-1)
-    return dropout(weights, p, True) @ v
 
 
 class BERT4Rec(SequenceRecommender):

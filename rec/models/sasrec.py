@@ -6,20 +6,20 @@ no state ever sees what comes after it.
 """
 
 import math
-from typing import Literal, Self
+from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rec.attention import HeadsSection, attention, causal_attention
 from rec.dropout import dropout
 from rec.item_encoder import ItemEncoder
 from rec.models.base import SequenceRecommender
-from rec.runtime.config import Section
 
 
-class SASRecConfig(Section):
+class SASRecConfig(HeadsSection):
     """Size of a SASRec."""
 
     name: Literal["SASRec"] = "SASRec"
@@ -36,12 +36,6 @@ class SASRecConfig(Section):
     """Share of the input items that are left out as a whole while training; their positions stay."""
     block: Literal["sasrec", "ligr"] = "sasrec"
     """The paper's, or the gated one with which eSASRec (Tikhonovich et al. 2025) replaces it."""
-
-    @model_validator(mode="after")
-    def _heads_divide_dim(self) -> Self:
-        if self.dim % self.heads:
-            raise ValueError(f"dim {self.dim} is not divisible by heads {self.heads}")
-        return self
 
 
 class Block(nn.Module):
@@ -69,7 +63,7 @@ class Block(nn.Module):
             (q,) = self._heads(F.linear(_at(x, last), self.qkv.weight[:dim], self.qkv.bias[:dim]), 1)
             k, v = self._heads(F.linear(x, self.qkv.weight[dim:], self.qkv.bias[dim:]), 2)
             past = torch.arange(x.shape[1], device=x.device) <= last[:, None]
-            attended = F.scaled_dot_product_attention(q, k, v, past[:, None, None], p)
+            attended = attention(q, k, v, past[:, None, None], p)
         return self.drop(self.out(attended.transpose(1, 2).flatten(-2)))
 
     def _heads(self, x: Tensor, count: int) -> tuple[Tensor, ...]:
@@ -100,17 +94,6 @@ class GatedBlock(Block):
 
 
 BLOCKS = {"sasrec": Block, "ligr": GatedBlock}
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
-    """Attention [B, H, L, d] to the past and the present, with dropout ``p`` on its weights (Eq. 2)."""
-    if p == 0 or q.is_cuda:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
-    # torch has no fused attention with dropout on CPU, and its plain one draws a slow random number for each weight.
-    length = q.shape[2]
-    future = torch.ones(length, length, dtype=torch.bool).triu(1)
-    weights = (q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)).masked_fill(future, float("-inf")).softmax(-1)
-    return dropout(weights, p, True) @ v
 
 
 class SASRec(SequenceRecommender):

@@ -19,22 +19,22 @@ is treated like items; trained weights of theirs give the same states. The paper
 reference a score changes with max_length, and every prefix costs as much as the longest.
 """
 
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rec.attention import HeadsSection, attention
 from rec.dropout import dropout
 from rec.item_encoder import ItemEncoder
 from rec.models.base import SequenceRecommender
-from rec.runtime.config import Section
 
 EPS = 1e-12
 
 
-class TwoBranchConfig(Section):
+class TwoBranchConfig(HeadsSection):
     """Size of a model with attention in two branches."""
 
     name: str
@@ -50,12 +50,6 @@ class TwoBranchConfig(Section):
     """Longest history that is read, in items; earlier ones are cut off."""
     attention: Literal["paper", "reference"] = "paper"
     """The equations with padding masked, or exactly the authors' code (see rec/models/two_branch.py)."""
-
-    @model_validator(mode="after")
-    def _heads_divide_dim(self) -> Self:
-        if self.dim % self.heads:
-            raise ValueError(f"dim {self.dim} is not divisible by heads {self.heads}")
-        return self
 
 
 class Layer(nn.Module):
@@ -156,17 +150,6 @@ class TwoBranch(SequenceRecommender):
         for layer in self.layers[:-1]:
             x = layer(x, positions, mask)
         return self.layers[-1](x, positions, mask, lengths - 1).squeeze(1)
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float) -> Tensor:
-    """[B, h, Q, d] for q [B, h, Q, d], k and v [B, h, K, d], with dropout ``p`` on the weights."""
-    if p == 0 or q.is_cuda:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
-    # torch has no fused attention with dropout on CPU.
-    scores = q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    return dropout(scores.softmax(3), p, True) @ v
 
 
 def _at(x: Tensor, places: Tensor | None) -> Tensor:

@@ -90,7 +90,9 @@ def test_batches_are_little_padding():
 
 
 def test_nothing_to_train_on_is_one_line():
-    with pytest.raises(UserError, match="made-up leaves nothing to train on: no user has more than 3 interactions"):
+    with pytest.raises(
+        UserError, match="made-up leaves nothing to train on: its users have too few training interactions"
+    ):
         NextItemWindows.of(data_of([3, 3, 3]), "train", 5, 2)
     assert len(NextItemWindows.of(data_of([3, 4]), "train", 5, 2)) == 1
 

@@ -1,0 +1,43 @@
+"""Scaled dot-product attention, fast on a CPU with dropout too, and the check that its heads fit."""
+
+from typing import Self
+
+import torch
+from pydantic import model_validator
+from torch import Tensor
+from torch.nn import functional as F
+
+from rec.dropout import dropout
+from rec.runtime.config import Section
+
+
+class HeadsSection(Section):
+    """A section with a width ``dim`` that ``heads`` must divide."""
+
+    @model_validator(mode="after")
+    def _heads_divide_dim(self) -> Self:
+        if self.dim % self.heads:
+            raise ValueError(f"dim {self.dim} is not divisible by heads {self.heads}")
+        return self
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float) -> Tensor:
+    """softmax(q kᵀ / √d) v, [B, h, Q, d], for q [B, h, Q, d], k and v [B, h, K, d], with dropout ``p`` on the weights.
+
+    ``mask`` marks what may be attended to, and broadcasts to [B, h, Q, K]; None is everything.
+    """
+    if p == 0 or q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
+    # torch has no fused attention with dropout on CPU, and its plain one draws a slow random number for each weight.
+    scores = q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return dropout(scores.softmax(-1), p, True) @ v
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
+    """``attention`` of [B, h, L, d] to the past and the present."""
+    if p == 0 or q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+    past = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril()
+    return attention(q, k, v, past, p)
