@@ -20,6 +20,13 @@ FILTERS = (
     "k_core", "min_length", "repeats", "split", "valid_fraction", "test_fraction", "seed", "cold_items",
 )  # fmt: skip
 
+# What only some splits read.
+OF_SPLITS = {
+    "valid_fraction": ("ratio", "time", "users"),
+    "test_fraction": ("ratio", "time", "users"),
+    "seed": ("users",),
+}
+
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
     """Define them below ``commands``."""
@@ -89,13 +96,25 @@ def _prepare(arguments: argparse.Namespace) -> None:
     for name in options:
         if arguments.source not in OPTIONS[name]:
             raise UserError(f"--{name.replace('_', '-')} belongs to {', '.join(OPTIONS[name])} only")
-    filters = config.build(Filters, _given(arguments, *FILTERS))
+    given = _given(arguments, *FILTERS)
+    filters = config.build(Filters, given)
+    for name, splits in OF_SPLITS.items():
+        if name in given and filters.split not in splits:
+            raise UserError(
+                f"--{name.replace('_', '-')} means nothing to --split {filters.split}, only to {' and '.join(splits)}"
+            )
     raw = readers.read(arguments.source, arguments.raw, **options)
     counts = prepare(arguments.source, raw, arguments.out, filters)["counts"]
     kept = ", ".join(f"{counts[what]:,} {what}" for what in ("users", "items", "interactions"))
     lines = [f"{arguments.out}: {kept}"]
     lines += [f"  left out, {reason.replace('_', ' ')}: {count:,}" for reason, count in counts["left_out"].items()]
     lines += [f"  item rows, {reason.replace('_', ' ')}: {count:,}" for reason, count in counts["item_rows"].items()]
+    without = counts["items_without_text"]
+    if without and raw.items.num_columns > 1:
+        none = (
+            ": do the ids of the item file look like those of the interactions?" if without == counts["items"] else ""
+        )
+        lines.append(f"  items without any text: {without:,} of {counts['items']:,}{none}")
     lines.append("  " + ", ".join(f"{part} {count:,}" for part, count in counts["parts"].items() if count))
     for name in ("cold_targets", "targets_without_history"):
         if any(counts[name].values()):

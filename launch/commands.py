@@ -43,7 +43,7 @@ def delete_run(folder: Path) -> None:
 
     if not folder.exists():
         return
-    if not is_run_config(folder / CONFIG) and any(folder.iterdir()):
+    if not folder.is_dir() or (not is_run_config(folder / CONFIG) and any(folder.iterdir())):
         raise UserError(f"{folder} is no run folder (no {CONFIG} that a run wrote); not deleting it")
     run = RunFolder(folder)
     with run.lock("launcher"), run.lock("trainer"), run.lock("generator"):

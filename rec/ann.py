@@ -20,6 +20,8 @@ SEARCH_WIDTHS = (16, 64, 256, 1024)
 """Candidates while searching (efSearch): the smallest that finds enough is kept in the index."""
 ENOUGH = 0.99
 LEAST_S = 0.2
+SCORED_CELLS, MIN_QUERIES = 2**26, 16
+"""Scores in memory at a time while measuring, 256 MiB: of a large catalog fewer queries are tried."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ def write_index(vectors: Tensor, queries: Tensor, path: Path, k: int = 10) -> tu
     index = faiss.IndexHNSWFlat(vectors.shape[1], LINKS, faiss.METRIC_INNER_PRODUCT)
     index.hnsw.efConstruction = BUILD_WIDTH
     index.add(vectors.numpy())
+    queries = queries[: max(MIN_QUERIES, SCORED_CELLS // len(vectors))]
     exact = (queries @ vectors.T).topk(k).indices
     costs = [SearchCost("exact", 1.0, *_speed(lambda some: (some @ vectors.T).topk(k), queries))]
     for width in SEARCH_WIDTHS:

@@ -43,8 +43,9 @@ class Catalog:
         self.ids: list[str] = data.items["item_id"].to_pylist()
         self._number = {item: number for number, item in enumerate(self.ids, start=1)}
         columns = [name for name in data.items.column_names if name != "item_id"]
-        named = [name for name in columns if "title" in name or "name" in name]
-        self.title_column: str | None = next(iter([*named, *columns]), None)
+        exact = [name for name in ("title", "name") if name in columns]
+        named = [name for word in ("title", "name") for name in columns if word in name]
+        self.title_column: str | None = next(iter([*exact, *named, *columns]), None)
 
     @cached_property
     def titles(self) -> list[str]:
@@ -134,12 +135,15 @@ def split_ids(text: str) -> list[str]:
     """Ids separated by commas; one that holds a comma stands in double quotes.
 
     Raises:
-        UserError: if there is none, or a double quote is left open.
+        UserError: if there is none, it is a list as programs print it, or its quotes do not close.
     """
+    if text.lstrip().startswith("["):
+        raise UserError(f"{text[:SHOWN]!r} is a list: write id1,id2 here; lists belong into jsonl or parquet")
     try:
         row = next(csv.reader([text], skipinitialspace=True, strict=True), [])
-    except csv.Error:
-        raise UserError(f"a double quote is left open in {text[:SHOWN]!r}") from None
+    except csv.Error as error:
+        reason = "a double quote is left open" if "end of data" in str(error) else str(error)
+        raise UserError(f"{text[:SHOWN]!r} cannot be split into ids: {reason}") from None
     return require_history([item for item in row if item.strip()])
 
 

@@ -6,7 +6,7 @@ order), and ``config.json``. A score is the inner product of a state and an item
 files have been read back and compared with the model on real histories.
 """
 
-import importlib.metadata
+import importlib
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -106,18 +106,23 @@ def export_run(run: FinishedRun, to: To, out: Path, ann: bool = False) -> dict[s
     """
     check_packages(to, ann)
     require_exportable(run.model)
+    out = out.resolve()
     _require_replaceable(out)
-    temporary = out.with_name(f"{files.TEMPORARY_PREFIX}{out.name}")
+    temporary = files.beside(out)
+    earlier = temporary.with_name(f"{temporary.name}-earlier")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         content = _write(run, to, temporary, ann)
-        shutil.rmtree(out, ignore_errors=True)
+        if out.exists():
+            out.rename(earlier)
         files.publish_folder(temporary, out)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if earlier.exists() and not out.exists():
+            earlier.rename(out)
+        for folder in (temporary, earlier):
+            shutil.rmtree(folder, ignore_errors=True)
     return content
 
 
@@ -171,8 +176,9 @@ def _write(run: FinishedRun, to: To, folder: Path, ann: bool) -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "measured": [asdict(cost) for cost in costs],
         }
-    packages = ["torch", *(ONNX_PACKAGES if to == "onnx" else ()), *(("faiss-cpu",) if ann else ())]
-    content["written_with"] = {name: importlib.metadata.version(name) for name in packages}
+    modules = ["torch", *(ONNX_PACKAGES if to == "onnx" else ()), *(("faiss",) if ann else ())]
+    # A module's own version: builds for GPUs come as distributions of other names.
+    content["written_with"] = {name: importlib.import_module(name).__version__ for name in modules}
     files.write_json(folder / CONFIG, content)
     return content
 
@@ -341,8 +347,12 @@ def _require_replaceable(out: Path) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     try:
-        replaceable = files.read_json(out / CONFIG).get("format") == FORMAT
+        ours = files.read_json(out / CONFIG).get("format") == FORMAT
     except (OSError, ValueError, AttributeError):
-        replaceable = False
-    if not replaceable:
+        ours = False
+    if not ours:
         raise UserError(f"{out} exists and is no earlier export; name another folder with --out")
+    written = {CONFIG, ITEMS, ITEM_TABLE, USERS, USER_TABLE, INDEX, *TOWER.values()}
+    others = sorted(path.name for path in out.iterdir() if path.name not in written)
+    if others:
+        raise UserError(f"{out} holds more than an export ({others[0]}); name another folder with --out")

@@ -18,7 +18,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from rec.catalog import Catalog, require_history, split_ids
-from rec.data.jsonlines import read_objects
+from rec.data.jsonlines import clean, read_objects
 from rec.data.prepared import Prepared
 from rec.data.textfile import read_delimited
 from rec.job import FinishedRun
@@ -71,6 +71,8 @@ def check_names(source: Path, out: Path) -> None:
         raise UserError(f"{out}: recommendations are written as {' or '.join(WRITABLE)}")
     if out.is_dir():
         raise UserError(f"{out} is a folder; name a file")
+    if out.exists() and out.samefile(source):
+        raise UserError(f"{out} is the file of histories itself; name another file to write")
 
 
 def answer_file(
@@ -93,7 +95,7 @@ def answer_file(
     check_names(source, out)
     rows, unknown, empty = _resolve(run, catalog, source, skip_unknown)
     short, size = 0, run.rec.evaluate.batch_size
-    temporary = out.with_name(f"{files.TEMPORARY_PREFIX}{out.name}")
+    temporary = files.beside(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("w", encoding="utf-8", newline="") as stream, progress(source.name, len(rows)) as advance:
@@ -119,13 +121,16 @@ def _resolve(run: FinishedRun, catalog: Catalog, source: Path, skip_unknown: boo
     users = {user: number for number, user in enumerate(run.data.user_ids)}
     for number, where, content in _read(source):
         label = content.get(USER)
-        label = None if label in (None, "") else str(label)
+        label = None if label in (None, "") else clean(str(label))
         try:
             if content.get(HISTORY) is None and label is None:
                 raise UserError(f"neither {HISTORY!r} nor {USER!r}")
             if content.get(HISTORY) is None:
                 known = users.get(label)
                 request = request_for_user(run.data, user_number(run.data, label) if known is None else known)
+            elif skip_unknown and not content[HISTORY]:
+                empty += 1
+                continue
             else:
                 ids = _ids(content[HISTORY])
                 left = [item for item in ids if catalog.find(item) is not None] if skip_unknown else ids

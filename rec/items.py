@@ -110,6 +110,8 @@ def load_vectors(path: Path, data: Prepared) -> Tensor:
         raise UserError(f"item vectors not found: {path}") from None
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise UserError(f"{path} holds no item vectors: {' '.join(str(error).split())}") from None
+    if not isinstance(item_ids, list) or not all(isinstance(item, str) for item in item_ids):
+        raise UserError(f"{path}: item_ids must be a JSON list of texts")
     if vectors.dim() != 2 or len(item_ids) != len(vectors):
         raise UserError(f"{path}: {len(item_ids)} item ids for vectors of shape {tuple(vectors.shape)}")
     row_of = {item: row for row, item in enumerate(item_ids)}
@@ -126,5 +128,8 @@ def load_vectors(path: Path, data: Prepared) -> Tensor:
     vectors = vectors[torch.tensor([row_of[item] for item in wanted])]
     bad = (~torch.isfinite(vectors)).any(dim=1).nonzero()
     if len(bad):
-        raise UserError(f"{path}: the vector of item {wanted[int(bad[0])]!r} holds a value that is not finite")
+        item = wanted[int(bad[0])]
+        raise UserError(
+            f"{path}: row {row_of[item]}, the vector of item {item!r}, holds a value that is not finite: make it again"
+        )
     return vectors

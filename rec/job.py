@@ -10,7 +10,7 @@ from typing import Any
 from rec.config import RecConfig
 from rec.data.builtin import BUILTIN
 from rec.data.prepare import Filters, prepare
-from rec.data.prepared import Prepared
+from rec.data.prepared import META, Prepared
 from rec.models.base import Recommender
 from rec.runtime import files
 from rec.runtime.config import Section, apply_overrides, build, load, read_recipe
@@ -78,6 +78,11 @@ def open_data(name: str, folder: Path) -> Prepared:
     return Prepared.load(folder)
 
 
+def _own_data(root: Path) -> Prepared | None:
+    """What was prepared inside the run folder, which needs no raw data any more."""
+    return Prepared.load(root / "data") if (root / "data" / META).is_file() else None
+
+
 def open_run(path: Path) -> FinishedRun:
     """A finished run of ``recalign train``, or one recommender of a larger job (``runs/demo/seralm``).
 
@@ -91,11 +96,16 @@ def open_run(path: Path) -> FinishedRun:
         if (path / CONFIG).is_file():
             raise UserError(f"{path} is not finished; run 'recalign train {path / CONFIG}' to go on")
         raise UserError(f"{path} is no run folder of a recommender (no {FINISHED})")
-    root = path if (path / CONFIG).is_file() else path.parent
+    root = next((folder for folder in (path, *path.resolve().parents[:2]) if is_run_config(folder / CONFIG)), None)
+    if root is None:
+        raise UserError(f"{path} belongs to no run folder (no {CONFIG} that a run wrote, here or above)")
     content = read_recipe(root / CONFIG)
     rec = build(RecConfig, content.get("rec", {}))
-    facts = files.read_json(path / FINISHED)
-    data = open_data(str(content.get("data")), root / "data")
+    try:
+        facts = files.read_json(path / FINISHED)
+    except ValueError as error:
+        raise UserError(f"{path / FINISHED} is damaged: {error}") from error
+    data = _own_data(root) or open_data(str(content.get("data")), root / "data")
     if facts.get("data_hash", data.meta["content_hash"]) != data.meta["content_hash"]:
         raise UserError(
             f"{path} was trained on other data than {data.folder} holds now ({facts['data_hash']} then,"

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from rec.batches import fit_ends
 from rec.catalog import Catalog
 from rec.data.prepared import Prepared
 from rec.job import FinishedRun
@@ -96,6 +97,8 @@ def require_readable(model: Recommender, request: Request) -> None:
 def remarks(run: FinishedRun, request: Request, k: int, found: int) -> list[str]:
     """What a user should know about one answer of ``found`` items."""
     longest, length, lines = run.model.config.max_length, len(request.history), []
+    if run.model.samples == "pairs" and not _was_trained_on(run, request.user):
+        lines.append(f"{run.model.architecture} was trained on nothing of this user: the list says nothing about them")
     if length > longest and run.model.samples != "pairs":
         lines.append(f"the history has {length:,} items, more than the model reads: only its last {longest} count")
     if found == 0:
@@ -103,6 +106,10 @@ def remarks(run: FinishedRun, request: Request, k: int, found: int) -> list[str]
     elif found < k:
         lines.append(f"{k:,} were asked for, only {found:,} can be recommended")
     return lines
+
+
+def _was_trained_on(run: FinishedRun, user: int) -> bool:
+    return bool(fit_ends(run.data, run.facts.get("trained_on", "train"))[user] > run.data.offsets[user])
 
 
 @torch.no_grad()

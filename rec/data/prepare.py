@@ -147,7 +147,7 @@ def _require_unique_items(raw: RawData) -> None:
     seen = set()
     for row, item in enumerate(ids.to_pylist(), start=1):
         if item in seen:
-            raise UserError(f"{raw.files[-1]}, data row {row}: item_id {item[:80]!r} occurs twice")
+            raise UserError(f"{raw.files[-1]}, data row {row}: item_id {item[:80]!r} occurs twice; keep one row")
         seen.add(item)
 
 
@@ -219,18 +219,20 @@ def _index_items(items: pa.Table, survivors: np.ndarray, names: pa.Array) -> tup
 
 def _write(out: Path, tables: dict[str, pa.Table], meta: dict[str, Any]) -> dict[str, Any]:
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.parent / f"{files.TEMPORARY_PREFIX}{out.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    digest = hashlib.sha256()
-    for name, table in tables.items():
-        parquet.write_table(table, temporary / name, compression="zstd")
-        digest.update(files.sha256_file(temporary / name).encode())
-    meta["content_hash"] = digest.hexdigest()[:16]
-    files.write_json(temporary / META, meta)
-    if out.exists():
-        out.rmdir()  # empty, as checked above
-    files.publish_folder(temporary, out)
+    temporary = files.beside(out)
+    try:
+        temporary.mkdir()
+        digest = hashlib.sha256()
+        for name, table in tables.items():
+            parquet.write_table(table, temporary / name, compression="zstd")
+            digest.update(files.sha256_file(temporary / name).encode())
+        meta["content_hash"] = digest.hexdigest()[:16]
+        files.write_json(temporary / META, meta)
+        if out.exists():
+            out.rmdir()  # empty, as checked above
+        files.publish_folder(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return meta
 
 

@@ -135,7 +135,7 @@ def to_seconds(table: pa.Table, column: str, path: Path) -> pa.ChunkedArray:
         zone = "UTC" if first.endswith("Z") or first[19:20] in ("+", "-") else None
         times = cast_strings(strings, pa.timestamp("us", zone), path, column, "a date like 2010-12-01 08:26:00")
         return pc.cast(pc.cast(times, pa.timestamp("s", zone), safe=False), pa.int64())
-    seconds = cast_strings(strings, pa.float64(), path, column, "a number").to_numpy()
+    seconds = cast_strings(strings, pa.float64(), path, column, "a number (or all dates like 2010-12-01)").to_numpy()
     bad = ~(np.abs(seconds) < 2**63)  # NaN compares false
     if bad.any():
         row = int(np.flatnonzero(bad)[0])

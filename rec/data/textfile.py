@@ -32,7 +32,9 @@ def blocks(path: Path, encoding: str = "utf-8") -> Iterator[bytes]:
         except UnicodeDecodeError as error:
             line = lines + error.object[: error.start].count(b"\n") + 1
             byte = error.object[error.start]
-            raise UserError(f"{path}, line {line}: not {encoding} text (byte {byte:#04x})") from None
+            raise UserError(
+                f"{path}, line {line}: not {encoding} text (byte {byte:#04x}); save it as {encoding}"
+            ) from None
         lines += block.count(b"\n")
         if not nth and encoding == "utf-8":
             block = block.removeprefix(codecs.BOM_UTF8)
@@ -122,6 +124,7 @@ def read_delimited(
                 delimiter="\t" if len(delimiter) > 1 else delimiter,
                 quote_char='"' if quoted else False,
                 newlines_in_values=quoted,
+                ignore_empty_lines=len(names) > 1,  # an empty line is one column's empty field
             ),
             csv.ConvertOptions(
                 column_types={name: ENCODED if name in ids else pa.string() for name in names},
@@ -187,7 +190,8 @@ def _raw_blocks(path: Path) -> Iterator[bytes]:
     except FileNotFoundError:
         raise UserError(f"raw data not found: {path}") from None
     except (EOFError, OSError, zlib.error) as error:  # BadGzipFile is an OSError
-        raise UserError(f"{path} cannot be read: {error}") from error
+        hint = "; it is cut off or damaged: get it anew" if isinstance(error, EOFError | zlib.error) else ""
+        raise UserError(f"{path} cannot be read: {error}{hint}") from error
     yield b""
 
 

@@ -99,7 +99,7 @@ class Checkpoints:
             }
             files.write_json(temporary / MANIFEST, manifest)
             files.publish_folder(temporary, final)
-            self._prune()
+            self._prune(step)
         self.ranks.barrier()
         return final
 
@@ -158,8 +158,10 @@ class Checkpoints:
             log.warning("ignoring incomplete checkpoint %s: %s", folder, problem)
         return None
 
-    def _prune(self) -> None:
-        for step in self._steps()[self.keep_last :]:
+    def _prune(self, saved: int) -> None:
+        """Keep the one just saved and, of the others, the newest; a damaged one may well have a higher number."""
+        others = [step for step in self._steps() if step != saved]
+        for step in others[self.keep_last - 1 :]:
             files.remove_folder(self._name(step), MANIFEST)
 
 

@@ -19,11 +19,19 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def beside(path: Path) -> Path:
+    """Where to write what will be ``path``.
+
+    The process id keeps two writers of one name (a restarted job beside its dying predecessor) apart.
+    """
+    path = path.absolute()
+    return path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}")
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace ``path`` atomically: readers see the old bytes or the new ones, never a mixture."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The process id keeps two writers of one name (a restarted job beside its dying predecessor) apart.
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}")
+    temporary = beside(path)
     with temporary.open("wb") as stream:
         stream.write(content)
         stream.flush()

@@ -175,6 +175,16 @@ def test_a_folder_of_something_else_is_left_alone(sasrec, tmp_path, content):
         export_run(sasrec, "torch", tmp_path / "out" / "thesis.txt")
 
 
+def test_an_export_takes_the_place_of_an_earlier_one_and_of_nothing_else(sasrec, tmp_path):
+    export_run(sasrec, "torch", tmp_path / "out")
+    export_run(sasrec, "torch", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    (tmp_path / "out" / "app.py").write_text("serve()")
+    with pytest.raises(UserError, match=r"holds more than an export \(app.py\)"):
+        export_run(sasrec, "torch", tmp_path / "out")
+    assert (tmp_path / "out" / "app.py").is_file()
+
+
 @pytest.mark.parametrize(
     ("module", "message"),
     [

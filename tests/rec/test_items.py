@@ -79,8 +79,14 @@ def test_a_missing_file_is_one_clear_line(small_data, tmp_path):
         (lambda ids, values: (ids[1:], values[1:]), "has no vector for 1 of 30 items .*, e.g. 'i0'"),
         (lambda ids, values: ([ids[0], *ids[:-1]], values), "holds item 'i0' twice"),
         (lambda ids, values: (ids[1:], values), r"29 item ids for vectors of shape \(30, 6\)"),
-        (lambda ids, values: (ids, values.index_fill(0, torch.tensor([4]), float("nan"))), "item 'i4' holds a value"),
-        (lambda ids, values: (ids, values.index_fill(0, torch.tensor([9]), float("inf"))), "item 'i9' holds a value"),
+        (
+            lambda ids, values: (ids, values.index_fill(0, torch.tensor([4]), float("nan"))),
+            "row 4, the vector of item 'i4', holds a value",
+        ),
+        (
+            lambda ids, values: (ids, values.index_fill(0, torch.tensor([9]), float("inf"))),
+            "row 9, the vector of item 'i9', holds a value",
+        ),
     ],
 )
 def test_wrong_vectors_are_one_clear_line(small_data, tmp_path, change, message):

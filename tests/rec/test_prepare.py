@@ -272,6 +272,14 @@ def test_a_reader_that_leaves_out_every_row_is_one_line(tmp_path):
         prepare("online-retail", readers.read("online-retail", tmp_path), tmp_path / "out", LOOSE)
 
 
+def test_a_nameless_product_is_named_by_its_row_in_the_file(tmp_path):
+    header = "InvoiceNo,StockCode,Description,InvoiceDate,CustomerID\n"
+    rows = "C1,84029,LAMP,2010-12-01 08:26:00,7\n2,,LAMP,2010-12-01 08:26:00,7\n"
+    (tmp_path / "online_retail.csv").write_text(header + rows)
+    with pytest.raises(UserError, match="data row 2: StockCode is empty"):
+        readers.read("online-retail", tmp_path, rows="all")
+
+
 def test_meta_says_where_the_data_came_from(tmp_path):
     prepare("t", make_raw(tmp_path / "raw"), tmp_path / "out", Filters())
     meta = json.loads((tmp_path / "out" / META).read_text())

@@ -1,6 +1,7 @@
 """Broken files of every source: each ends in success or in one clear line, soon, and never in a traceback."""
 
 import codecs
+import csv
 import gzip
 import io
 import tempfile
@@ -9,6 +10,7 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
+import openpyxl
 import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -36,6 +38,15 @@ FLAGS = "|0" * 18
 def packed_parquet(**columns: list) -> bytes:
     buffer = io.BytesIO()
     parquet.write_table(pa.table(columns), buffer)
+    return buffer.getvalue()
+
+
+def workbook() -> bytes:
+    """A sheet; its cells stand compressed in the file, so faults hit the archive, deflate streams and XML alike."""
+    book, buffer = openpyxl.Workbook(), io.BytesIO()
+    for row in csv.reader(RETAIL.splitlines()):
+        book.active.append(row)
+    book.save(buffer)
     return buffer.getvalue()
 
 
@@ -70,6 +81,7 @@ WHOLE: dict[str, tuple[str, dict[str, bytes]]] = {
         "movies.csv": b'movieId,title,genres\n296,"Fiction, Pulp (1994)",Comedy|Crime\n',
     }),
     "online-retail": ("online-retail", {"online_retail.csv": RETAIL.encode()}),
+    "online-retail xlsx": ("online-retail", {"Online Retail.xlsx": workbook()}),
     "amazon 2018": ("amazon", {"X_5.json": REVIEW.encode() * 2, "meta_X.json": META.encode() * 2}),
     "amazon 2014": ("amazon", {
         "reviews_X.json.gz": gzip.compress(REVIEW.encode() * 2, mtime=0),

@@ -107,6 +107,8 @@ def test_a_model_of_users_takes_no_history(finished_run):
     assert "LightGCN," not in str(error.value)
     # However long the history is: it is not read, so there is nothing to remark.
     assert remarks(run, request_for_user(run.data, 3), 2, 2) == []
+    vars(run.data)["train_ends"] = run.data.offsets[:-1]
+    assert "was trained on nothing of this user" in remarks(run, request_for_user(run.data, 3), 2, 2)[0]
 
 
 def test_a_diverged_model_is_one_line(sasrec):
@@ -325,6 +327,28 @@ def test_unknown_items_are_left_out_and_counted_when_asked(sasrec, tmp_path):
     assert [item["item_id"] for item in found[0]["items"]] == answers(sasrec, *numbers, k=3)
 
 
+def test_empty_histories_are_counted_when_unknown_ones_are(sasrec, tmp_path):
+    (tmp_path / "in.csv").write_text("history\ni1\n\nnowhere\ni2\n")
+    with pytest.raises(UserError, match="data row 2: the history is empty"):
+        answer(sasrec, tmp_path / "in.csv", tmp_path / "out.csv")
+    assert answer(sasrec, tmp_path / "in.csv", tmp_path / "out.csv", skip_unknown=True) == [2, 1, 2, 0]
+    assert {line.partition(",")[0] for line in (tmp_path / "out.csv").read_text().splitlines()} == {"row", "1", "4"}
+
+
+@pytest.mark.parametrize("text", ['["i1", "i2"]', "['i1', 'i2']"])
+def test_a_printed_list_is_no_history(text):
+    with pytest.raises(UserError, match="is a list: write id1,id2 here"):
+        split_ids(text)
+
+
+def test_a_title_is_found_whatever_stands_before_it(small_data):
+    ids = pa.array([f"i{number}" for number in range(small_data.n_items)])
+    texts = {name: pa.array([name] * small_data.n_items) for name in ("brand_name", "subtitle", "title")}
+    data = replace(small_data, items=pa.table({"item_id": ids, **texts}))
+    assert Catalog(data).title_column == "title"
+    assert Catalog(replace(data, items=data.items.drop(["title"]))).title_column == "subtitle"
+
+
 def test_short_lists_are_counted(sasrec, tmp_path):
     (tmp_path / "in.csv").write_text("history\ni1\n")
     assert answer(sasrec, tmp_path / "in.csv", tmp_path / "out.csv", k=30) == [1, 0, 0, 1]
@@ -337,6 +361,10 @@ def test_files_that_cannot_be_read_or_written_are_one_line(sasrec, tmp_path):
         answer(sasrec, tmp_path / "absent.csv", tmp_path / "out.csv")
     with pytest.raises(UserError, match=r"out.parquet: recommendations are written as \.csv or \.jsonl"):
         answer(sasrec, tmp_path / "in.csv", tmp_path / "out.parquet")
+    before = (tmp_path / "in.csv").read_bytes()
+    with pytest.raises(UserError, match="is the file of histories itself"):
+        answer(sasrec, tmp_path / "in.csv", tmp_path / "in.csv")
+    assert (tmp_path / "in.csv").read_bytes() == before
     (tmp_path / "folder.csv").mkdir()
     with pytest.raises(UserError, match=r"folder\.csv is a folder"):
         answer(sasrec, tmp_path / "in.csv", tmp_path / "folder.csv")

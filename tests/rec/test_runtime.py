@@ -190,6 +190,15 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, capl
     assert "step-2" in caplog.text
 
 
+def test_a_damaged_checkpoint_of_a_higher_step_never_costs_the_whole_one(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    save(checkpoints, 10)
+    (tmp_path / "step-10" / "manifest.json").unlink()
+    assert checkpoints.newest() is None
+    save(checkpoints, 5)
+    assert Checkpoints(tmp_path, keep_last=1).newest().step == 5
+
+
 def test_the_old_checkpoint_outlives_the_writing_of_the_new_one(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep_last=1)
     save(checkpoints, 1)

@@ -8,6 +8,7 @@ import pyarrow.compute as pc
 
 from rec.data import raw, textfile
 from rec.data.readers import spreadsheet
+from rec.runtime.errors import UserError
 
 COLUMNS = ("InvoiceNo", "StockCode", "Description", "InvoiceDate", "CustomerID")
 # Products have five digits and at most two letters; POST, M, D, DOT, BANK CHARGES, AMAZONFEE, gift_0001_20,
@@ -48,6 +49,9 @@ def read(folder: Path, users: Literal["customers", "invoices"] = "customers", ro
     for reason, applies in _reasons(table, columns, path, rows, owner).items():
         dropped[reason] = pc.sum(pc.and_(keep, applies)).as_py() or 0
         keep = pc.and_(keep, pc.invert(applies))
+    nameless = pc.index(pc.and_(keep, pc.equal(columns["StockCode"], "")), True).as_py()
+    if nameless >= 0:
+        raise UserError(f"{path}, data row {nameless + 1}: StockCode is empty")
     codes = columns["StockCode"] if rows == "lmrec" else pc.utf8_upper(columns["StockCode"])
     interactions = pa.table(
         {
@@ -57,7 +61,6 @@ def read(folder: Path, users: Literal["customers", "invoices"] = "customers", ro
             "timestamp": pc.cast(columns["time"], pa.int64()),
         }
     ).filter(keep)
-    raw.require_ids(interactions, path, "item_id")
     items = _most_frequent_description(interactions["item_id"], columns["Description"].filter(keep))
     options = {"users": users, "rows": rows}
     defaults = {"users": "customers", "rows": "products"}

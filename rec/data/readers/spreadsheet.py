@@ -1,7 +1,7 @@
 """An Excel sheet as a table of texts."""
 
+import contextlib
 import datetime
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +24,16 @@ def read(path: Path) -> pa.Table:
             " 2010-12-01 08:26:00"
         ) from None
     try:
-        book = openpyxl.load_workbook(path, read_only=True, data_only=True)
-        rows = book.worksheets[0].iter_rows(values_only=True)
-        names = [_text(cell) for cell in next(rows, ())]
-        columns: list[list[str]] = [[] for _ in names]
-        for row in rows:
-            if any(cell is not None for cell in row):
-                for place, column in enumerate(columns):
-                    column.append(_text(row[place]) if place < len(row) else "")
-        book.close()
-    # openpyxl raises whatever its XML parser and its own code come across.
-    except (OSError, zipfile.BadZipFile, KeyError, ValueError, TypeError, IndexError, SyntaxError, EOFError) as error:
+        with contextlib.closing(openpyxl.load_workbook(path, read_only=True, data_only=True)) as book:
+            rows = book.worksheets[0].iter_rows(values_only=True)
+            names = [_text(cell) for cell in next(rows, ())]
+            columns: list[list[str]] = [[] for _ in names]
+            for row in rows:
+                if any(cell is not None for cell in row):
+                    for place, column in enumerate(columns):
+                        column.append(_text(row[place]) if place < len(row) else "")
+    # openpyxl raises whatever its XML parser, zlib and its own code come across: no list of types is complete.
+    except Exception as error:
         raise UserError(f"{path} is not a readable .xlsx file: {' '.join(str(error).split())[:200]}") from None
     if not names or len(set(names)) < len(names) or not all(names):
         raise UserError(f"{path}: the first row has empty or repeated column names: {', '.join(names)[:200]!r}")
