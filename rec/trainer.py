@@ -87,8 +87,8 @@ def train(model: Recommender, data: Prepared, config: RecConfig, run: RunFolder,
                     f" ({config.train.lr:g}); {run.path} keeps the last good checkpoint"
                 )
             state.after_epoch(epoch, mean_loss, seconds)
-            speed = f"{users_per_epoch / seconds:,.0f} users/s"
-            advance(epoch + 1, f"{speed}  loss {mean_loss:.3f}  best {STOP_METRIC} {state.best:.4f}")
+            best = f"  best {STOP_METRIC} {state.best:.4f}" if state.stops_early else ""
+            advance(epoch + 1, f"{users_per_epoch / seconds:,.0f} users/s  loss {mean_loss:.3f}{best}")
     state.finish(final)
     return Recommender.from_pretrained(final)
 

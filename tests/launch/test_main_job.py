@@ -85,7 +85,7 @@ def finished(tmp_path_factory, small_data: Prepared) -> RunFolder:
     recipe = run.parent / "recipe.yaml"
     (run / CONFIG).rename(recipe)
     command = [sys.executable, "-m", "launch.cli", "align", str(recipe)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Base+SeRALM" in done.stdout
     return RunFolder(run)
@@ -129,7 +129,7 @@ def replay_of(run: RunFolder, folder: Path, *overrides: str) -> RunFolder:
         "--main_process_port", "29655", "-m", "align.trainer", "--config", str(replay / CONFIG), *overrides,
     ]  # fmt: skip
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return RunFolder(replay)
 

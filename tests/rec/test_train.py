@@ -193,7 +193,7 @@ def test_two_processes_train_the_same_model_as_one(recipe):
     for processes in (1, 2):
         path = recipe(f"ranks-{processes}", train={"clip_norm": 5.0})
         process = launch(path, processes)
-        said, _ = process.communicate(timeout=240)
+        said, _ = process.communicate(timeout=900)
         assert process.returncode == 0, said
         losses[processes] = [row["loss"] for row in RunFolder(load_job(path).run).steps("epoch")]
     assert losses[2] == pytest.approx(losses[1], rel=2e-4)
@@ -207,7 +207,7 @@ def test_a_killed_job_of_two_processes_goes_on_where_it_was(recipe):
         recipe("killed", train={"epochs": 8, "patience": 8}),
     )
     process = launch(whole, 2)
-    said, _ = process.communicate(timeout=240)
+    said, _ = process.communicate(timeout=900)
     assert process.returncode == 0, said
     process = launch(killed, 2)
     folder = RunFolder(load_job(killed).run)
@@ -220,7 +220,7 @@ def test_a_killed_job_of_two_processes_goes_on_where_it_was(recipe):
     process.wait(timeout=60)
     assert folder.result() is None
     process = launch(killed, 2)
-    said, _ = process.communicate(timeout=240)
+    said, _ = process.communicate(timeout=900)
     assert process.returncode == 0, said
     one, other = (open_run(load_job(path).run).model.state_dict() for path in (whole, killed))
     for name, value in one.items():
