@@ -8,6 +8,7 @@ from rich.table import Table
 
 # Wide enough for a log file too: rich would wrap at 80 columns there.
 LEAST_WIDTH = 110
+GROUP_METRICS = ("HR@10", "NDCG@10", "MRR")
 
 
 def console() -> Console:
@@ -35,18 +36,20 @@ def print_training(result: dict[str, Any], run: Path) -> None:
 
 
 def print_evaluations(contents: list[dict[str, Any]], groups: bool) -> None:
-    """One row a protocol, and if wanted one a group."""
+    """One column a protocol; if wanted, for each of them a table of its groups."""
     out = console()
-    names = list(dict.fromkeys(name for content in contents for name in _metric_names(content["metrics"])))
-    table = Table(
-        "protocol", "group", "instances", *names, title=f"{contents[0]['model']}, {contents[0]['part']} items"
-    )
-    for content in contents:
-        figures = [_figure(content["metrics"], name) for name in names]
-        table.add_row(content["name"], "all", f"{content['instances']:,}", *figures)
-        for group, summary in (content["groups"] if groups else {}).items():
-            table.add_row("", group, f"{summary['instances']:,}", *(_figure(summary, name) for name in names))
+    title = f"{contents[0]['model']}, {contents[0]['part']} items"
+    table = Table("metric", *(content["name"] for content in contents), title=title)
+    table.add_row("instances", *(f"{content['instances']:,}" for content in contents))
+    for name in sorted({name for content in contents for name in _metric_names(content["metrics"])}, key=_metric_order):
+        table.add_row(name, *(_figure(content["metrics"], name) for content in contents))
     out.print(table)
+    for content in contents if groups else ():
+        names = [name for name in _metric_names(content["metrics"]) if name in GROUP_METRICS]
+        table = Table("group", "instances", *names, title=f"by kind of target and history: {content['name']}")
+        for group, summary in content["groups"].items():
+            table.add_row(group, f"{summary['instances']:,}", *(_figure(summary, name) for name in names))
+        out.print(table)
     for content in contents:
         out.print(f"{content['name']} ({content['protocol']['hash']}): {describe(content['protocol'])}", soft_wrap=True)
         for remark in content["remarks"]:
@@ -104,6 +107,12 @@ def describe(protocol: dict[str, Any]) -> str:
 
 def _metric_names(row: dict[str, Any]) -> list[str]:
     return [name for name in row if f"{name}_se" in row]
+
+
+def _metric_order(name: str) -> tuple[int, int]:
+    """By cutoff, the metrics without one last."""
+    kind, _, cutoff = name.partition("@")
+    return int(cutoff or 2**31), ("HR", "NDCG", "MRR").index(kind)
 
 
 def _figure(row: dict[str, Any], name: str) -> str:

@@ -1,0 +1,44 @@
+"""What the terminal shows of figures."""
+
+from launch import tables
+
+
+def figures(**values: float) -> dict[str, float]:
+    named = {name.replace("_at_", "@"): value for name, value in values.items()}
+    return named | {f"{name}_se": 0.001 for name in named}
+
+
+def content(name: str, **values: float) -> dict:
+    protocol = {
+        "hash": "0123", "candidates": "all", "seen": "mask", "ties": "mean", "cold_targets": "rank",
+    }  # fmt: skip
+    groups = {"cold": {"instances": 7, **figures(HR_at_10=0.25, NDCG_at_10=0.125, MRR=0.2)}}
+    return {
+        "name": name, "model": "SASRec", "part": "test", "instances": 22363, "metrics": figures(**values),
+        "protocol": protocol, "remarks": ["meant for something else"], "groups": groups,
+    }  # fmt: skip
+
+
+def test_every_protocol_is_a_column_and_metrics_stand_in_order(capsys):
+    one = content("strict", MRR=0.05, NDCG_at_10=0.0554, HR_at_10=0.0913)
+    other = content("recbole", HR_at_5=0.05, HR_at_10=0.082, NDCG_at_10=0.0396, MRR=0.0326)
+    tables.print_evaluations([one, other], groups=True)
+    said = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in said.splitlines() if line.startswith("│")]
+    assert rows[:5] == [
+        ["instances", "22,363", "22,363"],
+        ["HR@5", "-", "0.0500 ± 0.0010"],
+        ["HR@10", "0.0913 ± 0.0010", "0.0820 ± 0.0010"],
+        ["NDCG@10", "0.0554 ± 0.0010", "0.0396 ± 0.0010"],
+        ["MRR", "0.0500 ± 0.0010", "0.0326 ± 0.0010"],
+    ]
+    assert rows[5] == ["cold", "7", "0.2500 ± 0.0010", "0.1250 ± 0.0010"]
+    assert "…" not in said
+    assert said.count("note: meant for something else") == 2
+
+
+def test_a_run_without_a_better_epoch_says_so():
+    training = {"best_epoch": -1, "trained_on": "train"}
+    assert tables._best_epoch(training) == "none: the model as it came"
+    assert tables._best_epoch({**training, "trained_on": "train+valid"}) == "the last"
+    assert tables._best_epoch({**training, "best_epoch": 4}) == "5"
