@@ -45,7 +45,7 @@ def print_evaluations(contents: list[dict[str, Any]], groups: bool) -> None:
         table.add_row(name, *(_figure(content["metrics"], name) for content in contents))
     out.print(table)
     for content in contents if groups else ():
-        names = [name for name in _metric_names(content["metrics"]) if name in GROUP_METRICS]
+        names = [name for name in GROUP_METRICS if name in content["metrics"]]
         table = Table("group", "instances", *names, title=f"by kind of target and history: {content['name']}")
         for group, summary in content["groups"].items():
             table.add_row(group, f"{summary['instances']:,}", *(_figure(summary, name) for name in names))
