@@ -32,7 +32,7 @@ def test_every_protocol_is_a_column_and_metrics_stand_in_order(capsys):
         ["NDCG@10", "0.0554 ± 0.0010", "0.0396 ± 0.0010"],
         ["MRR", "0.0500 ± 0.0010", "0.0326 ± 0.0010"],
     ]
-    assert rows[5] == ["cold", "7", "0.2500 ± 0.0010", "0.1250 ± 0.0010"]
+    assert rows[5] == ["cold", "7", "0.2500 ± 0.0010", "0.1250 ± 0.0010", "0.2000 ± 0.0010"]
     assert "…" not in said
     assert said.count("note: meant for something else") == 2
 
