@@ -113,7 +113,7 @@ def evaluate_many(
         raise UserError(f"{data.folder} has no {part} items to rank")
     rankers = {name: _Ranker(protocol, data, part, trained_on) for name, protocol in protocols.items()}
     found: dict[str, list[Tensor]] = {name: [] for name in protocols}
-    targets = data.sequence[ends]
+    targets = data.targets(part)
     scorer, was_training = _Scorer(model, data.n_items), model.training
     model.eval()
     # Neighbours in length share a batch: little padding. Every result goes back to its place.
@@ -164,7 +164,7 @@ class _Ranker:
     def __init__(self, protocol: Protocol, data: Prepared, part: Part, trained_on: TrainedOn) -> None:
         self.protocol, self.data = protocol, data
         self.users, self.ends = data.instances(part)
-        self.targets = data.sequence[self.ends]
+        self.targets = data.targets(part)
         self.negatives = draw_negatives(protocol, data, part) if protocol.candidates == "sampled" else None
         self.cold = fit_counts(data, trained_on)[self.targets] == 0
         self.marks: Tensor | None = None
