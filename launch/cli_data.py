@@ -9,12 +9,14 @@ from typing import Any
 from launch.commands import add_command
 from rec.runtime.errors import UserError
 
-SOURCES = ("amazon", "movielens", "online-retail", "recbole", "sequences", "table", "yelp")
+SOURCES = ("amazon", "closed-world", "movielens", "online-retail", "recbole", "sequences", "table", "yelp")
+MADE_UP = "closed-world"
 # Which sources take which reader options.
 OPTIONS = {
     "users": ("online-retail",),
     "rows": ("online-retail",),
     "min_rating": ("amazon", "movielens", "yelp"),
+    "world_seed": ("closed-world",),
 }
 FILTERS = (
     "k_core", "min_length", "repeats", "split", "valid_fraction", "test_fraction", "seed", "cold_items",
@@ -40,9 +42,10 @@ examples:
   recalign prepare sequences --raw s3rec/Beauty.txt --out data/beauty
   recalign prepare table --raw my-data --out data/mine   # interactions.csv and items.csv, or .parquet
   recalign prepare table --raw my-data --out data/held-out-users --split users --cold-items drop
+  recalign prepare closed-world --out data/world --world-seed 1                  # made up, to test alignment
 """)  # fmt: skip
     prepare.add_argument("source", choices=SOURCES, help="format of the raw data")
-    prepare.add_argument("--raw", type=Path, required=True, help="folder or file of the raw data")
+    prepare.add_argument("--raw", type=Path, help="folder or file of the raw data; closed-world has none")
     prepare.add_argument("--out", type=Path, required=True, help="the prepared folder to make")
     options = prepare.add_argument_group("reading")
     options.add_argument("--users", choices=("customers", "invoices"), help="online-retail: whose sequences")
@@ -52,6 +55,7 @@ examples:
         help="online-retail: only products, all but cancellations, or as in the LMRec paper",
     )
     options.add_argument("--min-rating", type=float, help="amazon, movielens, yelp: least rating (default: any)")
+    options.add_argument("--world-seed", type=int, help="closed-world: which world (default: 0)")
     _add_filters(prepare.add_argument_group("filters, in this order"), prepare.add_argument_group("split"))
 
     data = commands.add_parser("data", help="look at prepared data", description="Look at prepared data.")
@@ -97,7 +101,9 @@ def _prepare(arguments: argparse.Namespace) -> None:
         if arguments.source not in OPTIONS[name]:
             raise UserError(f"--{name.replace('_', '-')} belongs to {', '.join(OPTIONS[name])} only")
     given = _given(arguments, *FILTERS)
-    filters = config.build(Filters, given)
+    if (arguments.raw is None) != (arguments.source == MADE_UP):
+        raise UserError(f"{arguments.source} {'needs --raw' if arguments.raw is None else 'is made up: no --raw'}")
+    filters = config.build(Filters, {**(readers.closed_world.FILTERS if arguments.source == MADE_UP else {}), **given})
     for name, splits in OF_SPLITS.items():
         if name in given and filters.split not in splits:
             raise UserError(

@@ -26,8 +26,7 @@ from llm.prompts import item_texts, prompt_tokens
 from llm.text_encoder import TextEncoder
 from llm.tokenizer import load_tokenizer, train_tokenizer
 from rec.config import RecConfig
-from rec.data.builtin import BUILTIN
-from rec.data.prepare import Filters, prepare
+from rec.data.builtin import BUILTIN, prepare_builtin
 from rec.data.prepared import Prepared
 from rec.evaluation import evaluate
 from rec.item_encoder import KnowledgeConcat
@@ -91,7 +90,7 @@ class MainJobRun:
         """A prepared folder, and every mistake in the recipe that can be seen without training anything."""
         folder = self.stages.data_folder(self.job.data)
         if self.job.data in BUILTIN:
-            prepare(self.job.data, BUILTIN[self.job.data](), folder, Filters())
+            prepare_builtin(self.job.data, folder)
         self.data = Prepared.load(folder)
         check(self.job, self.data)
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rec.config import RecConfig
-from rec.data.builtin import BUILTIN
-from rec.data.prepare import Filters, prepare
+from rec.data.builtin import BUILTIN, prepare_builtin
 from rec.data.prepared import META, Prepared
 from rec.models.base import Recommender
 from rec.runtime import files
@@ -74,7 +73,7 @@ def open_data(name: str, folder: Path) -> Prepared:
     """The prepared folder called ``name``; a built-in data set is prepared in ``folder`` first."""
     if name not in BUILTIN:
         return Prepared.load(Path(name))
-    prepare(name, BUILTIN[name](), folder, Filters())
+    prepare_builtin(name, folder)
     return Prepared.load(folder)
 
 

@@ -1,10 +1,12 @@
 """Data sets that need no download of one's own, by name."""
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
+from rec.data.prepare import Filters, prepare
 from rec.data.raw import RawData
-from rec.data.readers import recbole
+from rec.data.readers import closed_world, recbole
 from rec.runtime.errors import UserError
 
 
@@ -24,4 +26,13 @@ def ml_100k() -> RawData:
     return recbole.read(folder)
 
 
-BUILTIN = {"ml-100k": ml_100k}
+BUILTIN: dict[str, tuple[Callable[[], RawData], Filters]] = {
+    "ml-100k": (ml_100k, Filters()),
+    "closed-world": (closed_world.read, Filters(**closed_world.FILTERS)),
+}
+
+
+def prepare_builtin(name: str, folder: Path) -> None:
+    """Prepare the data set called ``name`` in ``folder``, unless it is there."""
+    read, filters = BUILTIN[name]
+    prepare(name, read(), folder, filters)

@@ -323,6 +323,6 @@ def test_builtin_says_how_to_get_the_missing_wheel(monkeypatch):
 def test_builtin_ml_100k_is_whole():
     if importlib.util.find_spec("recbole") is None:
         pytest.skip("the recbole wheel is not installed")
-    raw = builtin.BUILTIN["ml-100k"]()
+    raw = builtin.BUILTIN["ml-100k"][0]()
     assert (len(raw.interactions), len(raw.items)) == (100_000, 1682)
     assert raw.items.column_names == ["item_id", "movie_title", "release_year", "class"]

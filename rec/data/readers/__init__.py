@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from rec.data.raw import RawData
-from rec.data.readers import amazon, movielens, online_retail, recbole, sequences, table, yelp
+from rec.data.readers import amazon, closed_world, movielens, online_retail, recbole, sequences, table, yelp
 from rec.runtime.errors import UserError
 
 READERS: dict[str, Callable[..., RawData]] = {
     "amazon": amazon.read,
+    "closed-world": closed_world.read,
     "movielens": movielens.read,
     "online-retail": online_retail.read,
     "recbole": recbole.read,
@@ -19,8 +20,10 @@ READERS: dict[str, Callable[..., RawData]] = {
 }
 
 
-def read(source: str, folder: Path, **options: Any) -> RawData:
+def read(source: str, folder: Path | None, **options: Any) -> RawData:
     """Read ``folder`` with the reader called ``source``; ``options`` are that reader's keyword arguments.
+
+    ``closed-world`` makes its data up and reads no folder.
 
     Raises:
         UserError: with one line, whatever the files hold.
