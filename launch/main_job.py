@@ -21,10 +21,10 @@ from align.snapshots import SnapshotStore
 from align.start import die_with_parent
 from launch import summary, supervise
 from llm.engine import check_head_dim, check_model
-from llm.pretrain import pretrain
+from llm.pretrain import make_tokenizer, pretrain
 from llm.prompts import item_texts, prompt_tokens
 from llm.text_encoder import TextEncoder
-from llm.tokenizer import load_tokenizer, train_tokenizer
+from llm.tokenizer import load_tokenizer
 from rec.config import RecConfig
 from rec.data.builtin import BUILTIN, prepare_builtin
 from rec.data.prepared import Prepared
@@ -214,7 +214,7 @@ def check(job: MainJob, data: Prepared) -> None:
         )
     else:
         check_head_dim("llm.lmrec", llm.lmrec.dim // llm.lmrec.heads)
-        tokenizer = train_tokenizer(texts, llm.lmrec.vocabulary, llm.lmrec.context)
+        tokenizer = make_tokenizer(data, llm)
     longest = max(map(len, prompt_tokens(texts, llm.knowledge.prompt, tokenizer))) + llm.knowledge.max_new_tokens
     if llm.model is not None:
         check_model(llm.model, longest)

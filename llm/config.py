@@ -1,6 +1,6 @@
 """The ``llm`` section of a recipe."""
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -28,6 +28,15 @@ class LMRecConfig(Section):
 class PretrainConfig(Section):
     """How that LM is trained: AdamW, linear warm-up, cosine decay to a tenth."""
 
+    on: Literal["histories", "knowledge"] = "histories"
+    """``histories``: items as users met them (LMRec). ``knowledge``: what ``knowledge_columns`` say of each item, after
+    the prompt about it, so that the LM can say such things."""
+    knowledge_columns: list[str] = Field(default_factory=list)
+    """Columns of the prepared ``items.parquet``, each with one text an item; an LM that is trained on several learns to
+    say any one of them. Empty texts are left out."""
+    knowledge_share: float = Field(1.0, gt=0, le=1)
+    """Share of the items, drawn by ``seed``, whose texts are trained on."""
+
     lr: float = Field(2e-3, gt=0)
     batch_size: int = Field(64, ge=1)
     """Rows of ``context`` tokens a step."""
@@ -40,6 +49,14 @@ class PretrainConfig(Section):
     checkpoint_every: int = Field(200, ge=1)
     """Steps."""
     seed: int = 42
+
+    @model_validator(mode="after")
+    def _knowledge_has_columns(self) -> Self:
+        if (self.on == "knowledge") != bool(self.knowledge_columns):
+            raise ValueError("on=knowledge and knowledge_columns go together")
+        if self.on == "histories" and self.knowledge_share != 1:
+            raise ValueError("knowledge_share is for on=knowledge")
+        return self
 
 
 class KnowledgeConfig(Section):

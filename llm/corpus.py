@@ -1,6 +1,9 @@
-"""Training histories as token rows: "item → item → … [EOS]" (LMRec, section 3.1)."""
+"""What a small LM is trained on, as token rows: histories, "item → item → … [EOS]" (LMRec, section 3.1), or knowledge,
+a prompt about an item and a text that is known of it.
+"""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,7 +16,75 @@ from rec.data.prepared import Prepared
 IGNORED = -100
 
 
-class HistoryCorpus:
+@dataclass(frozen=True)
+class Row:
+    """One training row.
+
+    Attributes:
+        ids: tokens.
+        given: how many of them, from the first on, are given and not learnt.
+    """
+
+    ids: list[int]
+    given: int = 0
+
+
+class Corpus:
+    """Rows, and batches of them.
+
+    Attributes:
+        eos: the token that ends a text.
+    """
+
+    eos: int
+
+    def rows(self, seed: int, epoch: int) -> list[Row]:
+        """All rows of one epoch."""
+        raise NotImplementedError
+
+    def batches(self, seed: int, epoch: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Input ids [B, T], right-padded with [EOS], and labels [B, T], where padding and what is given are ignored.
+
+        Like lengths are together.
+        """
+        rows = self.rows(seed, epoch)
+        order = sorted(range(len(rows)), key=lambda row: len(rows[row].ids))
+        batches = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
+        for index in np.random.default_rng([seed, epoch, 1]).permutation(len(batches)):
+            chosen = [rows[row] for row in batches[index]]
+            ids = [torch.tensor(row.ids) for row in chosen]
+            labels = [torch.tensor([IGNORED] * row.given + row.ids[row.given :]) for row in chosen]
+            pad = torch.nn.utils.rnn.pad_sequence
+            yield pad(ids, True, self.eos), pad(labels, True, IGNORED)
+
+
+class KnowledgeCorpus(Corpus):
+    """Every text of every item after the prompt about it; an item without texts has no row.
+
+    Args:
+        prompts: [items] token ids of the prompt about each item.
+        texts: [items] what is known of each item, any number of texts.
+        tokenizer: of prompts and texts.
+        context: tokens in a row, at most; a longer text is cut, and has no end then.
+    """
+
+    def __init__(
+        self, prompts: list[list[int]], texts: list[list[str]], tokenizer: PreTrainedTokenizerBase, context: int
+    ) -> None:
+        self.eos = tokenizer.eos_token_id
+        owners = [item for item, own in enumerate(texts) for _ in own]
+        flat = [f" {text}" for own in texts for text in own]
+        answers = tokenizer(flat)["input_ids"] if flat else []
+        self.all_rows = [
+            Row((prompts[item] + answer + [self.eos])[:context], len(prompts[item]))
+            for item, answer in zip(owners, answers, strict=True)
+        ]
+
+    def rows(self, seed: int, epoch: int) -> list[Row]:
+        return self.all_rows
+
+
+class HistoryCorpus(Corpus):
     """The training part of every user's history, cut at item boundaries into rows of at most ``context`` tokens.
 
     Only a history's end carries [EOS]: a cut is not an end. Where the cuts fall changes with the epoch, so that
@@ -37,8 +108,8 @@ class HistoryCorpus:
         # A split by time or by users leaves some users nothing to train on.
         self.histories = [numbers[begin:end] for begin, end in bounds if end > begin]
 
-    def rows(self, seed: int, epoch: int) -> list[list[int]]:
-        """All rows of one epoch, in history order; a row of one token has nothing to predict and is left out."""
+    def rows(self, seed: int, epoch: int) -> list[Row]:
+        """In history order; a row of one token has nothing to predict and is left out."""
         rng = np.random.default_rng([seed, epoch])
         rows = []
         for history in self.histories:
@@ -46,18 +117,7 @@ class HistoryCorpus:
             for part in (history[:cut], history[cut:]):
                 rows += self._cut(part)
             rows[-1].append(self.eos)
-        return [row for row in rows if len(row) > 1]
-
-    def batches(self, seed: int, epoch: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Input ids [B, T] (right-padded with [EOS]) and labels [B, T] (padding ignored); like lengths together."""
-        rows = self.rows(seed, epoch)
-        order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
-        batches = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
-        for index in np.random.default_rng([seed, epoch, 1]).permutation(len(batches)):
-            chosen = [torch.tensor(rows[row]) for row in batches[index]]
-            ids = torch.nn.utils.rnn.pad_sequence(chosen, batch_first=True, padding_value=self.eos)
-            labels = torch.nn.utils.rnn.pad_sequence(chosen, batch_first=True, padding_value=IGNORED)
-            yield ids, labels
+        return [Row(row) for row in rows if len(row) > 1]
 
     def _cut(self, history: np.ndarray) -> list[list[int]]:
         rows: list[list[int]] = []

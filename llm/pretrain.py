@@ -1,17 +1,18 @@
-"""Train the small LM from scratch on behaviour histories, with exact resume."""
+"""Train the small LM from scratch, on behaviour histories or on what is known of items, with exact resume."""
 
 import logging
 import math
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm.config import LLMConfig, PretrainConfig
-from llm.corpus import IGNORED, HistoryCorpus
+from llm.corpus import IGNORED, Corpus, HistoryCorpus, KnowledgeCorpus
 from llm.lmrec import build_lmrec
-from llm.prompts import item_texts
+from llm.prompts import column, item_texts, prompt_tokens
 from llm.tokenizer import train_tokenizer
 from rec.data.prepared import Prepared
 from rec.linear_cross_entropy import linear_cross_entropy
@@ -43,9 +44,8 @@ def pretrain(data: Prepared, config: LLMConfig, run: RunFolder, title: str = "LL
     final, train = run.path / MODEL, config.train
     if (run.path / "finished.json").exists():
         return final
-    texts = item_texts(data.items, config.item_text)
-    tokenizer = train_tokenizer(texts, config.lmrec.vocabulary, config.lmrec.context)
-    corpus = HistoryCorpus(data, texts, tokenizer, config.lmrec.context)
+    tokenizer = make_tokenizer(data, config)
+    corpus = _corpus(data, config, tokenizer)
     state = _State(config, len(tokenizer), tokenizer.eos_token_id, run, data.meta["content_hash"])
     done = state.resume()
     # Rows are cut anew each epoch, so epochs differ a little in length; the schedule ends with the last of them.
@@ -70,6 +70,34 @@ def pretrain(data: Prepared, config: LLMConfig, run: RunFolder, title: str = "LL
     tokenizer.save_pretrained(final)
     files.write_json(run.path / "finished.json", {"steps": total})
     return final
+
+
+def make_tokenizer(data: Prepared, config: LLMConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of an LM that is trained here, made for the items and what is known of them.
+
+    Raises:
+        UserError: if a column that the recipe names is not there.
+    """
+    known = [text for own in _known(data, config) for text in own]
+    texts = [*item_texts(data.items, config.item_text), *known]
+    return train_tokenizer(texts, config.lmrec.vocabulary, config.lmrec.context)
+
+
+def _corpus(data: Prepared, config: LLMConfig, tokenizer: PreTrainedTokenizerBase) -> Corpus:
+    texts, context = item_texts(data.items, config.item_text), config.lmrec.context
+    if config.train.on == "histories":
+        return HistoryCorpus(data, texts, tokenizer, context)
+    prompts = prompt_tokens(texts, config.knowledge.prompt, tokenizer)
+    return KnowledgeCorpus(prompts, _known(data, config), tokenizer, context)
+
+
+def _known(data: Prepared, config: LLMConfig) -> list[list[str]]:
+    """[items] the texts about each item that the LM is trained on: none outside the share."""
+    train = config.train
+    columns = [column(data.items, name, "llm.train.knowledge_columns") for name in train.knowledge_columns]
+    count = round(train.knowledge_share * data.n_items)
+    chosen = set(np.random.default_rng(train.seed).permutation(data.n_items)[:count].tolist())
+    return [[texts[item] for texts in columns if texts[item] and item in chosen] for item in range(data.n_items)]
 
 
 class _State:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from llm.config import EncoderConfig, LMRecConfig
-from llm.corpus import IGNORED, HistoryCorpus
+from llm.corpus import IGNORED, HistoryCorpus, KnowledgeCorpus
 from llm.lmrec import build_lmrec
 from llm.prompts import NO_TEXT, TEMPLATES, item_texts, prompt_tokens
 from llm.text_encoder import TextEncoder
@@ -26,7 +26,7 @@ def test_item_texts_leave_no_debris_of_missing_fields():
 
 
 def test_an_unknown_field_names_the_fields_there_are():
-    with pytest.raises(UserError, match=r"\{tilte\}, the prepared items have: item_id, title"):
+    with pytest.raises(UserError, match=r"'tilte', the prepared items have: item_id, title"):
         item_texts(pa.table({"item_id": ["1"], "title": ["A"]}), "{tilte}")
 
 
@@ -64,8 +64,9 @@ def test_the_corpus_is_the_training_histories_and_nothing_else(small_data):
     corpus = HistoryCorpus(small_data, texts, tokenizer, 48)
     for epoch in (0, 1):
         rows = corpus.rows(seed=3, epoch=epoch)
-        assert max(map(len, rows)) <= 48
-        told = " ".join(tokenizer.decode(row).replace(ARROW, f" {ARROW}") for row in rows)
+        assert max(len(row.ids) for row in rows) <= 48
+        assert not any(row.given for row in rows)
+        told = " ".join(tokenizer.decode(row.ids).replace(ARROW, f" {ARROW}") for row in rows)
         histories = [text.strip() for text in told.split(tokenizer.eos_token) if text.strip()]
         assert len(histories) == small_data.n_users
         for user, history in enumerate(histories):
@@ -84,6 +85,33 @@ def test_corpus_batches_depend_on_seed_and_epoch_alone(small_data):
     assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(first, second, strict=True))
     for ids, labels in first:
         assert torch.equal(ids[labels != IGNORED], labels[labels != IGNORED])
+
+
+def test_every_text_follows_its_prompt_which_is_given_and_not_learnt(tokenizer):
+    prompts = prompt_tokens(["Toy Story", "Lumière", "GoldenEye"], "{item} →", tokenizer)
+    texts = [["made of plastic", "for children"], [], ["a spy"]]
+    corpus = KnowledgeCorpus(prompts, texts, tokenizer, 64)
+    told = []
+    for ids, labels in corpus.batches(seed=0, epoch=0, batch_size=2):
+        for row, label in zip(ids, labels, strict=True):
+            learnt = label != IGNORED
+            assert torch.equal(row[learnt], label[learnt])
+            begin = int(learnt.nonzero()[0])
+            assert row[:begin].tolist() in prompts
+            told.append((tokenizer.decode(row[:begin]), tokenizer.decode(row[learnt])))
+    end = tokenizer.eos_token
+    assert sorted(told) == [
+        ("GoldenEye→", f" a spy{end}"),
+        ("Toy Story→", f" for children{end}"),
+        ("Toy Story→", f" made of plastic{end}"),
+    ]
+
+
+def test_a_text_that_is_too_long_is_cut_and_does_not_end(tokenizer):
+    prompts = prompt_tokens(["Toy Story"], "{item} →", tokenizer)
+    [row] = KnowledgeCorpus(prompts, [["so long a text that it does not fit"]], tokenizer, 12).rows(0, 0)
+    assert len(row.ids) == 12
+    assert row.ids[-1] != tokenizer.eos_token_id
 
 
 def test_an_encoder_ignores_padding_and_order_and_maps_no_text_to_zero(tmp_path, tokenizer):
