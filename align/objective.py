@@ -7,8 +7,13 @@ The LLM ascends ∇L + α ∇L_KL (Eq. 8):
   one, -∇ log p(s|x), has expectation zero. The score function gives
   ∇L_KL = E[(log p_orig(s|x) - log p(s|x)) ∇ log p(s|x)], and since a token cannot change what came before it,
   each token's score is multiplied by the differences from that token on: the same expectation, less variance.
+  Less still with the exact divergence K_t over the vocabulary at each place t of a sampled text:
+  ∇L_KL = -E[Σ_t ∇K_t + Σ_t (Σ_{t' > t} K_t') ∇ log p(s_t|x, s_<t)].
 
 The recommender ascends log p(y|x,s). Eq. 9 prints ∇ p; Eq. 3 and 4 maximise the sum of log p, so log p it is.
+
+Texts of an older policy stand for the present one when each is weighted by p_now(s|x) / p_then(s|x), s being all texts
+of one history together. The weights are truncated, which trades some bias for a bounded variance.
 """
 
 from typing import Literal
@@ -16,41 +21,63 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+Denominator = Literal["base", "group"]
+Baseline = Literal["none", "one", "leave-one-out"]
+
 
 def reward_weights(
     log_p_y_given_xs: Tensor,
     log_p_y_given_x: Tensor,
-    baseline: Literal["none", "one", "leave-one-out"] = "none",
+    baseline: Baseline = "none",
     max_ratio: float | None = None,
+    denominator: Denominator = "base",
 ) -> Tensor:
-    """Weights [B] of ∇ log p(s|x) in Eq. 6: p(y|x,s)/p(y|x), clipped, minus a baseline.
+    """Weights [B, k] of ∇ log p(s|x) in Eq. 6: p(y|x,s)/p(y|x), clipped, minus a baseline.
 
     A baseline that does not depend on the sample's own text leaves the expectation of the gradient unchanged,
     since E[∇ log p(s|x)] = 0.
 
     Args:
-        log_p_y_given_xs: [B] log p(y|x,s), from the recommender that reads s.
+        log_p_y_given_xs: [B, k] log p(y|x,s) of k independent texts, from the recommender that reads s.
         log_p_y_given_x: [B] log p(y|x), from the frozen recommender without knowledge.
-        baseline: see ``ObjectiveConfig.baseline``; leave-one-out needs B of at least 2.
+        baseline: see ``ObjectiveConfig.baseline``; leave-one-out is the mean of the pair's other texts or, where there
+            is one text a pair, of the other pairs, which needs B of at least 2.
         max_ratio: clip the ratio at this value.
+        denominator: ``base`` divides by the frozen recommender's p(y|x); ``group`` by the mean of p(y|x,s) over the k
+            texts, Eq. 5's own estimate of it. That holds each text's own likelihood, a bias that vanishes as 1/k.
     """
-    ratio = (log_p_y_given_xs - log_p_y_given_x).exp()
+    below = log_p_y_given_x[:, None] if denominator == "base" else log_mean_exp(log_p_y_given_xs)
+    ratio = (log_p_y_given_xs - below).exp()
     if max_ratio is not None:
         ratio = ratio.clamp(max=max_ratio)
     if baseline == "one":
         return ratio - 1
     if baseline == "leave-one-out":
-        return ratio - (ratio.sum() - ratio) / (len(ratio) - 1)
+        group = 1 if ratio.shape[1] > 1 else 0
+        return ratio - (ratio.sum(group, keepdim=True) - ratio) / (ratio.shape[group] - 1)
     return ratio
 
 
+def log_mean_exp(values: Tensor) -> Tensor:
+    """[B, 1] log of the mean over k of exp(values [B, k])."""
+    return values.logsumexp(1, keepdim=True) - torch.tensor(values.shape[1]).log()
+
+
 def policy_loss(
-    logprobs: Tensor, reference_logprobs: Tensor, mask: Tensor, weights: Tensor, alpha: float, n_samples: int
+    logprobs: Tensor,
+    reference_logprobs: Tensor,
+    mask: Tensor,
+    weights: Tensor,
+    alpha: float,
+    n_samples: int,
+    token_kl: Tensor | None = None,
+    importance: Tensor | None = None,
 ) -> Tensor:
     """A scalar whose negative gradient is the Monte-Carlo estimate of ∇L + α ∇L_KL.
 
-    A sample (x, y) may have several texts, one a fresh item; they are drawn independently, so log p(s|x) is their
-    sum and each text's row carries its sample's weight.
+    A sample (x, y, s) may have several texts, one a fresh item; they are drawn independently, so log p(s|x) is their
+    sum and each text's row carries its sample's weight. A text that several samples share may be one row, with the
+    sum of their weights: to the others its score adds nothing in expectation.
 
     Args:
         logprobs: [M, T] log p of each generated token under the LLM being trained; carries the gradient.
@@ -59,11 +86,29 @@ def policy_loss(
         weights: [M] from ``reward_weights``.
         alpha: the KL coefficient α.
         n_samples: samples that these M rows belong to.
+        token_kl: [M, T] from ``exact_token_kl``; None estimates the KL from the sampled tokens.
+        importance: [M] from ``importance_weights``, of the sample that the row belongs to; None is 1.
     """
-    difference = (reference_logprobs - logprobs).detach() * mask
-    from_here_on = difference.flip(1).cumsum(1).flip(1)
-    credit = weights[:, None].to(logprobs.dtype) + alpha * from_here_on
-    return -(credit * logprobs * mask).sum() / n_samples
+    if token_kl is None:
+        cost, after = (logprobs - reference_logprobs).detach() * mask, 0.0
+    else:
+        # A token's own place is differentiated directly, its score answers for what comes after.
+        cost = token_kl.detach() * mask
+        after = cost
+    from_here_on = cost.flip(1).cumsum(1).flip(1) - after
+    credit = weights[:, None].to(logprobs.dtype) - alpha * from_here_on
+    gain = credit * logprobs * mask
+    if token_kl is not None:
+        gain = gain - alpha * token_kl * mask
+    if importance is not None:
+        gain = gain * importance[:, None]
+    return -gain.sum() / n_samples
+
+
+def exact_token_kl(logits: Tensor, reference_logits: Tensor) -> Tensor:
+    """[M, T] KL(p || p_orig) of the next token in nats, over the whole vocabulary [M, T, V]; carries the gradient."""
+    log_p, log_orig = logits.log_softmax(-1), reference_logits.log_softmax(-1)
+    return (log_p.exp() * (log_p - log_orig)).sum(-1)
 
 
 def recommender_loss(log_p_y_given_xs: Tensor) -> Tensor:
@@ -81,8 +126,30 @@ def sampled_kl(logprobs: Tensor, reference_logprobs: Tensor, mask: Tensor, ratio
 
 
 def importance_ratios(logprobs: Tensor, sampling_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """[M] p_now(s|x) / p_sampling(s|x): how far the policy has moved since a text was drawn."""
+    """[M] p_now(s|x) / p_then(s|x): how far the policy has moved since a text was drawn."""
     return ((logprobs - sampling_logprobs) * mask).sum(1).exp()
+
+
+def importance_weights(ratios: Tensor, sample_of: Tensor, cap: float) -> Tensor:
+    """[M] truncated weights: the product of the ``ratios`` [M] of all texts of a sample, ``cap`` at most.
+
+    Args:
+        ratios: of single texts.
+        sample_of: [M] number of the sample that each belongs to, from 0.
+        cap: the largest weight.
+    """
+    logs = ratios.log()
+    together = logs.new_zeros(int(sample_of.max()) + 1).index_add_(0, sample_of, logs)
+    return together.exp().clamp(max=cap)[sample_of]
+
+
+def mismatch_kl(logprobs: Tensor, sampling_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """Mean over tokens of r - 1 - log r with r = p_now / p_then: an estimate of KL(p_then || p_now), never negative.
+
+    On texts of the present weights it is what two implementations of one model differ by.
+    """
+    log_r = (logprobs - sampling_logprobs) * mask
+    return (log_r.exp() - 1 - log_r).sum() / mask.sum()
 
 
 def effective_sample_fraction(ratios: Tensor) -> Tensor:

@@ -8,7 +8,10 @@ from torch import Tensor
 
 from align.objective import (
     effective_sample_fraction,
+    exact_token_kl,
     importance_ratios,
+    importance_weights,
+    mismatch_kl,
     policy_loss,
     recommender_loss,
     reward_weights,
@@ -33,6 +36,9 @@ class TinyLM(torch.nn.Module):
         log_p = self.logits.log_softmax(-1)
         return torch.stack([log_p[self.row[text[:t]], token] for t, token in enumerate(text)])
 
+    def token_logits(self, text: tuple[int, ...]) -> Tensor:
+        return torch.stack([self.logits[self.row[text[:t]]] for t in range(len(text))])
+
 
 def all_texts() -> list[tuple[int, ...]]:
     ended = [(*p, EOS) for n in range(LENGTH) for p in itertools.product(range(1, VOCABULARY), repeat=n)]
@@ -53,6 +59,11 @@ def padded(lm: TinyLM, texts: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), mask.detach()
 
 
+def padded_kl(policy: TinyLM, original: TinyLM, texts: list[tuple[int, ...]]) -> Tensor:
+    rows = [exact_token_kl(policy.token_logits(text), original.token_logits(text).detach()) for text in texts]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
 def exact_gradient(policy: TinyLM, original: TinyLM, texts: list, log_p_y: Tensor, alpha: float) -> Tensor:
     """∇ of log Σ_s p(y|x,s) p(s|x) + α Σ_s p(s|x) (log p_orig(s|x) - log p(s|x)), by autograd through the sums."""
     log_p = torch.stack([policy.token_logprobs(text).sum() for text in texts])
@@ -70,21 +81,91 @@ def test_the_tiny_language_is_a_distribution(world):
 
 @pytest.mark.parametrize("alpha", [0.0, ALPHA, 5.0])
 @pytest.mark.parametrize("baseline", ["none", "one"])
-def test_expected_gradient_is_the_exact_one(world, alpha, baseline):
-    """Eq. 6 + α Eq. 7: each text's own loss, weighted by its exact probability, gives the exact gradient."""
+@pytest.mark.parametrize("kl", ["sampled", "exact"])
+@pytest.mark.parametrize("stale", [False, True])
+def test_expected_gradient_is_the_exact_one(world, alpha, baseline, kl, stale):
+    """Eq. 6 + α Eq. 7: each text's own loss, weighted by its exact probability, gives the exact gradient.
+
+    Also where the texts are drawn from an older policy, with importance weights.
+    """
     policy, original, texts, log_p_y = world
     logprobs, mask = padded(policy, texts)
     reference = padded(original, texts)[0].detach()
+    token_kl = padded_kl(policy, original, texts) if kl == "exact" else [None] * len(texts)
     log_p_y_given_x = torch.logsumexp(log_p_y + (logprobs * mask).sum(1), 0).detach()
-    weights = reward_weights(log_p_y, log_p_y_given_x.expand_as(log_p_y), baseline)
-    probabilities = (logprobs * mask).sum(1).exp().detach()
+    weights = reward_weights(log_p_y[:, None], log_p_y_given_x.expand_as(log_p_y), baseline)[:, 0]
+    sampling = padded(TinyLM(5), texts)[0].detach() if stale else logprobs.detach()
+    ratios = importance_ratios(logprobs.detach(), sampling, mask)
+    importance = importance_weights(ratios, torch.arange(len(texts)), cap=1e9)
+    probabilities = (sampling * mask).sum(1).exp()
     losses = [
-        policy_loss(logprobs[i : i + 1], reference[i : i + 1], mask[i : i + 1], weights[i : i + 1], alpha, 1)
+        policy_loss(
+            logprobs[i : i + 1], reference[i : i + 1], mask[i : i + 1], weights[i : i + 1], alpha, 1,
+            None if token_kl[i] is None else token_kl[i : i + 1], importance[i : i + 1],
+        )
         for i in range(len(texts))
-    ]
+    ]  # fmt: skip
     found = -torch.autograd.grad((probabilities * torch.stack(losses)).sum(), policy.logits)[0]
     expected = exact_gradient(policy, original, texts, log_p_y, alpha)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_leaving_one_out_of_a_group_keeps_the_expectation(world):
+    """Every pair of texts that one (x, y) can get, by its probability."""
+    policy, original, texts, log_p_y = world
+    logprobs, mask = padded(policy, texts)
+    reference = padded(original, texts)[0].detach()
+    probabilities = (logprobs * mask).sum(1).exp().detach()
+    log_p_y_given_x = torch.logsumexp(log_p_y + probabilities.log(), 0)[None]
+    total = 0.0
+    for pair in itertools.product(range(len(texts)), repeat=2):
+        rows = list(pair)
+        weights = reward_weights(log_p_y[None, rows], log_p_y_given_x, "leave-one-out")[0]
+        loss = policy_loss(logprobs[rows], reference[rows], mask[rows], weights, ALPHA, 2)
+        total = total + probabilities[rows].prod() * loss
+    found = -torch.autograd.grad(total, policy.logits)[0]
+    torch.testing.assert_close(found, exact_gradient(policy, original, texts, log_p_y, ALPHA), rtol=1e-9, atol=1e-12)
+
+
+def test_the_bias_of_the_groups_own_mean_vanishes_with_its_size(world):
+    """p(y|x) as the mean over k texts: the expected weight of a text tends to the exact one as 1/k."""
+    policy, _, texts, log_p_y = world
+    logprobs, mask = padded(policy, texts)
+    probabilities = (logprobs * mask).sum(1).exp().detach()
+    exact = (log_p_y - torch.logsumexp(log_p_y + probabilities.log(), 0)).exp()
+    generator, errors = torch.Generator().manual_seed(2), []
+    for k in (1, 8, 64):
+        drawn = torch.multinomial(probabilities, 40_000 * k, replacement=True, generator=generator).view(-1, k)
+        weights = reward_weights(log_p_y[drawn], torch.zeros(len(drawn)), denominator="group")
+        torch.testing.assert_close(weights.mean(1), torch.ones(len(drawn)).double())
+        mean = torch.stack([weights[drawn == text].mean() for text in range(len(texts))])
+        errors.append((probabilities * (mean - exact).abs()).sum().item())
+    assert errors[1] < errors[0] / 4
+    assert errors[2] < errors[1] / 4
+
+
+def test_a_text_that_two_samples_share_is_one_row_with_the_sum_of_their_weights(world):
+    """Item a is in both histories, b in the first, c in the second: every text of each, by its probability."""
+    policy, _, texts, _ = world
+    logprobs, mask = padded(policy, texts)
+    log_p = (logprobs * mask).sum(1)
+    generator = torch.Generator().manual_seed(4)
+    first, second = (
+        torch.rand(2, len(texts), len(texts), generator=generator).double().log()
+    )  # log p(y|x,s) by the texts of a and b, a and c
+    both = log_p[:, None] + log_p
+    log_p_y = [torch.logsumexp((table + both).flatten(), 0) for table in (first, second)]
+    expected = torch.autograd.grad(sum(log_p_y) / 2, policy.logits, retain_graph=True)[0]
+    total = 0.0
+    for a, b, c in itertools.product(range(len(texts)), repeat=3):
+        weights = [(table[a, other] - log_y).exp().detach() for table, other, log_y in
+                   zip((first, second), (b, c), log_p_y, strict=True)]  # fmt: skip
+        rows = [a, b, c]
+        loss = policy_loss(
+            logprobs[rows], logprobs[rows].detach(), mask[rows], torch.stack([sum(weights), *weights]), 0.0, 2
+        )
+        total = total + log_p[rows].sum().exp().detach() * loss
+    torch.testing.assert_close(-torch.autograd.grad(total, policy.logits)[0], expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("baseline", ["none", "one", "leave-one-out"])
@@ -99,7 +180,7 @@ def test_monte_carlo_gradient_converges(world, baseline):
     estimates = []
     for _ in range(1500):
         drawn = torch.multinomial(probabilities, 8, replacement=True, generator=generator)
-        weights = reward_weights(log_p_y[drawn], log_p_y_given_x.expand(8), baseline)
+        weights = reward_weights(log_p_y[drawn][:, None], log_p_y_given_x.expand(8), baseline)[:, 0]
         loss = policy_loss(logprobs[drawn], reference[drawn], mask[drawn], weights, ALPHA, 8)
         estimates.append(-torch.autograd.grad(loss, policy.logits, retain_graph=True)[0])
     estimates = torch.stack(estimates)
@@ -143,12 +224,37 @@ def test_padding_never_contributes(world):
 
 
 def test_weights_by_hand():
-    with_text, without = torch.tensor([0.2, 0.4, 0.9]).log(), torch.tensor([0.1, 0.4, 0.1]).log()
-    torch.testing.assert_close(reward_weights(with_text, without), torch.tensor([2.0, 1.0, 9.0]))
-    torch.testing.assert_close(reward_weights(with_text, without, "one"), torch.tensor([1.0, 0.0, 8.0]))
-    expected = torch.tensor([2 - 5.0, 1 - 5.5, 9 - 1.5])
-    torch.testing.assert_close(reward_weights(with_text, without, "leave-one-out"), expected)
-    torch.testing.assert_close(reward_weights(with_text, without, max_ratio=4), torch.tensor([2.0, 1.0, 4.0]))
+    with_text, without = torch.tensor([[0.2], [0.4], [0.9]]).log(), torch.tensor([0.1, 0.4, 0.1]).log()
+
+    def weights(*args, **kwargs):
+        return reward_weights(with_text, without, *args, **kwargs)[:, 0]
+
+    torch.testing.assert_close(weights(), torch.tensor([2.0, 1.0, 9.0]))
+    torch.testing.assert_close(weights("one"), torch.tensor([1.0, 0.0, 8.0]))
+    torch.testing.assert_close(weights("leave-one-out"), torch.tensor([2 - 5.0, 1 - 5.5, 9 - 1.5]))
+    torch.testing.assert_close(weights(max_ratio=4), torch.tensor([2.0, 1.0, 4.0]))
+
+
+def test_weights_of_groups_by_hand():
+    with_text, without = torch.tensor([[0.2, 0.6], [0.3, 0.1]]).log(), torch.tensor([0.1, 0.2]).log()
+    found = reward_weights(with_text, without, "leave-one-out")
+    torch.testing.assert_close(found, torch.tensor([[2 - 6.0, 6 - 2.0], [1.5 - 0.5, 0.5 - 1.5]]))
+    found = reward_weights(with_text, without, denominator="group")
+    torch.testing.assert_close(found, torch.tensor([[0.5, 1.5], [1.5, 0.5]]))
+
+
+def test_importance_weights_are_of_all_texts_of_a_sample_and_capped():
+    ratios, sample_of = torch.tensor([2.0, 1.5, 0.5, 3.0]), torch.tensor([0, 0, 1, 2])
+    torch.testing.assert_close(importance_weights(ratios, sample_of, cap=9), torch.tensor([3.0, 3.0, 0.5, 3.0]))
+    torch.testing.assert_close(importance_weights(ratios, sample_of, cap=2), torch.tensor([2.0, 2.0, 0.5, 2.0]))
+
+
+def test_mismatch_is_zero_between_equals_and_never_negative():
+    logprobs, mask = -torch.rand(3, 4, generator=torch.Generator().manual_seed(0)), torch.ones(3, 4)
+    assert mismatch_kl(logprobs, logprobs, mask) == 0
+    moved = logprobs + torch.tensor([0.1, -0.1, 0.2, -0.3])
+    by_hand = sum(torch.tensor(d).exp() - 1 - d for d in (0.1, -0.1, 0.2, -0.3)) / 4
+    torch.testing.assert_close(mismatch_kl(moved, logprobs, mask), by_hand)
 
 
 def test_recommender_ascends_the_log_likelihood():
