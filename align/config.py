@@ -6,6 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from align.objective import Baseline, Denominator
 from llm.config import LLMConfig
 from rec.config import RecConfig, TrainConfig
 from rec.data.builtin import BUILTIN
@@ -19,11 +20,26 @@ class ObjectiveConfig(Section):
 
     alpha: float = Field(0.1, ge=0)
     """Coefficient α of the KL penalty to the frozen original."""
-    baseline: Literal["none", "one", "leave-one-out"] = "none"
+    baseline: Baseline = "none"
     """Subtracted from the weight p(y|x,s)/p(y|x): nothing (Eq. 6), its expectation 1 (Eq. 10), or the mean over the
-    other samples of the batch. None of them changes the expected gradient, the last one changes its variance most."""
+    pair's other texts (with k of 1, over the other pairs of the batch). None of them changes the expected gradient, the
+    last one changes its variance most."""
     max_ratio: float | None = Field(None, gt=0)
     """Clip p(y|x,s)/p(y|x) at this value; null for the paper's unclipped ratio."""
+    samples: int = Field(1, ge=1)
+    """k of Eq. 6: texts that are drawn for each fresh item of a pair (x, y), and compared on that pair."""
+    denominator: Denominator = "base"
+    """p(y|x): of the frozen recommender without knowledge (the paper), or the mean of p(y|x,s) over the k texts."""
+    kl: Literal["sampled", "exact"] = "sampled"
+    """The penalty from the sampled tokens alone (the paper), or exact over the vocabulary at each of their places."""
+    max_importance: float | None = Field(None, gt=0)
+    """Correct for samples of an older policy by p_now(s|x)/p_then(s|x), truncated here; null for none (the paper)."""
+
+    @model_validator(mode="after")
+    def _a_group_has_members(self) -> Self:
+        if self.denominator == "group" and self.samples < 2:
+            raise ValueError("denominator=group needs samples of 2 at least: one text alone has the ratio 1")
+        return self
 
 
 class TrainerConfig(Section):
@@ -65,8 +81,13 @@ class AlignConfig(Section):
     """Trainer steps between snapshots (SeRALM: 50)."""
     max_lag_steps: int = Field(100, ge=1)
     """Hard bound: step t never trains on a sample whose weights are older than step t - max_lag_steps."""
+    fresh: Literal["last", "random", "all"] = "last"
+    """Which items of a history get freshly sampled texts: the last ``fresh_items``, so many random ones, or all. The
+    others read their stored one."""
     fresh_items: int = Field(1, ge=1)
-    """The last so many items of a history get a freshly sampled text; the others read their stored one."""
+    share_texts: bool = False
+    """Whether all histories of a batch that hold a fresh item read the same texts of it, which saves generating and
+    training on more; with texts of its own for each history the estimates are independent."""
     knowledge_on_target: bool = False
     """Whether scored candidates carry knowledge too."""
     knowledge_dropout: float = Field(0.0, ge=0, lt=1)
@@ -79,6 +100,13 @@ class AlignConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.fresh == "all" and self.fresh_items != 1:
+            raise ValueError("fresh=all leaves fresh_items nothing to say")
+        if self.share_texts and self.objective.samples == 1 and self.objective.baseline == "leave-one-out":
+            raise ValueError(
+                "baseline=leave-one-out compares pairs where samples is 1, and share_texts makes those depend on each"
+                " other: that would bias the gradient; raise objective.samples"
+            )
         if self.max_lag_steps < self.refresh_every:
             raise ValueError(
                 f"max_lag_steps {self.max_lag_steps} is below refresh_every {self.refresh_every}:"

@@ -8,15 +8,16 @@ t - max_lag_steps or later. Where the newest one is older, the generator waits; 
 """
 
 import logging
+import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from align.config import MainJob, Stages
+from align.config import AlignConfig, MainJob, Stages
 from align.order import Pair, PairOrder
-from align.samples import Sample, SampleLog
-from align.scoring import log_p_y_given_x, log_p_y_given_xs, make_inputs
+from align.samples import Sample, SampleLog, Text
+from align.scoring import log_p_y_given_xs, make_inputs, pad_histories
 from align.snapshots import CANARY_TOKENS, Snapshot, SnapshotStore
 from align.start import read_config
 from llm.engine import Engine
@@ -138,41 +139,24 @@ class Generator:
     def _generate(self, steps: range, waited_s: float) -> None:
         """Sample, score and write the batches of ``steps`` with one vLLM call."""
         begin, batch_size = time.monotonic(), self.job.align.trainer.batch_size
-        ordinals = range(steps.start * batch_size, steps.stop * batch_size)
-        pairs = [self.sources.order.pair(ordinal) for ordinal in ordinals]
-        fresh = [pair.items[-self.job.align.fresh_items :] for pair in pairs]
-        asked = [(ordinal, nth, item) for ordinal, own in zip(ordinals, fresh, strict=True)
-                 for nth, item in enumerate(own)]  # fmt: skip
+        wanted = [
+            self._wanted(step, ordinal)
+            for step in steps
+            for ordinal in range(step * batch_size, (step + 1) * batch_size)
+        ]
+        # A text that several histories share is asked for once.
+        asked = {seed: item for one in wanted for draw in one.seeds for seed, item in zip(draw, one.fresh, strict=True)}
         completions = self.engine.generate(
-            [self.sources.prompts[item - 1] for _, _, item in asked],
-            [self._seed(ordinal, nth) for ordinal, nth, _ in asked],
+            [self.sources.prompts[item - 1] for item in asked.values()],
+            list(asked),
             self.job.llm.knowledge.max_new_tokens,
         )
         generated_s = time.monotonic() - begin
-        answers = iter(completions)
-        grouped = [[next(answers) for _ in own] for own in fresh]
-        texts = [[completion.text.strip() for completion in own] for own in grouped]
-        with_text, without = self._score(pairs, texts)
-        samples = [
-            Sample(
-                ordinal=ordinal,
-                user=pair.user,
-                items=pair.items,
-                target=pair.target,
-                fresh_items=own,
-                prompts=[self.sources.prompts[item - 1] for item in own],
-                token_ids=[completion.token_ids for completion in answers_],
-                logprobs=[completion.logprobs for completion in answers_],
-                texts=texts_,
-                log_p_y_given_xs=with_text[place],
-                log_p_y_given_x=without[place],
-                version=self.snapshot.version,
-                version_step=self.snapshot.step,
-            )
-            for place, (ordinal, pair, own, answers_, texts_) in enumerate(
-                zip(ordinals, pairs, fresh, grouped, texts, strict=True)
-            )
-        ]
+        texts = {
+            seed: Text(seed, completion.token_ids, completion.logprobs, completion.text.strip())
+            for seed, completion in zip(asked, completions, strict=True)
+        }
+        samples = self._scored([self._sample(one, texts) for one in wanted])
         for nth, step in enumerate(steps):
             self.log.append(step, samples[nth * batch_size : (nth + 1) * batch_size])
         self.run.log(
@@ -182,23 +166,73 @@ class Generator:
             version=self.snapshot.version,
             texts=len(completions),
             tokens=sum(len(completion.token_ids) for completion in completions),
-            empty_texts=sum(not text for own in texts for text in own),
+            empty_texts=sum(not text.text for text in texts.values()),
             generate_s=round(generated_s, 4),
             busy_s=round(time.monotonic() - begin, 4),
             waited_s=round(waited_s, 4),
         )
 
-    @torch.no_grad()
-    def _score(self, pairs: list[Pair], texts: list[list[str]]) -> tuple[list[float], list[float]]:
-        inputs = make_inputs(
-            [pair.items for pair in pairs], [pair.target for pair in pairs], texts, self.sources.encoder
-        ).to(self.device)
-        with_text = log_p_y_given_xs(self.recommender, inputs)
-        return with_text.tolist(), log_p_y_given_x(self.sources.base, inputs).tolist()
+    def _wanted(self, step: int, ordinal: int) -> "Wanted":
+        """What is to be generated for one sample: the same however often the generator is restarted."""
+        align, pair = self.job.align, self.sources.order.pair(ordinal)
+        places = fresh_places(align, len(pair.items), hash_of([align.trainer.seed, "places", ordinal]))
+        fresh = [pair.items[place] for place in places]
 
-    def _seed(self, ordinal: int, nth: int) -> int:
-        """The same sample gets the same seed, however often the generator is restarted."""
-        return int(hash_of([self.job.align.trainer.seed, ordinal, nth])[:15], 16)
+        def seed(nth: int, item: int, draw: int) -> int:
+            of = ["shared", step, item, draw] if align.share_texts else [ordinal, nth, draw]
+            return int(hash_of([align.trainer.seed, *of])[:15], 16)
+
+        seeds = [[seed(nth, item, draw) for nth, item in enumerate(fresh)] for draw in range(align.objective.samples)]
+        return Wanted(ordinal, pair, places, fresh, seeds)
+
+    def _sample(self, wanted: "Wanted", texts: dict[int, Text]) -> Sample:
+        """The sample without its scores."""
+        return Sample(
+            ordinal=wanted.ordinal,
+            user=wanted.pair.user,
+            items=wanted.pair.items,
+            target=wanted.pair.target,
+            places=wanted.places,
+            prompts=[self.sources.prompts[item - 1] for item in wanted.fresh],
+            draws=[[texts[seed] for seed in draw] for draw in wanted.seeds],
+            log_p_y_given_xs=[],
+            log_p_y_given_x=0.0,
+            version=self.snapshot.version,
+            version_step=self.snapshot.step,
+        )
+
+    @torch.no_grad()
+    def _scored(self, samples: list[Sample]) -> list[Sample]:
+        """The samples with p(y|x,s) of the snapshot's recommender and p(y|x) of the frozen one."""
+        inputs = make_inputs(samples, self.sources.encoder).to(self.device)
+        with_text = log_p_y_given_xs(self.recommender, inputs).view(len(samples), -1).tolist()
+        items, lengths = pad_histories([sample.items for sample in samples])
+        targets = torch.tensor([sample.target for sample in samples])
+        pairs = (value.to(self.device) for value in (items, lengths, targets))
+        without = self.sources.base.log_likelihood(*pairs).tolist()
+        scores = zip(samples, with_text, without, strict=True)
+        return [replace(sample, log_p_y_given_xs=own, log_p_y_given_x=base) for sample, own, base in scores]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which texts a sample needs: its pair, the ``places`` and items that are ``fresh`` [n], and ``seeds`` [k][n]."""
+
+    ordinal: int
+    pair: Pair
+    places: list[int]
+    fresh: list[int]
+    seeds: list[list[int]]
+
+
+def fresh_places(align: AlignConfig, length: int, seed: str) -> list[int]:
+    """Which of ``length`` history items get fresh texts, ascending."""
+    if align.fresh == "all":
+        return list(range(length))
+    count = min(align.fresh_items, length)
+    if align.fresh == "last":
+        return list(range(length - count, length))
+    return sorted(random.Random(seed).sample(range(length), count))
 
 
 def main() -> None:

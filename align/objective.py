@@ -71,23 +71,23 @@ def policy_loss(
     alpha: float,
     n_samples: int,
     token_kl: Tensor | None = None,
-    importance: Tensor | None = None,
+    shares: Tensor | None = None,
 ) -> Tensor:
     """A scalar whose negative gradient is the Monte-Carlo estimate of ∇L + α ∇L_KL.
 
     A sample (x, y, s) may have several texts, one a fresh item; they are drawn independently, so log p(s|x) is their
-    sum and each text's row carries its sample's weight. A text that several samples share may be one row, with the
-    sum of their weights: to the others its score adds nothing in expectation.
+    sum and each text's row carries its sample's weight. A text that several samples share is one row with the sum of
+    their weights: to a sample without it its score adds nothing in expectation. ``row_weights`` makes both.
 
     Args:
         logprobs: [M, T] log p of each generated token under the LLM being trained; carries the gradient.
         reference_logprobs: [M, T] the same under the frozen original.
         mask: [M, T] 1 where there is a generated token, 0 where padded.
-        weights: [M] from ``reward_weights``.
+        weights: [M] weight of each text.
         alpha: the KL coefficient α.
         n_samples: samples that these M rows belong to.
         token_kl: [M, T] from ``exact_token_kl``; None estimates the KL from the sampled tokens.
-        importance: [M] from ``importance_weights``, of the sample that the row belongs to; None is 1.
+        shares: [M] samples that the text counts for, each as much as its importance; None is 1.
     """
     if token_kl is None:
         cost, after = (logprobs - reference_logprobs).detach() * mask, 0.0
@@ -95,14 +95,28 @@ def policy_loss(
         # A token's own place is differentiated directly, its score answers for what comes after.
         cost = token_kl.detach() * mask
         after = cost
+    penalty = alpha * (torch.ones_like(weights) if shares is None else shares)[:, None].to(logprobs.dtype)
     from_here_on = cost.flip(1).cumsum(1).flip(1) - after
-    credit = weights[:, None].to(logprobs.dtype) - alpha * from_here_on
-    gain = credit * logprobs * mask
+    gain = (weights[:, None].to(logprobs.dtype) - penalty * from_here_on) * logprobs * mask
     if token_kl is not None:
-        gain = gain - alpha * token_kl * mask
-    if importance is not None:
-        gain = gain * importance[:, None]
+        gain = gain - penalty * token_kl * mask
     return -gain.sum() / n_samples
+
+
+def row_weights(
+    weights: Tensor, importance: Tensor, texts: Tensor, samples: Tensor, n_texts: int
+) -> tuple[Tensor, Tensor]:
+    """``weights`` and ``shares`` [M] of texts, for ``policy_loss``, from those of the samples that hold them.
+
+    Args:
+        weights: [S] from ``reward_weights``.
+        importance: [S] from ``importance_weights``, or ones.
+        texts: [E] a text that a sample holds, by its row.
+        samples: [E] that sample.
+        n_texts: M.
+    """
+    shares = importance.new_zeros(n_texts).index_add_(0, texts, importance[samples])
+    return shares.new_zeros(n_texts).index_add_(0, texts, (importance * weights)[samples]), shares
 
 
 def exact_token_kl(logits: Tensor, reference_logits: Tensor) -> Tensor:
@@ -130,17 +144,18 @@ def importance_ratios(logprobs: Tensor, sampling_logprobs: Tensor, mask: Tensor)
     return ((logprobs - sampling_logprobs) * mask).sum(1).exp()
 
 
-def importance_weights(ratios: Tensor, sample_of: Tensor, cap: float) -> Tensor:
-    """[M] truncated weights: the product of the ``ratios`` [M] of all texts of a sample, ``cap`` at most.
+def importance_weights(ratios: Tensor, texts: Tensor, samples: Tensor, n_samples: int, cap: float) -> Tensor:
+    """[S] truncated weights of samples: the product of the ratios of all texts of one, ``cap`` at most.
 
     Args:
-        ratios: of single texts.
-        sample_of: [M] number of the sample that each belongs to, from 0.
+        ratios: [M] from ``importance_ratios``.
+        texts: [E] a text that a sample holds, by its row.
+        samples: [E] that sample.
+        n_samples: S.
         cap: the largest weight.
     """
     logs = ratios.log()
-    together = logs.new_zeros(int(sample_of.max()) + 1).index_add_(0, sample_of, logs)
-    return together.exp().clamp(max=cap)[sample_of]
+    return logs.new_zeros(n_samples).index_add_(0, samples, logs[texts]).exp().clamp(max=cap)
 
 
 def mismatch_kl(logprobs: Tensor, sampling_logprobs: Tensor, mask: Tensor) -> Tensor:

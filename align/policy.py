@@ -3,6 +3,7 @@
 import contextlib
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from align.config import AlignConfig, TrainerConfig
-from align.objective import effective_sample_fraction, importance_ratios, policy_loss, sampled_kl
-from align.samples import Sample
+from align.objective import (
+    effective_sample_fraction,
+    exact_token_kl,
+    importance_ratios,
+    importance_weights,
+    mismatch_kl,
+    policy_loss,
+    row_weights,
+    sampled_kl,
+)
+from align.samples import Sample, Text
 from rec.runtime.errors import UserError
 
 ENGINE_TAG = "engine"
@@ -61,34 +71,34 @@ class Policy:
         Args:
             step: counts the warm-up.
             samples: this rank's share of the batch.
-            weights: [samples] from ``reward_weights``.
+            weights: [samples, k] from ``reward_weights``.
         """
-        device, alpha = self.accelerator.device, self.config.objective.alpha
-        rows = [
-            (prompt, tokens, drawn, weight)
-            for sample, weight in zip(samples, weights.tolist(), strict=True)
-            for prompt, tokens, drawn in zip(sample.prompts, sample.token_ids, sample.logprobs, strict=True)
-        ]
-        prompts, tokens, drawn, row_weights = zip(*rows, strict=True)
-        ids, mask = _pad(prompts, tokens, device)
-        row_weights = torch.tensor(row_weights, device=device)
+        objective, rows = self.config.objective, Rows.of(samples, self.accelerator.device)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self._learning_rate(step)
         self.engine.train()
-        logprobs = token_logprobs(self.engine, ids)
+        logits = token_logits(self.engine, rows.ids)
         with torch.no_grad():
-            reference = token_logprobs(self.reference, ids)
-        loss = policy_loss(logprobs, reference, mask, row_weights, alpha, len(samples))
+            reference_logits = token_logits(self.reference, rows.ids)
+        logprobs, reference = (chosen_logprobs(values, rows.ids) for values in (logits, reference_logits))
+        token_kl = exact_token_kl(logits, reference_logits) if objective.kl == "exact" else None
+        weights, mask = weights.flatten().to(rows.ids.device), rows.mask
+        ratios = importance_ratios(logprobs.detach(), rows.drawn, mask)
+        importance = torch.ones_like(weights)
+        if objective.max_importance is not None:
+            importance = importance_weights(ratios, rows.texts, rows.samples, len(weights), objective.max_importance)
+        weights, shares = row_weights(weights, importance.to(weights.dtype), rows.texts, rows.samples, len(rows.ids))
+        loss = policy_loss(logprobs, reference, mask, weights, objective.alpha, len(importance), token_kl, shares)
         self.engine.backward(loss)
         self.engine.step()
         with torch.no_grad():
-            ratios = importance_ratios(logprobs, _align_to(mask, drawn), mask)
             return {
                 "policy_loss": loss.item(),
                 "kl": sampled_kl(logprobs, reference, mask, ratios).item(),
                 "text_logprob": (logprobs * mask).sum(1).mean().item(),
                 "importance_ratio": ratios.mean().item(),
                 "effective_sample_fraction": effective_sample_fraction(ratios).item(),
+                "mismatch_kl": mismatch_kl(logprobs, rows.drawn, mask).item(),
             }
 
     @torch.no_grad()
@@ -96,7 +106,7 @@ class Policy:
         """log p of a fixed text's tokens from the second on, under the weights being trained; every rank calls this."""
         self.engine.eval()
         ids = torch.tensor([token_ids], device=self.accelerator.device)
-        return token_logprobs(self.engine, ids)[0].tolist()
+        return chosen_logprobs(token_logits(self.engine, ids), ids)[0].tolist()
 
     def gathered_weights(self) -> dict[str, Tensor]:
         """The whole model's weights on the CPU of rank 0 ({} elsewhere); every rank calls this.
@@ -154,12 +164,56 @@ class Policy:
             yield
 
 
-def token_logprobs(model: torch.nn.Module, ids: Tensor) -> Tensor:
-    """[M, T-1] log p(ids[:, t] | ids[:, :t]) for t ≥ 1, in float32.
+@dataclass(frozen=True)
+class Rows:
+    """The different texts of some samples, one a row, with their prompts.
+
+    Attributes:
+        ids: [M, T] tokens of prompt and text, right-padded.
+        mask: [M, T-1] 1 where the next token is a text's.
+        drawn: [M, T-1] log p of these when they were drawn, 0 elsewhere.
+        texts: [E] row of every text of every draw.
+        samples: [E] number of that draw, counted through all samples.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    drawn: Tensor
+    texts: Tensor
+    samples: Tensor
+
+    @classmethod
+    def of(cls, samples: list[Sample], device: torch.device) -> "Rows":
+        """A text that several histories share is one row, and one text of each."""
+        found: dict[int, tuple[int, list[int], Text]] = {}
+        holds: dict[tuple[int, int], None] = {}
+        draws = [(sample, draw) for sample in samples for draw in sample.draws]
+        for number, (sample, draw) in enumerate(draws):
+            for prompt, text in zip(sample.prompts, draw, strict=True):
+                row, _, _ = found.setdefault(text.seed, (len(found), prompt, text))
+                holds[row, number] = None
+        rows = [torch.tensor([*prompt, *text.token_ids]) for _, prompt, text in found.values()]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        starts = torch.tensor([len(prompt) - 1 for _, prompt, _ in found.values()])[:, None]
+        ends = starts + torch.tensor([len(text.token_ids) for _, _, text in found.values()])[:, None]
+        places = torch.arange(ids.shape[1] - 1)
+        inside = (places >= starts) & (places < ends)
+        drawn = torch.zeros(inside.shape)
+        drawn[inside] = torch.tensor([value for _, _, text in found.values() for value in text.logprobs])
+        texts, owners = torch.tensor(list(holds)).unbind(1)
+        return cls(*(value.to(device) for value in (ids, inside.float(), drawn, texts, owners)))
+
+
+def token_logits(model: torch.nn.Module, ids: Tensor) -> Tensor:
+    """[M, T-1, V] logits of ids[:, t] given ids[:, :t] for t ≥ 1, in float32.
 
     Rows are right-padded, so a causal model needs neither attention mask nor position ids.
     """
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    return model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+
+
+def chosen_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
+    """[M, T-1] log p(ids[:, t] | ids[:, :t]) for t ≥ 1, from ``token_logits``."""
     return logits.gather(-1, ids[:, 1:, None]).squeeze(-1) - logits.logsumexp(-1)
 
 
@@ -168,20 +222,3 @@ def _load(model: str) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise UserError(f"{model} is no causal LM: {str(error).strip().splitlines()[0]}") from error
-
-
-def _pad(prompts: Any, tokens: Any, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids [M, T] of prompt and text, and a mask [M, T-1] of the log-probs that belong to texts."""
-    rows = [torch.tensor([*prompt, *text]) for prompt, text in zip(prompts, tokens, strict=True)]
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    starts = torch.tensor([len(prompt) - 1 for prompt in prompts])[:, None]
-    ends = starts + torch.tensor([len(text) for text in tokens])[:, None]
-    places = torch.arange(ids.shape[1] - 1)
-    return ids.to(device), ((places >= starts) & (places < ends)).float().to(device)
-
-
-def _align_to(mask: Tensor, drawn: Any) -> Tensor:
-    """The sampling log-probs, laid out like ``mask``."""
-    result = torch.zeros_like(mask)
-    result[mask.bool()] = torch.tensor([value for row in drawn for value in row], device=mask.device)
-    return result

@@ -50,20 +50,15 @@ class Reader:
         self.optimizer = torch.optim.Adam(recommender.parameters(), lr=lr, betas=(0.9, 0.98))
 
     def update(self, samples: list[Sample]) -> dict[str, float]:
-        """One step of Eq. 9 on this rank's samples."""
-        inputs = make_inputs(
-            [sample.items for sample in samples],
-            [sample.target for sample in samples],
-            [sample.texts for sample in samples],
-            self.encoder,
-        ).to(self.device)
+        """One step of Eq. 9 on this rank's samples, every draw of each."""
+        inputs = make_inputs(samples, self.encoder).to(self.device)
         self.likelihood.train()
         log_p = self.likelihood(inputs)
         loss = recommender_loss(log_p)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
-        scored = torch.tensor([sample.log_p_y_given_xs for sample in samples], device=self.device)
+        scored = torch.tensor([value for sample in samples for value in sample.log_p_y_given_xs], device=self.device)
         return {"rec_loss": loss.item(), "reward_drift": (log_p.detach() - scored).abs().mean().item()}
 
     def save_pretrained(self, folder: Path) -> None:

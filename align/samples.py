@@ -11,25 +11,27 @@ import re
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 from pyarrow import parquet
 
 from rec.runtime import files
 
-SCHEMA_VERSION = b"1"
+SCHEMA_VERSION = b"2"
+TEXT = pa.struct(
+    {"seed": pa.int64(), "token_ids": pa.list_(pa.int32()), "logprobs": pa.list_(pa.float32()), "text": pa.string()},
+)
 SCHEMA = pa.schema(
     {
         "ordinal": pa.int64(),
         "user": pa.int32(),
         "items": pa.list_(pa.int32()),
         "target": pa.int32(),
-        "fresh_items": pa.list_(pa.int32()),
+        "places": pa.list_(pa.int32()),
         "prompts": pa.list_(pa.list_(pa.int32())),
-        "token_ids": pa.list_(pa.list_(pa.int32())),
-        "logprobs": pa.list_(pa.list_(pa.float32())),
-        "texts": pa.list_(pa.string()),
-        "log_p_y_given_xs": pa.float64(),
+        "draws": pa.list_(pa.list_(TEXT)),
+        "log_p_y_given_xs": pa.list_(pa.float64()),
         "log_p_y_given_x": pa.float64(),
         "version": pa.int32(),
         "version_step": pa.int32(),
@@ -39,20 +41,35 @@ SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True)
+class Text:
+    """One text s about one item, as it was drawn.
+
+    Attributes:
+        seed: of its sampling; texts of one batch that have the same are one and the same, in several histories.
+        token_ids: its tokens, the end-of-sequence token included if there is one.
+        logprobs: log p of each of them when it was drawn.
+        text: the tokens as a string.
+    """
+
+    seed: int
+    token_ids: list[int]
+    logprobs: list[float]
+    text: str
+
+
+@dataclass(frozen=True)
 class Sample:
-    """One (x, y, s) with everything that Algorithm 1 needs of it.
+    """One (x, y) with k times the texts of its fresh items, and everything else that Algorithm 1 needs.
 
     Attributes:
         ordinal: its number in the run.
         user: user number.
         items: item numbers of x, oldest first.
         target: item number of y.
-        fresh_items: item numbers that got a fresh text: the last ones of ``items``, oldest first.
-        prompts: token ids of the prompt about each fresh item.
-        token_ids: token ids of each text s.
-        logprobs: log p of each of these tokens when it was drawn.
-        texts: each text as a string.
-        log_p_y_given_xs: log p(y|x,s) under the recommender of ``version``.
+        places: [n] which of ``items`` got fresh texts, ascending.
+        prompts: [n] token ids of the prompt about each of them.
+        draws: [k][n] their texts; draws are independent of each other.
+        log_p_y_given_xs: [k] log p(y|x,s) of each draw under the recommender of ``version``.
         log_p_y_given_x: log p(y|x) under the frozen recommender.
         version: snapshot that wrote and scored it.
         version_step: trainer steps that snapshot had finished.
@@ -62,12 +79,10 @@ class Sample:
     user: int
     items: list[int]
     target: int
-    fresh_items: list[int]
+    places: list[int]
     prompts: list[list[int]]
-    token_ids: list[list[int]]
-    logprobs: list[list[float]]
-    texts: list[str]
-    log_p_y_given_xs: float
+    draws: list[list[Text]]
+    log_p_y_given_xs: list[float]
     log_p_y_given_x: float
     version: int
     version_step: int
@@ -111,7 +126,7 @@ class SampleLog:
         found = (table.schema.metadata or {}).get(b"schema_version")
         if found != SCHEMA_VERSION:
             raise ValueError(f"{path} has schema version {found}, this program reads {SCHEMA_VERSION}")
-        return [Sample(**row) for row in table.to_pylist()]
+        return [_sample(row) for row in table.to_pylist()]
 
     def wait(self, step: int, timeout_s: float) -> float:
         """Wait until the batch of ``step`` is there; returns the seconds waited.
@@ -128,3 +143,8 @@ class SampleLog:
 
     def _path(self, step: int) -> Path:
         return self.folder / f"batch-{step:08d}.parquet"
+
+
+def _sample(row: dict[str, Any]) -> Sample:
+    draws = [[Text(**text) for text in draw] for draw in row.pop("draws")]
+    return Sample(draws=draws, **row)

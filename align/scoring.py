@@ -1,4 +1,4 @@
-"""p(y|x,s) and p(y|x): a recommender reading histories whose last items carry fresh texts."""
+"""p(y|x,s): a recommender reading histories of which some items carry fresh texts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from align.samples import Sample
 from llm.text_encoder import TextEncoder
 from rec.item_encoder import KnowledgeConcat
 from rec.models.base import SequenceRecommender
@@ -19,47 +20,46 @@ class Inputs:
         items: [B, L] item numbers, right-padded with 0.
         lengths: [B].
         targets: [B] item numbers of y.
-        fresh: [B, n, K] vectors of the fresh texts, of the last n items, oldest first.
-        fresh_counts: [B] how many of the n there are (a short history has fewer).
+        rows: [F] the history of each fresh text.
+        places: [F] where in it the text's item stands.
+        fresh: [F, K] the texts' vectors.
     """
 
     items: Tensor
     lengths: Tensor
     targets: Tensor
+    rows: Tensor
+    places: Tensor
     fresh: Tensor
-    fresh_counts: Tensor
 
     def to(self, device: torch.device) -> "Inputs":
         """The same on ``device``."""
         return Inputs(*(value.to(device) for value in vars(self).values()))
 
 
-def make_inputs(
-    histories: Sequence[list[int]],
-    targets: Sequence[int],
-    texts: Sequence[list[str]],
-    encoder: TextEncoder,
-) -> Inputs:
-    """Pad histories and encode their fresh texts."""
-    lengths = torch.tensor([len(items) for items in histories])
-    items = torch.zeros(len(histories), int(lengths.max()), dtype=torch.long)
-    for row, history in enumerate(histories):
-        items[row, : len(history)] = torch.tensor(history)
-    counts = torch.tensor([len(own) for own in texts])
-    vectors = encoder([text for own in texts for text in own])
-    fresh = torch.zeros(len(texts), int(counts.max()), vectors.shape[1])
-    fresh[torch.arange(fresh.shape[1]) < counts[:, None]] = vectors
-    return Inputs(items, lengths, torch.as_tensor(targets), fresh, counts)
+def pad_histories(histories: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+    """[B, L] item numbers, right-padded with 0, and [B] lengths."""
+    items = torch.nn.utils.rnn.pad_sequence([torch.tensor(history) for history in histories], batch_first=True)
+    return items, torch.tensor([len(history) for history in histories])
+
+
+def make_inputs(samples: Sequence[Sample], encoder: TextEncoder) -> Inputs:
+    """Every draw of every sample as a history of its own, [B k] of them, those of a sample together."""
+    draws = [(sample, draw) for sample in samples for draw in sample.draws]
+    texts = [text.text for _, draw in draws for text in draw]
+    number = {text: nth for nth, text in enumerate(dict.fromkeys(texts))}  # like texts are encoded once
+    return Inputs(
+        *pad_histories([sample.items for sample, _ in draws]),
+        targets=torch.tensor([sample.target for sample, _ in draws]),
+        rows=torch.tensor([row for row, (sample, _) in enumerate(draws) for _ in sample.places]),
+        places=torch.tensor([place for sample, _ in draws for place in sample.places]),
+        fresh=encoder(list(number))[[number[text] for text in texts]],
+    )
 
 
 def knowledge_with_fresh(stored: Tensor, inputs: Inputs) -> Tensor:
-    """[B, L, K]: the stored vectors [N + 1, K] of every history item, the last ones replaced by the fresh."""
-    knowledge = stored[inputs.items]
-    rows, nth = torch.where(
-        torch.arange(inputs.fresh.shape[1], device=inputs.items.device) < inputs.fresh_counts[:, None]
-    )
-    places = (inputs.lengths - inputs.fresh_counts)[rows] + nth
-    return knowledge.index_put((rows, places), inputs.fresh[rows, nth])
+    """[B, L, K]: the stored vectors [N + 1, K] of every history item, but the fresh ones where there are."""
+    return stored[inputs.items].index_put((inputs.rows, inputs.places), inputs.fresh)
 
 
 def log_p_y_given_xs(recommender: SequenceRecommender, inputs: Inputs) -> Tensor:
@@ -67,8 +67,3 @@ def log_p_y_given_xs(recommender: SequenceRecommender, inputs: Inputs) -> Tensor
     assert isinstance(recommender.items, KnowledgeConcat)
     knowledge = knowledge_with_fresh(recommender.items.knowledge, inputs)
     return recommender.log_likelihood(inputs.items, inputs.lengths, inputs.targets, knowledge)
-
-
-def log_p_y_given_x(base: SequenceRecommender, inputs: Inputs) -> Tensor:
-    """[B] log p(y|x) of the recommender without knowledge."""
-    return base.log_likelihood(inputs.items, inputs.lengths, inputs.targets)

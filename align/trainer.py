@@ -168,13 +168,13 @@ class Trainer:
         with_text = torch.tensor([sample.log_p_y_given_xs for sample in samples])
         without = torch.tensor([sample.log_p_y_given_x for sample in samples])
         # The baseline needs the whole batch, which every rank can read.
-        weights = reward_weights(with_text, without, objective.baseline, objective.max_ratio)
+        weights = reward_weights(with_text, without, objective.baseline, objective.max_ratio, objective.denominator)
         share = len(samples) // self.ranks.size
         mine = slice(self.ranks.rank * share, (self.ranks.rank + 1) * share)
         figures = self.policy.update(step, samples[mine], weights[mine])
         figures |= self.reader.update(samples[mine])
         figures = self._mean_over_ranks(figures)
-        ratio = (with_text - without).exp()
+        ratio = (with_text - without[:, None]).exp()
         newest = step // self.job.align.refresh_every
         return {
             **figures,
@@ -184,7 +184,7 @@ class Trainer:
             "lag_steps_mean": sum(lags) / len(lags),
             "lag_versions": newest - min(sample.version for sample in samples),
             "versions": sorted({sample.version for sample in samples}),
-            "texts": sum(len(sample.texts) for sample in samples),
+            "texts": sum(len(draw) for sample in samples for draw in sample.draws),
             "text_tokens": self._mean_tokens(samples),
         }
 
@@ -218,7 +218,7 @@ class Trainer:
 
     @staticmethod
     def _mean_tokens(samples: list[Sample]) -> float:
-        lengths = [len(tokens) for sample in samples for tokens in sample.token_ids]
+        lengths = [len(text.token_ids) for sample in samples for draw in sample.draws for text in draw]
         return sum(lengths) / len(lengths)
 
 

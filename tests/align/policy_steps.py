@@ -24,7 +24,7 @@ def main(recipe: Path, model: str, out: Path) -> None:
     samples = SampleLog(out / "samples").read(0)
     share = len(samples) // ranks.size
     mine = slice(ranks.rank * share, (ranks.rank + 1) * share)
-    weights = torch.tensor([0.5, -1.0, 2.0, 3.0])
+    weights = torch.tensor([[0.5, -0.5], [-1.0, 1.5], [2.0, 0.0], [3.0, -2.0]])
 
     def update(step: int) -> None:
         policy.update(step, samples[mine], weights[mine])

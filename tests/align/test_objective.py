@@ -15,6 +15,7 @@ from align.objective import (
     policy_loss,
     recommender_loss,
     reward_weights,
+    row_weights,
     sampled_kl,
 )
 
@@ -96,7 +97,8 @@ def test_expected_gradient_is_the_exact_one(world, alpha, baseline, kl, stale):
     weights = reward_weights(log_p_y[:, None], log_p_y_given_x.expand_as(log_p_y), baseline)[:, 0]
     sampling = padded(TinyLM(5), texts)[0].detach() if stale else logprobs.detach()
     ratios = importance_ratios(logprobs.detach(), sampling, mask)
-    importance = importance_weights(ratios, torch.arange(len(texts)), cap=1e9)
+    importance = importance_weights(ratios, torch.arange(len(texts)), torch.arange(len(texts)), len(texts), cap=1e9)
+    weights = importance * weights
     probabilities = (sampling * mask).sum(1).exp()
     losses = [
         policy_loss(
@@ -146,24 +148,23 @@ def test_the_bias_of_the_groups_own_mean_vanishes_with_its_size(world):
 
 def test_a_text_that_two_samples_share_is_one_row_with_the_sum_of_their_weights(world):
     """Item a is in both histories, b in the first, c in the second: every text of each, by its probability."""
-    policy, _, texts, _ = world
+    policy, original, texts, _ = world
     logprobs, mask = padded(policy, texts)
+    reference = padded(original, texts)[0].detach()
     log_p = (logprobs * mask).sum(1)
-    generator = torch.Generator().manual_seed(4)
-    first, second = (
-        torch.rand(2, len(texts), len(texts), generator=generator).double().log()
-    )  # log p(y|x,s) by the texts of a and b, a and c
-    both = log_p[:, None] + log_p
-    log_p_y = [torch.logsumexp((table + both).flatten(), 0) for table in (first, second)]
-    expected = torch.autograd.grad(sum(log_p_y) / 2, policy.logits, retain_graph=True)[0]
+    # log p(y|x,s) of the first sample by the texts of a and b, and of the second by those of a and c.
+    likelihoods = torch.rand(2, len(texts), len(texts), generator=torch.Generator().manual_seed(4)).double().log()
+    log_p_y = torch.stack([torch.logsumexp((table + log_p[:, None] + log_p).flatten(), 0) for table in likelihoods])
+    minus_kl = (log_p.exp() * ((reference - logprobs) * mask).sum(1)).sum()
+    # Two texts in each of two samples, all of one policy.
+    expected = torch.autograd.grad(log_p_y.mean() + 2 * ALPHA * minus_kl, policy.logits, retain_graph=True)[0]
+    holds = torch.tensor([0, 1, 0, 2]), torch.tensor([0, 0, 1, 1])
     total = 0.0
     for a, b, c in itertools.product(range(len(texts)), repeat=3):
-        weights = [(table[a, other] - log_y).exp().detach() for table, other, log_y in
-                   zip((first, second), (b, c), log_p_y, strict=True)]  # fmt: skip
         rows = [a, b, c]
-        loss = policy_loss(
-            logprobs[rows], logprobs[rows].detach(), mask[rows], torch.stack([sum(weights), *weights]), 0.0, 2
-        )
+        weights = (torch.stack([likelihoods[0, a, b], likelihoods[1, a, c]]) - log_p_y.detach()).exp()
+        weights, shares = row_weights(weights, torch.ones(2).double(), *holds, 3)
+        loss = policy_loss(logprobs[rows], reference[rows], mask[rows], weights, ALPHA, 2, shares=shares)
         total = total + log_p[rows].sum().exp().detach() * loss
     torch.testing.assert_close(-torch.autograd.grad(total, policy.logits)[0], expected, rtol=1e-9, atol=1e-12)
 
@@ -244,9 +245,14 @@ def test_weights_of_groups_by_hand():
 
 
 def test_importance_weights_are_of_all_texts_of_a_sample_and_capped():
-    ratios, sample_of = torch.tensor([2.0, 1.5, 0.5, 3.0]), torch.tensor([0, 0, 1, 2])
-    torch.testing.assert_close(importance_weights(ratios, sample_of, cap=9), torch.tensor([3.0, 3.0, 0.5, 3.0]))
-    torch.testing.assert_close(importance_weights(ratios, sample_of, cap=2), torch.tensor([2.0, 2.0, 0.5, 2.0]))
+    """The second text is in two samples."""
+    ratios, texts, samples = torch.tensor([2.0, 1.5, 0.5]), torch.tensor([0, 1, 1, 2]), torch.tensor([0, 0, 1, 2])
+    importance = importance_weights(ratios, texts, samples, 3, cap=9)
+    torch.testing.assert_close(importance, torch.tensor([3.0, 1.5, 0.5]))
+    torch.testing.assert_close(importance_weights(ratios, texts, samples, 3, cap=2), torch.tensor([2.0, 1.5, 0.5]))
+    weights, shares = row_weights(torch.tensor([1.0, -2.0, 4.0]), importance, texts, samples, 3)
+    torch.testing.assert_close(weights, torch.tensor([3.0, 0.0, 2.0]))
+    torch.testing.assert_close(shares, torch.tensor([3.0, 4.5, 0.5]))
 
 
 def test_mismatch_is_zero_between_equals_and_never_negative():

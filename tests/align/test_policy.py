@@ -1,8 +1,11 @@
 """The real DeepSpeed on two real ranks against plain torch on one."""
 
+import itertools
+import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,28 +15,28 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from align.config import ObjectiveConfig, TrainerConfig
-from align.objective import policy_loss
-from align.policy import deepspeed_config, token_logprobs
-from align.samples import Sample, SampleLog
+from align.policy import Rows, deepspeed_config
+from align.samples import Sample, SampleLog, Text
 from llm.config import LMRecConfig
 from llm.lmrec import build_lmrec
 
 ROOT = Path(__file__).parents[2]
 ALPHA, LR, CLIP = 0.3, 1e-2, 0.5
-WEIGHTS = [0.5, -1.0, 2.0, 3.0]
-# Two samples with two texts, one with one, one whose text is only the end of sequence.
+WEIGHTS = [[0.5, -0.5], [-1.0, 1.5], [2.0, 0.0], [3.0, -2.0]]
+# Two samples with two fresh items, one with one, one whose texts are only the end of sequence; two draws of each.
 TEXTS = [
-    ([[5, 6], [7]], [[8, 9, 1], [10]]),
-    ([[11]], [[12, 13]]),
-    ([[5, 6, 7], [9, 8]], [[3], [4, 4, 4, 1]]),
-    ([[20]], [[1]]),
+    ([[5, 6], [7]], [[[8, 9, 1], [10]], [[8, 9, 1], [2, 2]]]),
+    ([[11]], [[[12, 13]], [[3, 1]]]),
+    ([[5, 6, 7], [9, 8]], [[[3], [4, 4, 4, 1]], [[8, 1], [1]]]),
+    ([[20]], [[[1]], [[1]]]),
 ]
 
 
-def make_sample(ordinal: int, prompts: list[list[int]], token_ids: list[list[int]]) -> Sample:
-    texts, logprobs = [""] * len(token_ids), [[-1.0] * len(text) for text in token_ids]
-    fresh_items = [1] * len(prompts)
-    return Sample(ordinal, 0, [1], 1, fresh_items, prompts, token_ids, logprobs, texts, 0.0, 0.0, 0, 0)
+def make_sample(ordinal: int, prompts: list[list[int]], draws: list[list[list[int]]]) -> Sample:
+    seeds = itertools.count(100 * ordinal)
+    texts = [[Text(next(seeds), tokens, [-3.6 - 0.4 * nth] * len(tokens), "") for tokens in draw]
+             for nth, draw in enumerate(draws)]  # fmt: skip
+    return Sample(ordinal, 0, [1], 1, [0] * len(prompts), prompts, texts, [0.0, 0.0], 0.0, 0, 0)
 
 
 def samples() -> list[Sample]:
@@ -48,20 +51,35 @@ def model(tmp_path_factory) -> Path:
     return folder
 
 
+def plain_loss(policy, original, prompts, draw, weight) -> torch.Tensor:
+    """Of one draw, with the exact KL and importance weights that are capped at 2, place by place."""
+    scored, log_ratio = [], 0.0
+    for prompt, text in zip(prompts, draw, strict=True):
+        ids = torch.tensor([[*prompt, *text.token_ids]])
+        log_p = policy(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        with torch.no_grad():
+            log_orig = original(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        chosen = log_p[torch.arange(len(text.token_ids)), text.token_ids]
+        divergences = (log_p.exp() * (log_p - log_orig)).sum(-1)
+        log_ratio += float(chosen.detach().sum()) - sum(text.logprobs)
+        scored.append((chosen, divergences))
+    gain = 0.0
+    for chosen, divergences in scored:
+        gain = gain + weight * chosen.sum() - ALPHA * divergences.sum()
+        for place in range(len(chosen)):
+            gain = gain - ALPHA * float(divergences[place + 1 :].detach().sum()) * chosen[place]
+    return -min(2.0, math.exp(log_ratio)) * gain
+
+
 def plain_steps(folder: Path, n: int) -> dict[str, torch.Tensor]:
     """The same updates, a row at a time, without DeepSpeed, ranks or padding."""
     policy, original = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LR, weight_decay=0.0)
     for _ in range(n):
         loss = 0
-        for sample, weight in zip(samples(), WEIGHTS, strict=True):
-            for prompt, tokens in zip(sample.prompts, sample.token_ids, strict=True):
-                ids = torch.tensor([[*prompt, *tokens]])
-                own = token_logprobs(policy, ids)[:, len(prompt) - 1 :]
-                with torch.no_grad():
-                    reference = token_logprobs(original, ids)[:, len(prompt) - 1 :]
-                ones = torch.ones_like(own)
-                loss = loss + policy_loss(own, reference, ones, torch.tensor([weight]), ALPHA, len(WEIGHTS))
+        for sample, weights in zip(samples(), WEIGHTS, strict=True):
+            for draw, weight in zip(sample.draws, weights, strict=True):
+                loss = loss + plain_loss(policy, original, sample.prompts, draw, weight) / (2 * len(WEIGHTS))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), CLIP)
@@ -75,7 +93,8 @@ def test_two_ranks_of_deepspeed_equal_plain_torch_and_resume_exactly(tmp_path, m
     trainer = {
         "processes": 2, "zero_stage": stage, "batch_size": 4, "lr": LR, "clip_norm": CLIP, "warmup_steps": 0,
     }  # fmt: skip
-    align = {"trainer": trainer, "objective": {"alpha": ALPHA}, "wait_timeout_s": 60}
+    objective = {"alpha": ALPHA, "samples": 2, "kl": "exact", "max_importance": 2.0}
+    align = {"trainer": trainer, "objective": objective, "wait_timeout_s": 60}
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({"data": "none", "run": str(tmp_path), "align": align}))
     SampleLog(tmp_path / "samples").append(0, samples())
@@ -117,3 +136,28 @@ def test_the_recipe_decides_what_deepspeed_leaves_open():
 def test_the_default_objective_is_the_papers():
     assert ObjectiveConfig().baseline == "none"
     assert ObjectiveConfig().max_ratio is None
+    assert ObjectiveConfig().samples == 1
+    assert ObjectiveConfig().denominator == "base"
+    assert ObjectiveConfig().kl == "sampled"
+    assert ObjectiveConfig().max_importance is None
+
+
+def test_a_text_in_two_histories_is_one_row_and_equal_texts_of_two_draws_are_two():
+    def text(seed: int) -> Text:
+        return Text(seed, [8, 1], [-0.5, -0.25], "x")
+
+    shared = [make_sample(0, [[5, 6], [7]], []), make_sample(1, [[5, 6]], [])]
+    shared[0] = replace(shared[0], draws=[[text(1), text(2)], [text(3), text(2)]])
+    shared[1] = replace(shared[1], draws=[[text(1)], [text(3)]])
+    rows = Rows.of(shared, torch.device("cpu"))
+    assert rows.ids.tolist() == [[5, 6, 8, 1], [7, 8, 1, 0], [5, 6, 8, 1]]
+    assert rows.mask.tolist() == [[0, 1, 1], [1, 1, 0], [0, 1, 1]]
+    assert rows.drawn.tolist() == [[0, -0.5, -0.25], [-0.5, -0.25, 0], [0, -0.5, -0.25]]
+    assert sorted(zip(rows.texts.tolist(), rows.samples.tolist(), strict=True)) == [
+        (0, 0), (0, 2), (1, 0), (1, 1), (2, 1), (2, 3),
+    ]  # fmt: skip
+
+
+def test_a_text_that_a_history_holds_twice_counts_once():
+    twice = replace(make_sample(0, [[5], [5]], []), draws=[[Text(1, [8], [-0.5], "x")] * 2])
+    assert Rows.of([twice], torch.device("cpu")).texts.tolist() == [0]

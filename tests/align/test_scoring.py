@@ -1,43 +1,75 @@
+"""What a recommender reads of a sample: fresh texts at their places, stored ones elsewhere."""
+
+import pytest
 import torch
 
-from align.scoring import Inputs, knowledge_with_fresh, log_p_y_given_xs
+from align.config import AlignConfig
+from align.generator import fresh_places
+from align.samples import Sample, Text
+from align.scoring import Inputs, knowledge_with_fresh, log_p_y_given_xs, make_inputs
 from rec.item_encoder import KnowledgeConcat
 from rec.models.sasrec import SASRec, SASRecConfig
 
 
-def inputs(fresh_dim: int) -> Inputs:
-    return Inputs(
-        items=torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0], [7, 0, 0, 0]]),
-        lengths=torch.tensor([4, 2, 1]),
-        targets=torch.tensor([5, 1, 2]),
-        fresh=torch.arange(3 * 2 * fresh_dim).reshape(3, 2, fresh_dim).float(),
-        fresh_counts=torch.tensor([2, 2, 1]),
-    )
+def sample(items: list[int], places: list[int], draws: list[list[str]]) -> Sample:
+    texts = [[Text(nth, [1], [0.0], text) for nth, text in enumerate(draw)] for draw in draws]
+    return Sample(0, 0, items, 5, places, [[1]] * len(places), texts, [0.0] * len(draws), 0.0, 0, 0)
 
 
-def test_fresh_texts_land_on_the_last_items():
-    stored, batch = 100 + torch.arange(8)[:, None].expand(8, 3).float(), inputs(3)
-    found = knowledge_with_fresh(stored, batch)
-    for row in range(3):
-        length, count = int(batch.lengths[row]), int(batch.fresh_counts[row])
-        for place in range(length):
-            nth = place - (length - count)
-            expected = batch.fresh[row, nth] if nth >= 0 else stored[batch.items[row, place]]
-            torch.testing.assert_close(found[row, place], expected)
+def encode(texts: list[str]) -> torch.Tensor:
+    """Three numbers a text; counts how often it is asked."""
+    encode.asked += texts
+    return torch.tensor([[float(text), 10 * float(text), 0.0] for text in texts]).reshape(-1, 3)
 
 
-def test_stored_vectors_as_fresh_ones_change_nothing():
+SAMPLES = [
+    sample([1, 2, 3, 4], [1, 3], [["7", "8"], ["9", "7"]]),
+    sample([5, 6], [0], [["3"], ["4"]]),
+]
+
+
+@pytest.fixture
+def inputs() -> Inputs:
+    encode.asked = []
+    return make_inputs(SAMPLES, encode)
+
+
+def test_every_draw_is_a_history_with_its_own_texts_at_their_places(inputs):
+    stored = 100 + torch.arange(8)[:, None].expand(8, 3).float()
+    found = knowledge_with_fresh(stored, inputs)[..., 0]
+    expected = [[101, 7, 103, 8], [101, 9, 103, 7], [3, 106], [4, 106]]
+    for row, values in enumerate(expected):
+        assert int(inputs.lengths[row]) == len(values)
+        assert found[row, : len(values)].tolist() == values
+    assert inputs.targets.tolist() == [5, 5, 5, 5]
+
+
+def test_like_texts_are_encoded_once(inputs):
+    assert sorted(encode.asked) == ["3", "4", "7", "8", "9"]
+
+
+def test_stored_vectors_as_fresh_ones_change_nothing(inputs):
     torch.manual_seed(0)
     items = KnowledgeConcat(8, 16, 3)
     items.set_knowledge(torch.randn(8, 3))
     torch.nn.init.normal_(items.fuse.weight)
     model = SASRec(SASRecConfig(dim=16, heads=2, max_length=4), items).eval()
-    batch = inputs(3)
-    last = [batch.items[row, : int(batch.lengths[row])][-2:] for row in range(3)]
-    fresh = torch.zeros(3, 2, 3)
-    for row, own in enumerate(last):
-        fresh[row, : len(own)] = items.knowledge[own]
-    same = Inputs(batch.items, batch.lengths, batch.targets, fresh, batch.fresh_counts)
-    plain = model.log_likelihood(batch.items, batch.lengths, batch.targets)
+    own = items.knowledge[inputs.items[inputs.rows, inputs.places]]
+    same = Inputs(**{**vars(inputs), "fresh": own})
+    plain = model.log_likelihood(inputs.items, inputs.lengths, inputs.targets)
     torch.testing.assert_close(log_p_y_given_xs(model, same), plain)
-    assert not torch.allclose(log_p_y_given_xs(model, batch), plain)
+    assert not torch.allclose(log_p_y_given_xs(model, inputs), plain)
+
+
+def test_fresh_items_are_the_last_random_ones_or_all():
+    def places(length: int, seed: str = "0", **settings: object) -> list[int]:
+        return fresh_places(AlignConfig(**settings), length, seed)
+
+    assert places(5) == [4]
+    assert places(5, fresh_items=3) == [2, 3, 4]
+    assert places(2, fresh_items=3) == [0, 1]
+    assert places(4, fresh="all") == [0, 1, 2, 3]
+    drawn = [tuple(places(6, str(seed), fresh="random", fresh_items=2)) for seed in range(300)]
+    assert all(first < second for first, second in drawn)
+    assert len(set(drawn)) == 15
+    assert places(6, "9", fresh="random") == places(6, "9", fresh="random")

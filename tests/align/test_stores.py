@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from align.generator import last_step_allowed
-from align.samples import Sample, SampleLog
+from align.samples import Sample, SampleLog, Text
 from align.snapshots import SnapshotStore
 from rec.runtime import files
 
@@ -17,12 +17,13 @@ SAMPLE = Sample(
     user=1,
     items=[4, 5, 6],
     target=7,
-    fresh_items=[5, 6],
+    places=[1, 2],
     prompts=[[1, 2], [3]],
-    token_ids=[[8, 9], [10]],
-    logprobs=[[-0.5, -0.25], [-1.0]],
-    texts=["eight nine", ""],
-    log_p_y_given_xs=-3.25,
+    draws=[
+        [Text(11, [8, 9], [-0.5, -0.25], "eight nine"), Text(12, [10], [-1.0], "")],
+        [Text(13, [8], [-0.75], "eight"), Text(14, [], [], "")],
+    ],
+    log_p_y_given_xs=[-3.25, -3.0],
     log_p_y_given_x=-3.5,
     version=2,
     version_step=100,
