@@ -1,25 +1,20 @@
 """The main job, stage by stage: data, base recommender, LLM, not-aligned knowledge, alignment, final recommender.
 
-Every stage leaves its result in the run folder and is skipped when that is there; interrupted training and
-alignment go on where they were, writing a catalog's knowledge starts again. Running the same command again is
-therefore always right.
+Every stage leaves its result in the run folder and is skipped when that is there; an interrupted one goes on where it
+was. Running the same command again is therefore always right.
 """
 
 import logging
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from pyarrow import parquet
 
 from align.config import MainJob, Stages
 from align.snapshots import SnapshotStore
-from align.start import die_with_parent
-from launch import summary, supervise
+from launch import knowledge, summary, supervise
 from llm.engine import check_head_dim, check_model
 from llm.pretrain import make_tokenizer, pretrain
 from llm.prompts import item_texts, prompt_tokens
@@ -31,7 +26,6 @@ from rec.data.prepared import Prepared
 from rec.evaluation import evaluate
 from rec.item_encoder import KnowledgeConcat
 from rec.models.base import SequenceRecommender
-from rec.runtime import config, files
 from rec.runtime.errors import UserError
 from rec.runtime.runfolder import RunFolder
 from rec.trainer import build_model, train
@@ -141,8 +135,8 @@ class MainJobRun:
         control = SequenceRecommender.from_pretrained(self.stages.na / "model")
         self._finish(control, self.stages.na_knowledge, self.stages.control, "Control")
 
-    def _finish(self, model: SequenceRecommender, knowledge: Path, folder: Path, title: str) -> None:
-        model.items.set_knowledge(self._encode(knowledge))
+    def _finish(self, model: SequenceRecommender, texts: Path, folder: Path, title: str) -> None:
+        model.items.set_knowledge(self._encode(texts))
         train(model, self.data, self._finishing, RunFolder(folder), title)
 
     @property
@@ -150,27 +144,12 @@ class MainJobRun:
         return self.job.rec.model_copy(update={"train": self.job.align.finish})
 
     def _write_knowledge(self, model: str, version: str, out: Path) -> None:
-        if out.exists():
-            return
-        settings = self.run.path / "knowledge" / "llm.yaml"
-        files.write_text(settings, config.to_yaml(self.job.llm))
-        command = [
-            sys.executable, "-m", "llm.knowledge", "--config", str(settings), "--model", model,
-            "--data", str(self.stages.data_folder(self.job.data)), "--version", version, "--out", str(out),
-        ]  # fmt: skip
-        log_path = self.run.path / "logs" / "knowledge.log"
-        log_path.parent.mkdir(exist_ok=True)
-        with log_path.open("wb") as stream:
-            code = subprocess.run(
-                command, stdout=stream, stderr=subprocess.STDOUT, check=False, preexec_fn=die_with_parent
-            ).returncode
-        if code:
-            cause = supervise.last_words(log_path)
-            raise RuntimeError(f"generation ended with exit code {code}: {cause}; see {log_path}")
+        if not out.exists():
+            data, log_path = self.stages.data_folder(self.job.data), self.run.path / "logs" / "knowledge.log"
+            knowledge.generate(self.job.llm, model, version, data, out, log_path)
 
-    def _encode(self, knowledge: Path) -> torch.Tensor:
-        encoder = TextEncoder(self.stages.encoder_model(self.job.llm), self.job.llm.encoder)
-        return encoder(parquet.read_table(knowledge)["text"].to_pylist())
+    def _encode(self, path: Path) -> torch.Tensor:
+        return knowledge.encode(path, TextEncoder(self.stages.encoder_model(self.job.llm), self.job.llm.encoder))
 
     def _conclude(self, command: str, wall_s: float) -> dict[str, Any]:
         rows = []

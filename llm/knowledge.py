@@ -1,58 +1,161 @@
 """One knowledge text an item, for a whole catalog: ``knowledge.parquet``.
 
 Runs as a process of its own (``python -m llm.knowledge``), so that the engine's memory is free again afterwards.
+
+A text is a function of the model, the prompt and the settings alone: each has a key made of these, which is also its
+seed. So a text that the file holds already is kept, items with one prompt share one text, and an interrupted run goes
+on where it was and ends with the same file.
 """
 
 import argparse
+import hashlib
 import logging
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
+from transformers import AutoConfig
 
-from llm.config import LLMConfig
-from llm.engine import Completion, Engine
+from llm.config import KnowledgeConfig, LLMConfig
+from llm.engine import Engine
 from llm.prompts import item_texts, prompt_tokens
 from llm.tokenizer import load_tokenizer
 from rec.data.prepared import Prepared
 from rec.runtime import config, files
+from rec.runtime.config import hash_of
+from rec.runtime.errors import UserError
 from rec.runtime.logs import run_main
 from rec.runtime.progress import progress
 
 log = logging.getLogger(__name__)
 
 PROMPTS_A_CALL = 2048
+WEIGHTS = (".safetensors", ".json", ".model", ".txt")
+
+
+class KnowledgeFile:
+    """A ``knowledge.parquet`` and, while it is being made, the parts of it beside it.
+
+    Columns: item_id, prompt, text, model, version, key; and ``vector`` once the texts are encoded.
+
+    Args:
+        path: of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.parts = path.absolute().with_name(f"{path.name}.parts")
+
+    def texts(self) -> dict[str, str]:
+        """The texts that there are, by key.
+
+        Raises:
+            UserError: if the file, or a part of it, is damaged.
+        """
+        found: dict[str, str] = {}
+        for path in [*sorted(self.parts.glob("part-*.parquet")), *([self.path] if self.path.exists() else [])]:
+            try:
+                table = parquet.read_table(path, columns=["key", "text"])
+            except (OSError, pa.ArrowException, KeyError) as error:
+                raise UserError(f"{path} is damaged ({' '.join(str(error).split())[:200]}); delete it") from error
+            found.update(zip(table["key"].to_pylist(), table["text"].to_pylist(), strict=True))
+        return found
+
+    def keep(self, keys: Sequence[str], texts: Sequence[str]) -> None:
+        """Store finished texts until the file is whole."""
+        number = len(list(self.parts.glob("part-*.parquet")))
+        table = pa.table({"key": list(keys), "text": list(texts)})
+        write_table(self.parts / f"part-{number:06d}.parquet", table)
+
+    def finish(self, table: pa.Table) -> None:
+        """Write the whole file in place of an older one, and forget the parts."""
+        write_table(self.path, table)
+        shutil.rmtree(self.parts, ignore_errors=True)
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write a parquet file atomically."""
+    sink = pa.BufferOutputStream()
+    parquet.write_table(table, sink)
+    files.write_bytes(path, sink.getvalue().to_pybytes())
 
 
 def generate_knowledge(data: Prepared, model: str | Path, settings: LLMConfig, out: Path, version: str) -> None:
-    """Generate with vLLM and write item_id, prompt, text, model, version; atomically, rows in item order."""
-    knowledge = settings.knowledge
-    texts = item_texts(data.items, settings.item_text)
+    """Write ``out``, rows in item order, generating what it does not hold yet with vLLM.
+
+    Raises:
+        UserError: if the model cannot be used, or ``out`` is damaged.
+    """
+    file, knowledge = KnowledgeFile(out), settings.knowledge
     tokenizer = load_tokenizer(model)
-    prompts = prompt_tokens(texts, knowledge.prompt, tokenizer)
-    engine = Engine(model, settings.engine, max(map(len, prompts)) + knowledge.max_new_tokens, knowledge.seed)
-    completions: list[Completion] = []
-    with progress("Knowledge", len(prompts)) as advance:
-        for begin in range(0, len(prompts), PROMPTS_A_CALL):
-            part = prompts[begin : begin + PROMPTS_A_CALL]
-            seeds = [knowledge.seed * 1_000_003 + begin + place for place in range(len(part))]
-            completions += engine.generate(part, seeds, knowledge.max_new_tokens, knowledge.temperature)
-            advance(len(completions))
-    table = pa.table(
-        {
-            "item_id": data.items["item_id"],
-            "prompt": tokenizer.batch_decode(prompts),
-            "text": [completion.text.strip() for completion in completions],
-            "model": [str(model)] * len(prompts),
-            "version": [version] * len(prompts),
-        }
-    )
-    sink = pa.BufferOutputStream()
-    parquet.write_table(table, sink)
-    files.write_bytes(out, sink.getvalue().to_pybytes())
-    empty = sum(not completion.text.strip() for completion in completions)
+    prompts = prompt_tokens(item_texts(data.items, settings.item_text), knowledge.prompt, tokenizer)
+    keys = text_keys(prompts, fingerprint(model), knowledge)
+    texts = file.texts()
+    missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in texts}
+    kept = len(set(keys)) - len(missing)
+    if missing:
+        longest = max(map(len, missing.values())) + knowledge.max_new_tokens
+        engine = Engine(model, settings.engine, longest, knowledge.seed)
+        wanted = list(missing)
+        with progress("Knowledge", len(wanted)) as advance:
+            for begin in range(0, len(wanted), PROMPTS_A_CALL):
+                part = wanted[begin : begin + PROMPTS_A_CALL]
+                found = engine.generate(
+                    [missing[key] for key in part],
+                    [int(key[:15], 16) for key in part],
+                    knowledge.max_new_tokens,
+                    knowledge.temperature,
+                )
+                said = [completion.text.strip() for completion in found]
+                file.keep(part, said)
+                texts.update(zip(part, said, strict=True))
+                advance(begin + len(part))
+    table = {
+        "item_id": data.items["item_id"],
+        "prompt": tokenizer.batch_decode(prompts),
+        "text": [texts[key] for key in keys],
+        "model": [str(model)] * len(prompts),
+        "version": [version] * len(prompts),
+        "key": keys,
+    }
+    file.finish(pa.table(table))
+    log.info(
+        "%s: %d items; %d texts written, %d kept, %d items share one with another",
+        out, len(keys), len(missing), kept, len(keys) - len(set(keys)),
+    )  # fmt: skip
+    empty = sum(not texts[key] for key in keys)
     if empty:
-        log.warning("%d of %d knowledge texts are empty; they are encoded as zeros", empty, len(completions))
+        log.warning("%d of %d knowledge texts are empty; they are encoded as zeros", empty, len(keys))
+
+
+def text_keys(prompts: Sequence[list[int]], model: str, settings: KnowledgeConfig) -> list[str]:
+    """A key for the text of every prompt: a hash of all that decides it."""
+    common = hashlib.sha256(hash_of([model, settings.max_new_tokens, settings.temperature, settings.seed]).encode())
+    keys = []
+    for prompt in prompts:
+        own = common.copy()
+        own.update(np.asarray(prompt, dtype=np.int64).tobytes())
+        keys.append(own.hexdigest()[:16])
+    return keys
+
+
+def fingerprint(model: str | Path) -> str:
+    """A hash of a model folder's weights and tokenizer, or the name and revision of a model on the hub.
+
+    Raises:
+        UserError: if there is no such model.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        parts = sorted(path for path in folder.iterdir() if path.suffix in WEIGHTS)
+        return hash_of([[path.name, files.sha256_file(path)] for path in parts])
+    try:
+        return f"{model}@{getattr(AutoConfig.from_pretrained(str(model)), '_commit_hash', None)}"
+    except (OSError, ValueError) as error:
+        raise UserError(f"{model} is no language model: {str(error).strip().splitlines()[0]}") from error
 
 
 def main() -> None:

@@ -1,0 +1,95 @@
+"""``recalign knowledge``: texts and vectors for a whole catalog, from an original or an aligned LLM."""
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from pyarrow import parquet
+
+from align.config import MainJob, Stages, load_job
+from align.snapshots import SnapshotStore
+from align.start import die_with_parent
+from launch import supervise
+from llm.config import LLMConfig
+from llm.knowledge import write_table
+from llm.text_encoder import TextEncoder
+from rec.data.prepared import Prepared
+from rec.runtime import config, files
+from rec.runtime.errors import UserError
+from rec.runtime.runfolder import CONFIG
+
+log = logging.getLogger(__name__)
+
+VECTOR = "vector"
+
+
+def run(source: Path, out: Path, data: Path | None = None, original: bool = False) -> None:
+    """Generate and encode what ``out`` does not hold yet.
+
+    Args:
+        source: a recipe, whose LLM is the original one, or the run folder of a main job, whose LLM is the aligned one.
+        out: the parquet file to make or to complete.
+        data: a prepared folder whose items are asked about; by default the job's own.
+        original: take a run's original LLM.
+
+    Raises:
+        UserError: if there is no such LLM yet.
+    """
+    job = load_job(source / CONFIG if source.is_dir() else source)
+    stages = Stages(job.run)
+    folder = data or stages.data_folder(job.data)
+    Prepared.load(folder)  # says what is wrong before anything heavy starts
+    model, version = _model(job, stages, original or not source.is_dir())
+    generate(job.llm, model, version, folder, out, out.with_suffix(".log"))
+    encode(out, TextEncoder(stages.encoder_model(job.llm), job.llm.encoder))
+
+
+def generate(llm: LLMConfig, model: str, version: str, data: Path, out: Path, log_path: Path) -> None:
+    """Generate texts in a process of its own, which returns the engine's memory when it ends.
+
+    Raises:
+        UserError: with the process's own message, if it called its end a user's mistake.
+        RuntimeError: if it died; with the end of its log.
+    """
+    settings = out.absolute().with_name(f"{out.stem}.llm.yaml")
+    files.write_text(settings, config.to_yaml(llm))
+    command = [
+        sys.executable, "-m", "llm.knowledge", "--config", str(settings), "--model", model,
+        "--data", str(data), "--version", version, "--out", str(out),
+    ]  # fmt: skip
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    with log_path.open("wb") as stream:
+        code = subprocess.run(
+            command, stdout=stream, stderr=subprocess.STDOUT, check=False, preexec_fn=die_with_parent
+        ).returncode
+    if code:
+        cause = supervise.last_words(log_path)
+        raise RuntimeError(f"generation ended with exit code {code}: {cause}; see {log_path}")
+
+
+def encode(out: Path, encoder: TextEncoder) -> torch.Tensor:
+    """Vectors [N, K] of the texts of a knowledge file, which are written beside the texts."""
+    table = parquet.read_table(out)
+    vectors = encoder(table["text"].to_pylist())
+    if VECTOR in table.column_names:
+        table = table.drop_columns([VECTOR])
+    column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.numpy().astype(np.float32).ravel()), vectors.shape[1])
+    write_table(out, table.append_column(VECTOR, column))
+    return vectors
+
+
+def _model(job: MainJob, stages: Stages, original: bool) -> tuple[str, str]:
+    """Where the LLM is, and the name of its version."""
+    if original:
+        model = stages.llm_model(job.llm)
+        if job.llm.model is None and not Path(model).is_dir():
+            raise UserError(f"{job.run} has no LLM yet: llm.model names none, and none is trained there")
+        return model, "original"
+    newest = SnapshotStore(stages.snapshots).newest()
+    if newest is None:
+        raise UserError(f"{job.run} has no aligned LLM yet; --original takes the one that it started from")
+    return str(newest.llm), f"v{newest.version}"
