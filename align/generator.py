@@ -19,7 +19,7 @@ from align.order import Pair, PairOrder
 from align.samples import Sample, SampleLog, Text
 from align.scoring import log_p_y_given_xs, make_inputs, pad_histories
 from align.snapshots import CANARY_TOKENS, Snapshot, SnapshotStore
-from align.start import read_config
+from align.start import read_arguments
 from llm.engine import Engine
 from llm.prompts import item_texts, prompt_tokens
 from llm.text_encoder import TextEncoder
@@ -237,7 +237,7 @@ def fresh_places(align: AlignConfig, length: int, seed: str) -> list[int]:
 
 def main() -> None:
     """Entry of the generator process."""
-    job = read_config(__doc__)
+    job, _ = read_arguments(__doc__)
     with RunFolder(job.run).lock("generator", wait_s=30):
         Generator(job).loop()
 

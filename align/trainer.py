@@ -3,7 +3,9 @@
 ``accelerate launch --config_file launch/accelerate/cpu.yaml -m align.trainer --config RUN/config.yaml``
 
 The trainer is a deterministic function of (initial weights, seed, sample log). It publishes snapshot 0 before its
-first step, then one every ``refresh_every`` steps, and the last one after its last step.
+first step, then one every ``refresh_every`` steps, and the last one after its last step. With ``--replay-into DIR`` it
+reads the sample log of a finished run and writes all of its own into DIR: what it publishes there last is bit for bit
+what it published then.
 """
 
 import contextlib
@@ -23,7 +25,7 @@ from align.policy import Policy, deepspeed_config
 from align.reader import Reader
 from align.samples import Sample, SampleLog
 from align.snapshots import CANARY_TOKENS, LLM, RECOMMENDER, SnapshotStore
-from align.start import read_config
+from align.start import read_arguments
 from llm.prompts import item_texts, prompt_tokens
 from llm.text_encoder import TextEncoder
 from llm.tokenizer import load_tokenizer
@@ -69,10 +71,17 @@ def make_accelerator(job: MainJob) -> Accelerator:
 
 
 class Trainer:
-    """The trainer's loop; one instance a rank."""
+    """The trainer's loop; one instance a rank.
 
-    def __init__(self, job: MainJob) -> None:
-        self.job, self.stages, self.run = job, Stages(job.run), RunFolder(job.run)
+    Args:
+        job: the recipe; its earlier stages are finished.
+        into: the folder of checkpoints, snapshots and metrics, if not the run's own.
+    """
+
+    def __init__(self, job: MainJob, into: Path | None = None) -> None:
+        self.job, self.stages = job, Stages(job.run)
+        own = Stages(into or job.run)
+        self.run = RunFolder(own.run)
         align, original = job.align, self.stages.llm_model(job.llm)
         # Before the accelerator: under ZeRO-3 it makes transformers shard whatever is loaded from then on.
         encoder = TextEncoder(self.stages.encoder_model(job.llm), job.llm.encoder)
@@ -90,9 +99,9 @@ class Trainer:
             self.accelerator.device,
             distributed=self.ranks.size > 1,
         )
-        self.store = SnapshotStore(self.stages.snapshots, align.trainer.keep_snapshots)
+        self.store = SnapshotStore(own.snapshots, align.trainer.keep_snapshots)
         self.log = SampleLog(self.stages.samples)
-        self.checkpoints = Checkpoints(self.stages.checkpoints, self.ranks)
+        self.checkpoints = Checkpoints(own.checkpoints, self.ranks)
         self.meta = {"config_hash": job.identity, "data_hash": data.meta["content_hash"]}
         texts = item_texts(data.items.slice(0, 1), job.llm.item_text)
         self.canary = self._canary(prompt_tokens(texts, job.llm.knowledge.prompt, self.tokenizer)[0])
@@ -224,11 +233,12 @@ class Trainer:
 
 def main() -> None:
     """Entry of every trainer rank."""
-    job = read_config(__doc__)
+    job, arguments = read_arguments(__doc__, replay=True)
+    into = arguments.replay_into
     first = int(os.environ.get("RANK", "0")) == 0
     # A predecessor that is being killed may hold the lock a little longer.
-    with RunFolder(job.run).lock("trainer", wait_s=30) if first else contextlib.nullcontext():
-        trainer = Trainer(job)
+    with RunFolder(into or job.run).lock("trainer", wait_s=30) if first else contextlib.nullcontext():
+        trainer = Trainer(job, into)
         trainer.loop()
         trainer.accelerator.end_training()
 

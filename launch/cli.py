@@ -8,6 +8,7 @@ from pathlib import Path
 
 from launch import cli_bench, cli_data, cli_llm, cli_rec, cli_serve
 from launch.commands import add_command, add_run_options, delete_run
+from rec.runtime.errors import UserError
 from rec.runtime.logs import run_main
 
 # Heavy modules are imported by the commands that need them, so that --help and mistakes answer at once.
@@ -49,8 +50,11 @@ examples:
   recalign align launch/recipes/seralm-online-retail.yaml
   recalign align my.yaml align.refresh_every=10 align.max_lag_steps=20
   recalign align runs/demo/config.yaml       # resume a run
+  recalign align --replay runs/demo          # train again on its recorded samples: the same weights, bit for bit
 """)  # fmt: skip
-    align.add_argument("recipe", type=Path, help="YAML recipe")
+    align.add_argument("recipe", type=Path, nargs="?", help="YAML recipe")
+    align.add_argument("--replay", type=Path, metavar="RUN", help="a finished run whose trainer is to be run again")
+    align.add_argument("--out", type=Path, help="of a replay: where it writes (default: RUN/replay)")
     align.add_argument(
         "--stop-before-alignment",
         action="store_true",
@@ -72,7 +76,27 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _align(arguments: argparse.Namespace) -> None:
+    if arguments.replay is not None:
+        _replay(arguments)
+        return
+    if arguments.recipe is None:
+        raise UserError("align needs a recipe, or --replay RUN")
     _run_main_job(arguments.recipe, arguments.overrides, arguments.fresh, arguments.stop_before_alignment)
+
+
+def _replay(arguments: argparse.Namespace) -> None:
+    if arguments.recipe or arguments.overrides or arguments.stop_before_alignment:
+        raise UserError("--replay takes a run folder as it is, without a recipe or overrides")
+    from launch.replay import replay
+
+    out = arguments.out or arguments.replay / "replay"
+    if arguments.fresh and out.exists():
+        delete_run(out)
+    result = replay(arguments.replay, out, shlex.join(["recalign", *sys.argv[1:]]))
+    [claim] = result["claims"]
+    sys.stdout.write(f"{claim['id']}: {'yes' if claim['holds'] else 'NO'} ({claim['figure']})\n")
+    if not claim["holds"]:
+        sys.exit(1)
 
 
 def _run_main_job(recipe: Path, overrides: list[str], fresh: bool, stop_before_alignment: bool = False) -> None:

@@ -98,9 +98,17 @@ def align(job: MainJob) -> None:
         UserError: with a job's own message, if that called it a user's mistake.
         RuntimeError: if a job keeps dying; with the end of its log.
     """
-    run = RunFolder(job.run)
-    trainer, generator = _trainer(job), _generator(job)
-    children = [trainer, generator]
+    _watch(job, RunFolder(job.run), [_trainer(job), _generator(job)])
+
+
+def replay(job: MainJob, into: Path) -> None:
+    """Run the trainer alone on the sample log of a finished run, writing to ``into``; raises what ``align`` does."""
+    _watch(job, RunFolder(into), [_trainer(job, into)])
+
+
+def _watch(job: MainJob, run: RunFolder, children: list[Child]) -> None:
+    """Start the jobs, the trainer first among them, and watch them until the trainer is done."""
+    trainer = children[0]
     try:
         for child in children:
             child.start()
@@ -135,8 +143,8 @@ def _restart_if_dead(child: Child, max_restarts: int, run: RunFolder) -> None:
     child.start()
 
 
-def _trainer(job: MainJob) -> Child:
-    stages, on_gpu = Stages(job.run), torch.cuda.is_available()
+def _trainer(job: MainJob, into: Path | None = None) -> Child:
+    run, on_gpu = into or job.run, torch.cuda.is_available()
     config = "gpu.yaml" if on_gpu else "cpu.yaml"
     environment = {"TOKENIZERS_PARALLELISM": "false"}
     if on_gpu:
@@ -150,10 +158,10 @@ def _trainer(job: MainJob) -> Child:
         "--num_processes", str(job.align.trainer.processes),
         "--main_process_port", str(_free_port()),
         "-m", "align.trainer", "--config", str(job.run / CONFIG),
+        *(["--replay-into", str(into)] if into else []),
     ]  # fmt: skip
-
-    place = Checkpoints(stages.checkpoints).last_step
-    return Child("trainer", command, environment, job.run / "logs" / "trainer.log", place)
+    place = Checkpoints(Stages(run).checkpoints).last_step
+    return Child("trainer", command, environment, run / "logs" / "trainer.log", place)
 
 
 def _generator(job: MainJob) -> Child:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,11 @@ def before_alignment(finished: RunFolder, folder: Path) -> RunFolder:
     return RunFolder(run)
 
 
+def start_replay(run: Path, *more: str, **options: object) -> subprocess.Popen:
+    command = [sys.executable, "-m", "launch.cli", "align", "--replay", str(run), *more]
+    return subprocess.Popen(command, cwd=ROOT, **options)
+
+
 def final_weights(run: RunFolder) -> dict[str, torch.Tensor]:
     newest = SnapshotStore(Stages(run.path).snapshots).newest()
     assert newest.step == STEPS
@@ -119,23 +125,27 @@ def assert_no_sample_lost_or_repeated(run: RunFolder) -> None:
 
 
 def replay_of(run: RunFolder, folder: Path, *overrides: str) -> RunFolder:
-    """Train again from the recorded samples alone."""
-    replay = folder / "replay"
-    shutil.copytree(run.path, replay)
-    for name in ("checkpoints", "snapshots"):
-        shutil.rmtree(replay / name)
+    """Train again from the recorded samples alone, as a cluster user would."""
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/accelerate/cpu.yaml",
-        "--main_process_port", "29655", "-m", "align.trainer", "--config", str(replay / CONFIG), *overrides,
+        "--main_process_port", "29655", "-m", "align.trainer", "--config", str(run.path / CONFIG),
+        "--replay-into", str(folder / "replay"), *overrides,
     ]  # fmt: skip
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    return RunFolder(replay)
+    return RunFolder(folder / "replay")
 
 
 def assert_equals_its_own_replay(run: RunFolder, folder: Path) -> None:
-    trained, replayed = final_weights(run), final_weights(replay_of(run, folder))
+    command = [sys.executable, "-m", "launch.cli", "align", "--replay", str(run.path), "--out", str(folder / "again")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert "a replay ends with the same weights: yes (no tensor differs)" in done.stdout
+    [claim] = RunFolder(folder / "again").result()["claims"]
+    assert claim["holds"] is True
+    # The command's word is not all there is.
+    trained, replayed = final_weights(run), final_weights(RunFolder(folder / "again"))
     assert all(torch.equal(value, replayed[name]) for name, value in trained.items())
 
 
@@ -180,6 +190,32 @@ def test_zero_three_trains_the_same_models_from_the_same_samples(finished, tmp_p
     assert set(two) == set(three)
     for name, value in two.items():
         torch.testing.assert_close(three[name], value, rtol=0.02, atol=0.02, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_replay_of_other_samples_ends_elsewhere_and_says_so(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished.path, run)
+    log = SampleLog(Stages(run).samples)
+    changed = [replace(sample, log_p_y_given_xs=[value + 2 for value in sample.log_p_y_given_xs])
+               if sample.ordinal % BATCH == 0 else sample for sample in log.read(STEPS - 1)]  # fmt: skip
+    max(log.folder.glob("batch-*")).unlink()
+    log.append(STEPS - 1, changed)
+    assert start_replay(run).wait(300) == 1
+    [claim] = RunFolder(run / "replay").result()["claims"]
+    assert claim["holds"] is False
+    assert "llm/" in claim["figure"]
+
+
+def test_a_replay_needs_a_finished_run_and_nothing_else(finished, tmp_path):
+    run = before_alignment(finished, tmp_path)
+    for arguments, message in (
+        ([run.path], "is not finished: it needs all 40 steps"),
+        ([tmp_path / "none"], "is no run folder"),
+        ([finished.path, "align.trainer.lr=1"], "without a recipe or overrides"),
+    ):
+        process = start_replay(*arguments, stderr=subprocess.PIPE)
+        assert message in process.communicate(timeout=100)[1].decode()
+        assert process.returncode == 2
 
 
 def test_a_finished_run_says_so_and_another_recipe_is_refused(finished):
