@@ -4,6 +4,7 @@ import copy
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -23,6 +24,24 @@ class Section(BaseModel):
 
 AnySection = TypeVar("AnySection", bound=Section)
 
+BOOL, FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
+
+
+class _Loader(yaml.SafeLoader):
+    """Booleans and numbers as in YAML 1.2: ``on`` is a word, so that a key may be called so, and 1e-3 is a number."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    letter: [(tag, pattern) for tag, pattern in resolvers if tag not in (BOOL, FLOAT)]
+    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(BOOL, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    FLOAT,
+    re.compile(r"^(?:[-+]?(?:\.\d+|\d+(?:\.\d*)?)(?:[eE][-+]?\d+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
+    list("-+.0123456789"),
+)
+
 
 def read_recipe(path: Path) -> dict[str, Any]:
     """The mapping in a YAML recipe.
@@ -33,7 +52,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"recipe not found: {path}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = _parse(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a YAML recipe: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
@@ -57,10 +76,14 @@ def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> dict[s
             if not isinstance(target, dict):
                 raise UserError(f"override {override!r}: {key!r} is a value, not a section")
         try:
-            target[leaf] = yaml.safe_load(value)
+            target[leaf] = _parse(value)
         except yaml.YAMLError as error:
             raise UserError(f"override {override!r}: the value is not valid YAML") from error
     return result
+
+
+def _parse(text: str) -> Any:
+    return yaml.load(text, _Loader)
 
 
 def build(section: type[AnySection], content: dict[str, Any]) -> AnySection:

@@ -223,3 +223,15 @@ def test_a_checkpoint_holds_no_pickled_objects(tmp_path):
     Checkpoints(tmp_path).save(1, {"bad": Path("x")})
     with pytest.raises(Exception, match=r"weights_only|Unsupported"):
         Checkpoints(tmp_path).resume()
+
+
+def test_a_key_may_be_called_on_and_numbers_may_have_exponents(tmp_path):
+    """YAML 1.1 would read ``on`` as true and 1e-3 as a word."""
+    (tmp_path / "recipe.yaml").write_text(
+        "rec:\n  train: {on: train+valid, lr: 1e-3, epochs: 7, compile: true}\nyes: no\n"
+    )
+    read = config.read_recipe(tmp_path / "recipe.yaml")
+    assert read == {"rec": {"train": {"on": "train+valid", "lr": 0.001, "epochs": 7, "compile": True}}, "yes": "no"}
+    assert config.apply_overrides({}, ["a.on=3e4", "a.b=-.5", "a.c=off"]) == {
+        "a": {"on": 30000.0, "b": -0.5, "c": "off"}
+    }
