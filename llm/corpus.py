@@ -14,6 +14,7 @@ from llm.tokenizer import ARROW
 from rec.data.prepared import Prepared
 
 IGNORED = -100
+POOL = 16
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,17 @@ class Corpus:
     def batches(self, seed: int, epoch: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Input ids [B, T], right-padded with [EOS], and labels [B, T], where padding and what is given are ignored.
 
-        Like lengths are together.
+        Like lengths are together, but rows are mixed anew each epoch: a batch of neighbours, of one kind of text or of
+        one user's time, would pull the weights its own way.
         """
-        rows = self.rows(seed, epoch)
-        order = sorted(range(len(rows)), key=lambda row: len(rows[row].ids))
-        batches = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
-        for index in np.random.default_rng([seed, epoch, 1]).permutation(len(batches)):
+        rows, rng = self.rows(seed, epoch), np.random.default_rng([seed, epoch, 1])
+        lengths, mixed, pool = np.array([len(row.ids) for row in rows]), rng.permutation(len(rows)), POOL * batch_size
+        batches = []
+        for begin in range(0, len(rows), pool):
+            own = mixed[begin : begin + pool]
+            by_length = own[np.argsort(lengths[own], kind="stable")]
+            batches += [by_length[start : start + batch_size] for start in range(0, len(own), batch_size)]
+        for index in rng.permutation(len(batches)):
             chosen = [rows[row] for row in batches[index]]
             ids = [torch.tensor(row.ids) for row in chosen]
             labels = [torch.tensor([IGNORED] * row.given + row.ids[row.given :]) for row in chosen]
