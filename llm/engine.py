@@ -21,6 +21,7 @@ from rec.runtime.errors import UserError
 log = logging.getLogger(__name__)
 
 MIN_HEAD_DIM_ON_CPU = 32
+BATCHED_TOKENS_ON_CPU = 4096
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ class Engine:
 
             # vLLM compiles a tiny log-prob kernel even when told to run eagerly: 17 s for nothing.
             _dynamo.config.disable = True
+        # A prompt that is read in two steps makes vLLM turn its request's random generator back, which a CPU's cannot.
+        whole = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(BATCHED_TOKENS_ON_CPU, max_length)}
         self.llm = LLM(
             model=str(model),
             dtype=config.dtype,
@@ -77,6 +80,7 @@ class Engine:
             # The temperature belongs to the distribution that is sampled from, so to its log-probs too.
             logprobs_mode="processed_logprobs",
             disable_log_stats=True,
+            **({} if on_gpu else whole),
         )
         self.version = "initial"
 

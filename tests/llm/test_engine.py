@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from llm.config import EngineConfig, LMRecConfig
-from llm.engine import Engine, check_model
+from llm.engine import BATCHED_TOKENS_ON_CPU, Engine, check_model
 from llm.lmrec import build_lmrec
 from llm.tokenizer import load_tokenizer, train_tokenizer
 from rec.runtime.errors import UserError
@@ -106,3 +106,15 @@ def test_a_folder_that_is_no_model_is_one_clear_line(tmp_path):
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=r"has no usable tokenizer|is no language model"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.vllm
+def test_more_prompts_than_one_step_reads(engine):
+    """vLLM would read one of them in two steps, and on a CPU die of its seed."""
+    vllm, first, _ = engine
+    vllm.load_weights(first, "many")
+    prompts = [TOKENS * 2 + [5 + number % 20] for number in range(200)]
+    assert sum(map(len, prompts)) > 2 * BATCHED_TOKENS_ON_CPU
+    together = vllm.generate(prompts, range(200), 4)
+    [alone] = vllm.generate(prompts[123:124], [123], 4)
+    assert together[123].token_ids == alone.token_ids

@@ -20,10 +20,10 @@ from rec.data.raw import RawData
 from rec.runtime.errors import UserError
 
 ATTRIBUTES = {
-    "flavour": "It tastes of {}.",
-    "colour": "It has the colour of {}.",
-    "material": "It is made of {}.",
+    "taste": "It tastes of {}.",
+    "look": "It looks like {}.",
     "origin": "It comes from {}.",
+    "company": "It goes with {}.",
 }
 FILTERS = {"k_core": 0}  # few interactions of each item are the point
 CONSONANTS, VOWELS, SYLLABLES = "bdfgklmnprstvz", "aeiou", 3
@@ -73,16 +73,14 @@ def make(world: World) -> RawData:
     # [items, attributes]: as many items with each value, all attributes independent.
     values = np.stack([rng.permutation(np.arange(world.items) % world.values) for _ in ATTRIBUTES], axis=1)
     histories = _histories(values[:, driving], world, rng)
-    words = _words(2 * world.items + len(ATTRIBUTES) * world.values, rng)
-    first, second, *names = np.split(
-        words, [world.items, *range(2 * world.items, len(words), world.values)]
-    )  # two of each title, then each attribute's values
+    words = _words(world.items + len(ATTRIBUTES) * world.values, rng)
+    titles, *names = np.split(words, range(world.items, len(words), world.values))
     columns = {
         attribute: [sentence.format(own[value]) for value in values[:, place]]
         for place, ((attribute, sentence), own) in enumerate(zip(ATTRIBUTES.items(), names, strict=True))
     }
-    titles = [f"{one.capitalize()} {other.capitalize()}" for one, other in zip(first, second, strict=True)]
-    items = pa.table({"item_id": [f"i{item}" for item in range(world.items)], "title": titles, **columns})
+    item_ids = [f"i{item}" for item in range(world.items)]
+    items = pa.table({"item_id": item_ids, "title": [title.capitalize() for title in titles], **columns})
     steps = np.arange(histories.size) % world.length
     interactions = pa.table(
         {
