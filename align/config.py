@@ -91,6 +91,8 @@ class AlignConfig(Section):
     knowledge_on_target: bool = False
     """Whether scored candidates carry knowledge too."""
     knowledge_dropout: float = Field(0.0, ge=0, lt=1)
+    standardise_knowledge: bool = True
+    """Each entry of the text vectors to mean 0 and variance 1 over the not-aligned texts of the catalog."""
     finish: TrainConfig = TrainConfig()
     """Training of the recommender on the aligned LLM's knowledge, after alignment."""
     wait_timeout_s: float = Field(600, gt=0)

@@ -108,7 +108,8 @@ class MainJobRun:
         def items() -> KnowledgeConcat:
             sizes = (self.data.n_items, self.job.rec.model.dim, vectors.shape[1])
             align = self.job.align
-            encoder = KnowledgeConcat(*sizes, align.knowledge_on_target, align.knowledge_dropout)
+            options = align.knowledge_on_target, align.knowledge_dropout, align.standardise_knowledge
+            encoder = KnowledgeConcat(*sizes, *options)
             encoder.set_knowledge(vectors)
             return encoder
 

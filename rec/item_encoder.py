@@ -6,6 +6,8 @@ An item encoder turns item numbers into input vectors and gives the table that u
 import torch
 from torch import Tensor, nn
 
+SMALLEST_DEVIATION = 1e-3  # of an entry that is the same in all texts, which tells nothing
+
 
 class ItemEncoder(nn.Module):
     """Base of all item encoders.
@@ -142,21 +144,33 @@ class KnowledgeConcat(ItemEncoder):
     candidates carry it. By default they are the ID vectors, as in RecBole's models with feature fields;
     ``on_target=True`` scores against r instead.
 
+    The vectors of texts of one kind have most of their length in common. ``standardise`` takes each of their K entries
+    to mean 0 and variance 1 over the catalog that ``set_knowledge`` saw first, for later and fresh vectors too; a
+    vector of zeros, no text, stays one.
+
     Args:
         n_items: items are numbered from 1.
         dim: width D of ID and output vectors.
         knowledge_dim: width K of the knowledge vectors.
         on_target: whether candidates are scored with knowledge too.
         dropout: on the knowledge vector while training.
+        standardise: whether vectors are standardised before they are read.
     """
 
     kind = "knowledge"
 
     def __init__(
-        self, n_items: int, dim: int, knowledge_dim: int, on_target: bool = False, dropout: float = 0.0
+        self,
+        n_items: int,
+        dim: int,
+        knowledge_dim: int,
+        on_target: bool = False,
+        dropout: float = 0.0,
+        standardise: bool = False,
     ) -> None:
         super().__init__(n_items, dim)
         self.knowledge_dim, self.on_target, self.dropout = knowledge_dim, on_target, dropout
+        self.standardise = standardise
         self.ids = _new_ids(n_items, dim)
         self.fuse = nn.Linear(dim + knowledge_dim, dim, bias=False)
         with torch.no_grad():
@@ -164,21 +178,36 @@ class KnowledgeConcat(ItemEncoder):
             self.fuse.weight.zero_()
             self.fuse.weight[:, :dim] = torch.eye(dim)
         self.register_buffer("knowledge", torch.zeros(n_items + 1, knowledge_dim))
+        if standardise:
+            self.register_buffer("mean", torch.zeros(knowledge_dim))
+            self.register_buffer("deviation", torch.zeros(knowledge_dim))  # zeros: none seen yet
 
     def set_knowledge(self, vectors: Tensor) -> None:
         """Store the knowledge vectors [N, K] of items 1 to N; raises ValueError on another shape or not finite."""
         _check(vectors, self.n_items, self.knowledge_dim, "knowledge vectors")
         self.knowledge[1:] = vectors
+        if self.standardise and not self.deviation.any():
+            told = vectors[vectors.ne(0).any(1)]
+            if len(told) > 1:
+                self.mean.copy_(told.mean(0))
+                self.deviation.copy_(told.std(0).clamp(min=SMALLEST_DEVIATION))
 
     def forward(self, items: Tensor, knowledge: Tensor | None = None) -> Tensor:
-        vectors = self.knowledge[items] if knowledge is None else knowledge
+        vectors = self._read(self.knowledge[items] if knowledge is None else knowledge)
         vectors = nn.functional.dropout(vectors, self.dropout, self.training)
         return self.fuse(torch.cat([self.ids(items), vectors], dim=-1))
 
     def table(self) -> Tensor:
         if not self.on_target:
             return self.ids.weight
-        return self.fuse(torch.cat([self.ids.weight, self.knowledge], dim=-1))
+        return self.fuse(torch.cat([self.ids.weight, self._read(self.knowledge)], dim=-1))
+
+    def _read(self, vectors: Tensor) -> Tensor:
+        """The vectors [..., K] as ``fuse`` gets them."""
+        if not self.standardise:
+            return vectors
+        scaled = (vectors - self.mean) / self.deviation.clamp(min=SMALLEST_DEVIATION)
+        return scaled * vectors.ne(0).any(-1, keepdim=True)
 
     def settings(self) -> dict[str, int | bool | float]:
         return {
@@ -186,6 +215,7 @@ class KnowledgeConcat(ItemEncoder):
             "knowledge_dim": self.knowledge_dim,
             "on_target": self.on_target,
             "dropout": self.dropout,
+            "standardise": self.standardise,
         }
 
 

@@ -53,6 +53,8 @@ class KnowledgeItems(Section):
     on_target: bool = False
     """Whether scored candidates carry knowledge too."""
     dropout: float = Field(0.0, ge=0, lt=1)
+    standardise: bool = False
+    """Each entry of the vectors to mean 0 and variance 1 over the catalog."""
 
 
 ItemsConfig = Annotated[IDItems | VectorItems | IDPlusVectorItems | KnowledgeItems, Field(discriminator="kind")]
@@ -68,7 +70,8 @@ def make_items(config: ItemsConfig, data: Prepared, dim: int) -> ItemEncoder:
         return IDTable(data.n_items, dim)
     vectors = load_vectors(config.file, data)
     if isinstance(config, KnowledgeItems):
-        items = KnowledgeConcat(data.n_items, dim, vectors.shape[1], config.on_target, config.dropout)
+        options = config.on_target, config.dropout, config.standardise
+        items = KnowledgeConcat(data.n_items, dim, vectors.shape[1], *options)
         items.set_knowledge(vectors)
         return items
     if vectors.shape[1] != dim and not config.projection:

@@ -35,8 +35,8 @@ def vectors(encoder: VectorTable | IDPlusVectors) -> ItemEncoder:
     return encoder
 
 
-def knowledge(on_target: bool) -> KnowledgeConcat:
-    items = KnowledgeConcat(N, D, K, on_target=on_target)
+def knowledge(on_target: bool, standardise: bool = False) -> KnowledgeConcat:
+    items = KnowledgeConcat(N, D, K, on_target=on_target, standardise=standardise)
     items.set_knowledge(torch.randn(N, K))
     torch.nn.init.normal_(items.fuse.weight, std=0.3)
     return items
@@ -52,6 +52,7 @@ ENCODERS: dict[str, Callable[[], ItemEncoder]] = {
     "id+projected vectors": lambda: vectors(IDPlusVectors(N, D, K, projection=True)),
     "knowledge": lambda: knowledge(False),
     "knowledge on both sides": lambda: knowledge(True),
+    "standardised knowledge": lambda: knowledge(True, standardise=True),
 }
 
 HISTORIES = [[1, 2, 3, 4, 5, 6], [7], [8, 9, 10]]
@@ -263,6 +264,42 @@ def test_knowledge_starts_silent_and_can_be_learnt():
     torch.testing.assert_close(items(numbers), items.ids(numbers))
     items(numbers).square().sum().backward()
     assert items.fuse.weight.grad[:, 16:].abs().sum() > 0
+
+
+@pytest.mark.parametrize("on_target", [False, True])
+def test_standardised_knowledge_by_hand(on_target):
+    """Mean 0 and variance 1 over the first catalog, whose scale later ones keep; no text stays nothing."""
+    generator = torch.Generator().manual_seed(0)
+    first = 5 + 3 * torch.randn(N, 2, generator=generator)
+    first[3] = 0
+    first[:, 1] *= 2
+    items = KnowledgeConcat(N, 2, 2, on_target, standardise=True)
+    items.set_knowledge(first)
+    with torch.no_grad():
+        items.ids.weight.zero_()
+        items.fuse.weight.copy_(torch.cat([torch.zeros(2, 2), torch.eye(2)], dim=1))
+    told = first[first.ne(0).any(1)]
+    mean, deviation = told.mean(0), told.std(0)
+
+    def by_hand(vectors):
+        return torch.stack([(v - mean) / deviation if v.any() else torch.zeros(2) for v in vectors])
+
+    read = items.table()[1:] if on_target else items(torch.arange(1, N + 1))
+    torch.testing.assert_close(read, by_hand(first))
+    assert read[3].tolist() == [0, 0]
+    assert items(torch.tensor([0])).abs().sum() == 0
+    fresh = torch.tensor([[1.0, 2.0], [0.0, 0.0]])
+    torch.testing.assert_close(items(torch.tensor([1, 2]), fresh), by_hand(fresh))
+    items.set_knowledge(first * 2)
+    torch.testing.assert_close(items(torch.arange(1, N + 1)), by_hand(first * 2))
+    assert items.settings()["standardise"] is True
+
+
+def test_an_entry_that_is_the_same_in_all_texts_is_read_as_nothing():
+    items = KnowledgeConcat(N, 2, 2, standardise=True)
+    items.set_knowledge(torch.stack([torch.full((N,), 7.0), torch.arange(N).float()], dim=1))
+    assert items._read(items.knowledge[1:])[:, 0].abs().max() < 1e-3
+    assert items._read(items.knowledge[1:]).isfinite().all()
 
 
 def test_bad_knowledge_is_refused():
