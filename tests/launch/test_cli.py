@@ -92,7 +92,7 @@ def test_data_that_is_not_there_is_one_line(tmp_path):
 
 def test_mistakes_about_text_come_before_any_training(tmp_path, small_data):
     recipe = write_recipe(tmp_path, small_data.folder, llm={"item_text": "{titel}"})
-    assert_one_line(recalign("align", recipe), "{titel}", "item_id, title, kind")
+    assert_one_line(recalign("align", recipe), "titel", "item_id, title, kind")
     recipe = write_recipe(tmp_path, small_data.folder, llm={"knowledge": {"prompt": "movies please"}})
     assert_one_line(recalign("align", recipe, "--fresh"), "{item}")
     text = {"item_text": "{title}", "lmrec": {"context": 20}}

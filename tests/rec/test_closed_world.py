@@ -85,7 +85,7 @@ def test_an_impossible_world_is_refused(size):
 
 def test_a_world_that_needs_too_many_words_is_refused():
     with pytest.raises(UserError, match="too large"):
-        make(World(items=200_000, users=1))
+        make(World(items=400_000, users=1))
 
 
 def test_raw_is_for_sources_that_read(tmp_path, monkeypatch, capsys):
