@@ -23,14 +23,15 @@ SAMPLED = ("loss.name=sampled-softmax", "loss.negatives=256")
 EPOCHS, PATIENCE = 100, 8
 SEEDS = (1, 2, 3)
 # Width 64, two blocks and two heads for all; otherwise each model's defaults, but for what makes training bearable:
-# models that need one sample a prefix see 20 random ones of each user in an epoch, and BST, for which ranking all items
-# costs more than an epoch, is validated more rarely.
-PREFIXES = ("train.prefixes_per_user=20", "train.batch_size=512")
+# small batches, for few users with long histories make few of them; models that need one sample a prefix see 20 random
+# ones of each user in an epoch; and BST, for which ranking all items costs more than an epoch, is validated more rarely.
+WINDOWS = ("train.batch_size=32", "train.patience=5")
+PREFIXES = ("train.prefixes_per_user=20", "train.batch_size=128", "train.patience=5")
 QUALITY: dict[str, Sequence[str]] = {
-    "SASRec": (),
-    "BERT4Rec": ("train.evaluate_every=4",),
-    "GRU4Rec": (),
-    "Caser": (),
+    "SASRec": WINDOWS,
+    "BERT4Rec": (*WINDOWS, "train.evaluate_every=4"),
+    "GRU4Rec": WINDOWS,
+    "Caser": WINDOWS,
     "LightSANs": PREFIXES,
     "PAUP": PREFIXES,
     "BST": (*PREFIXES, "train.evaluate_every=5", "train.patience=2"),
@@ -163,6 +164,8 @@ def _quality(settings: Settings, folder: Path) -> list[Task]:
     for seed, name in itertools.product(SEEDS, settings.names):
         # RecTools' flat net is fast, but it starts from vectors of N(0, 1) and learns badly: its usual model it is.
         train = ["--loss", "ce", "--epochs", str(EPOCHS), "--patience", str(PATIENCE), "--evaluate"]
+        if name != "recbole":  # whose batch is of prefixes
+            train += ["--batch-size", "32"]
         arguments = [*common, *train, "--train-seconds", str(PEER_QUALITY_S), "--seed", str(seed)]
         tasks.append(Task("quality", f"{name}-seed-{seed}", name, arguments))
     return tasks
