@@ -24,7 +24,7 @@ EPOCHS, PATIENCE = 100, 8
 SEEDS = (1, 2, 3)
 # Width 64, two blocks and two heads for all; otherwise each model's defaults, but for what makes training bearable:
 # small batches, for few users with long histories make few of them; models that need one sample a prefix see 20 random
-# ones of each user in an epoch; and BST, for which ranking all items costs more than an epoch, is validated more rarely.
+# ones of each user in an epoch; and BST, for which ranking all items costs more than an epoch, is validated less often.
 WINDOWS = ("train.batch_size=32", "train.patience=5")
 PREFIXES = ("train.prefixes_per_user=20", "train.batch_size=128", "train.patience=5")
 QUALITY: dict[str, Sequence[str]] = {
