@@ -90,7 +90,7 @@ def _replay(arguments: argparse.Namespace) -> None:
     from launch.replay import replay
 
     out = arguments.out or arguments.replay / "replay"
-    if arguments.fresh and out.exists():
+    if arguments.fresh:
         delete_run(out)
     result = replay(arguments.replay, out, shlex.join(["recalign", *sys.argv[1:]]))
     [claim] = result["claims"]

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from align.config import MainJob, Stages, load_job
 from align.samples import SampleLog
-from align.snapshots import Snapshot, SnapshotStore
+from align.snapshots import LLM, RECOMMENDER, Snapshot, SnapshotStore
 from launch import supervise
 from rec.runtime.errors import UserError
 from rec.runtime.runfolder import CONFIG, RunFolder
@@ -34,6 +34,7 @@ def replay(source: Path, out: Path, command: str) -> dict[str, Any]:
     then = _finished(job, Stages(job.run), f"the alignment of {source}")
     begin, folder = time.monotonic(), RunFolder(out)
     with folder.lock("launcher"):
+        folder.claim(job)
         supervise.replay(job, out)
         now = _finished(job, Stages(out), "the replay")
         different = _different_tensors(then, now)
@@ -52,13 +53,19 @@ def _finished(job: MainJob, stages: Stages, what: str) -> Snapshot:
 
 def _different_tensors(one: Snapshot, other: Snapshot) -> list[str]:
     """Names of tensors that are not equal bit for bit, or are on one side alone."""
-    different = []
-    for part in ("llm", "recommender"):
-        ours, theirs = ({} for _ in range(2))
-        for snapshot, weights in ((one, ours), (other, theirs)):
-            for path in sorted((snapshot.folder / part).glob("*.safetensors")):
-                weights |= load_file(path)
-        for name in sorted(ours.keys() | theirs.keys()):
-            if name not in ours or name not in theirs or not torch.equal(ours[name], theirs[name]):
-                different.append(f"{part}/{name}")
-    return different
+    ours, theirs = _weights(one), _weights(other)
+    return [
+        name
+        for name in sorted(ours.keys() | theirs.keys())
+        if name not in ours or name not in theirs or not torch.equal(ours[name], theirs[name])
+    ]
+
+
+def _weights(snapshot: Snapshot) -> dict[str, torch.Tensor]:
+    """All tensors of both models, as "llm/name" and "recommender/name"."""
+    return {
+        f"{part}/{name}": value
+        for part in (LLM, RECOMMENDER)
+        for path in sorted((snapshot.folder / part).glob("*.safetensors"))
+        for name, value in load_file(path).items()
+    }
