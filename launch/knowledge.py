@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import torch
 from pyarrow import parquet
 
 from align.config import MainJob, Stages, load_job
@@ -28,7 +27,7 @@ VECTOR = "vector"
 
 
 def run(source: Path, out: Path, data: Path | None = None, original: bool = False) -> None:
-    """Generate and encode what ``out`` does not hold yet.
+    """Generate the texts that ``out`` does not hold yet, and encode all of them.
 
     Args:
         source: a recipe, whose LLM is the original one, or the run folder of a main job, whose LLM is the aligned one.
@@ -71,15 +70,14 @@ def generate(llm: LLMConfig, model: str, version: str, data: Path, out: Path, lo
         raise RuntimeError(f"generation ended with exit code {code}: {cause}; see {log_path}")
 
 
-def encode(out: Path, encoder: TextEncoder) -> torch.Tensor:
-    """Vectors [N, K] of the texts of a knowledge file, which are written beside the texts."""
+def encode(out: Path, encoder: TextEncoder) -> None:
+    """Write the vectors [N, K] of a knowledge file's texts beside them."""
     table = parquet.read_table(out)
     vectors = encoder(table["text"].to_pylist())
     if VECTOR in table.column_names:
         table = table.drop_columns([VECTOR])
     column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.numpy().astype(np.float32).ravel()), vectors.shape[1])
     write_table(out, table.append_column(VECTOR, column))
-    return vectors
 
 
 def _model(job: MainJob, stages: Stages, original: bool) -> tuple[str, str]:

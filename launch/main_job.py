@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pyarrow import parquet
 
 from align.config import MainJob, Stages
 from align.snapshots import SnapshotStore
@@ -150,7 +151,8 @@ class MainJobRun:
             knowledge.generate(self.job.llm, model, version, data, out, log_path)
 
     def _encode(self, path: Path) -> torch.Tensor:
-        return knowledge.encode(path, TextEncoder(self.stages.encoder_model(self.job.llm), self.job.llm.encoder))
+        encoder = TextEncoder(self.stages.encoder_model(self.job.llm), self.job.llm.encoder)
+        return encoder(parquet.read_table(path, columns=["text"])["text"].to_pylist())
 
     def _conclude(self, command: str, wall_s: float) -> dict[str, Any]:
         rows = []

@@ -61,14 +61,15 @@ class Engine:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(config.kv_cache_gib))
         from vllm import LLM
 
-        on_gpu = torch.cuda.is_available()
+        on_gpu, reading = torch.cuda.is_available(), {}
         if not on_gpu:
             from torch import _dynamo
 
             # vLLM compiles a tiny log-prob kernel even when told to run eagerly: 17 s for nothing.
             _dynamo.config.disable = True
-        # A prompt that is read in two steps makes vLLM turn its request's random generator back, which a CPU's cannot.
-        whole = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(BATCHED_TOKENS_ON_CPU, max_length)}
+            # A prompt that is read in two steps makes vLLM turn its request's random generator back; a CPU's cannot.
+            tokens = max(BATCHED_TOKENS_ON_CPU, max_length)
+            reading = {"enable_chunked_prefill": False, "max_num_batched_tokens": tokens}
         self.llm = LLM(
             model=str(model),
             dtype=config.dtype,
@@ -80,7 +81,7 @@ class Engine:
             # The temperature belongs to the distribution that is sampled from, so to its log-probs too.
             logprobs_mode="processed_logprobs",
             disable_log_stats=True,
-            **({} if on_gpu else whole),
+            **reading,
         )
         self.version = "initial"
 

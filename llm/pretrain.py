@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llm.config import LLMConfig, PretrainConfig
 from llm.corpus import IGNORED, Corpus, HistoryCorpus, KnowledgeCorpus
 from llm.lmrec import build_lmrec
-from llm.prompts import column, item_texts, prompt_tokens
+from llm.prompts import item_texts, prompt_tokens, require_column
 from llm.tokenizer import train_tokenizer
 from rec.data.prepared import Prepared
 from rec.linear_cross_entropy import linear_cross_entropy
@@ -94,7 +94,9 @@ def _corpus(data: Prepared, config: LLMConfig, tokenizer: PreTrainedTokenizerBas
 def _known(data: Prepared, config: LLMConfig) -> list[list[str]]:
     """[items] the texts about each item that the LM is trained on: none outside the share."""
     train = config.train
-    columns = [column(data.items, name, "llm.train.knowledge_columns") for name in train.knowledge_columns]
+    for name in train.knowledge_columns:
+        require_column(data.items, name, "llm.train.knowledge_columns")
+    columns = [data.items[name].to_pylist() for name in train.knowledge_columns]
     count = round(train.knowledge_share * data.n_items)
     chosen = set(np.random.default_rng(train.seed).permutation(data.n_items)[:count].tolist())
     return [[texts[item] for texts in columns if texts[item] and item in chosen] for item in range(data.n_items)]

@@ -35,20 +35,15 @@ def item_texts(items: pa.Table, template: str) -> list[str]:
     except ValueError as error:
         raise UserError(f"llm.item_text is no template: {error}: {template!r}") from None
     for name in fields:
-        column(items, name, "llm.item_text")
+        require_column(items, name, "llm.item_text")
     rows = items.select(list(dict.fromkeys(fields))).to_pylist()
     return [_tidy(template.format_map(row)) or NO_TEXT for row in rows]
 
 
-def column(items: pa.Table, name: str, asked_by: str) -> list[str]:
-    """The texts of one column of ``items``.
-
-    Raises:
-        UserError: if there is no such column; ``asked_by`` is the key that names it.
-    """
+def require_column(items: pa.Table, name: str, asked_by: str) -> None:
+    """Raise a UserError if ``items`` has no such column; ``asked_by`` is the key of the recipe that names it."""
     if name not in items.column_names:
         raise UserError(f"{asked_by} names {name!r}, the prepared items have: {', '.join(items.column_names)}")
-    return items[name].to_pylist()
 
 
 def prompt_tokens(texts: list[str], prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
