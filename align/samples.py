@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import parquet
 
-from rec.runtime import files
+from rec.runtime.arrow_files import write_table
 
 SCHEMA_VERSION = b"2"
 TEXT = pa.struct(
@@ -99,9 +99,7 @@ class SampleLog:
         target = self._path(step)
         if target.exists():
             return
-        sink = pa.BufferOutputStream()
-        parquet.write_table(pa.Table.from_pylist([asdict(sample) for sample in samples], SCHEMA), sink)
-        files.write_bytes(target, sink.getvalue().to_pybytes())
+        write_table(target, pa.Table.from_pylist([asdict(sample) for sample in samples], SCHEMA))
 
     def next_step(self) -> int:
         """The first step that has no batch."""

@@ -14,10 +14,10 @@ from align.snapshots import SnapshotStore
 from align.start import die_with_parent
 from launch import supervise
 from llm.config import LLMConfig
-from llm.knowledge import write_table
 from llm.text_encoder import TextEncoder
 from rec.data.prepared import Prepared
 from rec.runtime import config, files
+from rec.runtime.arrow_files import write_table
 from rec.runtime.errors import UserError
 from rec.runtime.runfolder import CONFIG
 

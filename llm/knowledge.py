@@ -25,6 +25,7 @@ from llm.prompts import item_texts, prompt_tokens
 from llm.tokenizer import load_tokenizer
 from rec.data.prepared import Prepared
 from rec.runtime import config, files
+from rec.runtime.arrow_files import write_table
 from rec.runtime.config import hash_of
 from rec.runtime.errors import UserError
 from rec.runtime.logs import run_main
@@ -74,13 +75,6 @@ class KnowledgeFile:
         """Write the whole file in place of an older one, and forget the parts."""
         write_table(self.path, table)
         shutil.rmtree(self.parts, ignore_errors=True)
-
-
-def write_table(path: Path, table: pa.Table) -> None:
-    """Write a parquet file atomically."""
-    sink = pa.BufferOutputStream()
-    parquet.write_table(table, sink)
-    files.write_bytes(path, sink.getvalue().to_pybytes())
 
 
 def generate_knowledge(data: Prepared, model: str | Path, settings: LLMConfig, out: Path, version: str) -> None:
