@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -10,9 +10,12 @@ from align.objective import Baseline, Denominator
 from llm.config import LLMConfig
 from rec.config import RecConfig, TrainConfig
 from rec.data.builtin import BUILTIN
+from rec.runtime import files
 from rec.runtime.config import Section, hash_of, load
 from rec.runtime.errors import UserError
 from rec.runtime.runfolder import is_run_config
+
+TEMPERATURE = "temperature.json"
 
 
 class ObjectiveConfig(Section):
@@ -24,6 +27,9 @@ class ObjectiveConfig(Section):
     """Subtracted from the weight p(y|x,s)/p(y|x): nothing (Eq. 6), its expectation 1 (Eq. 10), or the mean over the
     pair's other texts (with k of 1, over the other pairs of the batch). None of them changes the expected gradient, the
     last one changes its variance most."""
+    temperature: Annotated[float, Field(gt=0)] | Literal["calibrated"] = 1.0
+    """Of the recommenders' p(y|x,s) and p(y|x) where they reward: 1 (the paper), or what makes the validation items
+    likeliest. One that is too sure of itself makes the best of Eq. 5 a mixture of texts: it hedges."""
     max_ratio: float | None = Field(None, gt=0)
     """Clip p(y|x,s)/p(y|x) at this value; null for the paper's unclipped ratio."""
     samples: int = Field(1, ge=1)
@@ -79,8 +85,9 @@ class AlignConfig(Section):
     generator: GeneratorConfig = GeneratorConfig()
     refresh_every: int = Field(50, ge=1)
     """Trainer steps between snapshots (SeRALM: 50)."""
-    max_lag_steps: int = Field(100, ge=1)
-    """Hard bound: step t never trains on a sample whose weights are older than step t - max_lag_steps."""
+    max_lag_steps: int = Field(100, ge=0)
+    """Hard bound: step t never trains on a sample whose weights are older than step t - max_lag_steps. 0, with
+    ``refresh_every`` of 1, is synchronous training."""
     fresh: Literal["last", "random", "all"] = "last"
     """Which items of a history get freshly sampled texts: the last ``fresh_items``, so many random ones, or all. The
     others read their stored one."""
@@ -91,10 +98,22 @@ class AlignConfig(Section):
     knowledge_on_target: bool = False
     """Whether scored candidates carry knowledge too."""
     knowledge_dropout: float = Field(0.0, ge=0, lt=1)
+    id_dropout: float = Field(0.0, ge=0, le=1)
+    """Share of the items of histories whose ID vector is left out while a recommender is trained. One that knows its
+    training sequences by their IDs does not learn to read."""
+    reward_users: float = Field(0.0, ge=0, lt=1)
+    """Share of users whose pairs reward the LLM while no recommender is fitted to them before the last stage; with 0
+    every training pair does both (the paper), and its reward tells hardly more than that the recommender knows it."""
+    watch: list[str] = Field(default_factory=list)
+    """Text columns of the item table. Of each, the log says how many texts are an item's entry there, and how much
+    more reward those got than the others for the same pair."""
     standardise_knowledge: bool = True
     """Each entry of the text vectors to mean 0 and variance 1 over the not-aligned texts of the catalog."""
     finish: TrainConfig = TrainConfig()
     """Training of the recommender on the aligned LLM's knowledge, after alignment."""
+    finish_from: Literal["aligned", "scratch"] = "aligned"
+    """Whether that goes on with the aligned recommender, or begins with a new one as Base+NA_LLM did. One that has come
+    to know its training sequences by heart has no reason left to read, however good the texts have become."""
     wait_timeout_s: float = Field(600, gt=0)
     """Longest wait of one job for the other before it gives up with a message."""
     max_restarts: int = Field(3, ge=0)
@@ -109,9 +128,9 @@ class AlignConfig(Section):
                 "baseline=leave-one-out compares pairs where samples is 1, and share_texts makes those depend on each"
                 " other: that would bias the gradient; raise objective.samples"
             )
-        if self.max_lag_steps < self.refresh_every:
+        if self.max_lag_steps < self.refresh_every - 1:
             raise ValueError(
-                f"max_lag_steps {self.max_lag_steps} is below refresh_every {self.refresh_every}:"
+                f"max_lag_steps {self.max_lag_steps} is below refresh_every {self.refresh_every} - 1:"
                 " the generator would wait for a snapshot that the trainer publishes only with more samples"
             )
         needed = -(-self.max_lag_steps // self.refresh_every) + 2
@@ -175,11 +194,25 @@ class Stages:
         self.run = Path(run)
         self.data = self.run / "data"
         self.base, self.llm, self.na, self.final = (self.run / name for name in ("base", "llm", "na", "seralm"))
+        self.without_reward_users = self.run / "without-reward-users"
         self.na_knowledge = self.run / "knowledge" / "not-aligned.parquet"
         self.final_knowledge = self.run / "knowledge" / "aligned.parquet"
         self.snapshots, self.samples = self.run / "snapshots", self.run / "samples"
         self.control = self.run / "control"
         self.checkpoints = self.run / "checkpoints"
+
+    def aligning(self, align: AlignConfig) -> tuple[Path, Path]:
+        """The recommenders that alignment begins with: the frozen one without knowledge, and the one that reads it."""
+        folder = self.without_reward_users if align.reward_users else self.run
+        return folder / self.base.name, folder / self.na.name
+
+    def temperatures(self, align: AlignConfig) -> tuple[float, float]:
+        """Those of the two recommenders that ``aligning`` names, where they reward."""
+        fixed = align.objective.temperature
+        if fixed != "calibrated":
+            return fixed, fixed
+        base, reading = (files.read_json(folder / TEMPERATURE) for folder in self.aligning(align))
+        return base["temperature"], reading["temperature"]
 
     def llm_model(self, llm: LLMConfig) -> str:
         """The original LLM: the one the recipe names, or the one trained here."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from align.config import AlignConfig, MainJob, Stages
-from align.order import Pair, PairOrder
+from align.order import StepOrder, Task
 from align.samples import Sample, SampleLog, Text
 from align.scoring import log_p_y_given_xs, make_inputs, pad_histories
 from align.snapshots import CANARY_TOKENS, Snapshot, SnapshotStore
@@ -44,9 +44,10 @@ class Sources:
 
     data: Prepared
     prompts: list[list[int]]
-    order: PairOrder
+    order: StepOrder
     base: SequenceRecommender
     encoder: TextEncoder
+    temperatures: tuple[float, float]
 
 
 class Generator:
@@ -59,17 +60,19 @@ class Generator:
     def __init__(self, job: MainJob) -> None:
         self.job, self.stages, self.run = job, Stages(job.run), RunFolder(job.run)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        stages, llm = self.stages, job.llm
+        stages, llm, trainer = self.stages, job.llm, job.align.trainer
         data = Prepared.load(stages.data_folder(job.data))
-        base = SequenceRecommender.from_pretrained(stages.base / "model").to(self.device)
+        frozen, _ = stages.aligning(job.align)
+        base = SequenceRecommender.from_pretrained(frozen / "model").to(self.device)
         tokenizer = load_tokenizer(stages.llm_model(llm))
         prompts = prompt_tokens(item_texts(data.items, llm.item_text), llm.knowledge.prompt, tokenizer)
         self.sources = Sources(
             data,
             prompts,
-            PairOrder(data, base.config.max_length, job.align.trainer.seed),
+            StepOrder(data, job.align.reward_users, base.config.max_length, trainer.batch_size, trainer.seed),
             base,
             TextEncoder(stages.encoder_model(llm), llm.encoder),
+            stages.temperatures(job.align),
         )
         self.store, self.log = SnapshotStore(stages.snapshots), SampleLog(stages.samples)
         # vLLM generates one token after the canary that it scores.
@@ -138,12 +141,8 @@ class Generator:
 
     def _generate(self, steps: range, waited_s: float) -> None:
         """Sample, score and write the batches of ``steps`` with one vLLM call."""
-        begin, batch_size = time.monotonic(), self.job.align.trainer.batch_size
-        wanted = [
-            self._wanted(step, ordinal)
-            for step in steps
-            for ordinal in range(step * batch_size, (step + 1) * batch_size)
-        ]
+        begin = time.monotonic()
+        wanted = [self._wanted(step, task) for step in steps for task in self.sources.order.tasks(step)]
         # A text that several histories share is asked for once.
         asked = {seed: item for one in wanted for draw in one.seeds for seed, item in zip(draw, one.fresh, strict=True)}
         completions = self.engine.generate(
@@ -157,8 +156,9 @@ class Generator:
             for seed, completion in zip(asked, completions, strict=True)
         }
         samples = self._scored([self._sample(one, texts) for one in wanted])
+        per_step = len(samples) // len(steps)
         for nth, step in enumerate(steps):
-            self.log.append(step, samples[nth * batch_size : (nth + 1) * batch_size])
+            self.log.append(step, samples[nth * per_step : (nth + 1) * per_step])
         self.run.log(
             "generated",
             step=steps.start,
@@ -172,26 +172,29 @@ class Generator:
             waited_s=round(waited_s, 4),
         )
 
-    def _wanted(self, step: int, ordinal: int) -> "Wanted":
+    def _wanted(self, step: int, task: Task) -> "Wanted":
         """What is to be generated for one sample: the same however often the generator is restarted."""
-        align, pair = self.job.align, self.sources.order.pair(ordinal)
-        places = fresh_places(align, len(pair.items), hash_of([align.trainer.seed, "places", ordinal]))
-        fresh = [pair.items[place] for place in places]
+        align, items = self.job.align, task.pair.items
+        places = fresh_places(align, len(items), hash_of([align.trainer.seed, "places", task.ordinal]))
+        fresh = [items[place] for place in places]
 
         def seed(nth: int, item: int, draw: int) -> int:
-            of = ["shared", step, item, draw] if align.share_texts else [ordinal, nth, draw]
+            of = ["shared", step, item, draw] if align.share_texts else [task.ordinal, nth, draw]
             return int(hash_of([align.trainer.seed, *of])[:15], 16)
 
-        seeds = [[seed(nth, item, draw) for nth, item in enumerate(fresh)] for draw in range(align.objective.samples)]
-        return Wanted(ordinal, pair, places, fresh, seeds)
+        draws = align.objective.samples if task.rewards else 1
+        seeds = [[seed(nth, item, draw) for nth, item in enumerate(fresh)] for draw in range(draws)]
+        return Wanted(task, places, fresh, seeds)
 
     def _sample(self, wanted: "Wanted", texts: dict[int, Text]) -> Sample:
         """The sample without its scores."""
         return Sample(
-            ordinal=wanted.ordinal,
-            user=wanted.pair.user,
-            items=wanted.pair.items,
-            target=wanted.pair.target,
+            ordinal=wanted.task.ordinal,
+            user=wanted.task.pair.user,
+            items=wanted.task.pair.items,
+            target=wanted.task.pair.target,
+            rewards=wanted.task.rewards,
+            fits=wanted.task.fits,
             places=wanted.places,
             prompts=[self.sources.prompts[item - 1] for item in wanted.fresh],
             draws=[[texts[seed] for seed in draw] for draw in wanted.seeds],
@@ -205,21 +208,21 @@ class Generator:
     def _scored(self, samples: list[Sample]) -> list[Sample]:
         """The samples with p(y|x,s) of the snapshot's recommender and p(y|x) of the frozen one."""
         inputs = make_inputs(samples, self.sources.encoder).to(self.device)
-        with_text = log_p_y_given_xs(self.recommender, inputs).view(len(samples), -1).tolist()
+        frozen, reading = self.sources.temperatures
+        with_text = log_p_y_given_xs(self.recommender, inputs, reading).split([len(sample.draws) for sample in samples])
         items, lengths = pad_histories([sample.items for sample in samples])
         targets = torch.tensor([sample.target for sample in samples])
         pairs = (value.to(self.device) for value in (items, lengths, targets))
-        without = self.sources.base.log_likelihood(*pairs).tolist()
+        without = self.sources.base.log_likelihood(*pairs, temperature=frozen).tolist()
         scores = zip(samples, with_text, without, strict=True)
-        return [replace(sample, log_p_y_given_xs=own, log_p_y_given_x=base) for sample, own, base in scores]
+        return [replace(sample, log_p_y_given_xs=own.tolist(), log_p_y_given_x=base) for sample, own, base in scores]
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which texts a sample needs: its pair, the ``places`` and items that are ``fresh`` [n], and ``seeds`` [k][n]."""
+    """Which texts a sample needs: the ``places`` and items that are ``fresh`` [n], and the texts' ``seeds`` [k][n]."""
 
-    ordinal: int
-    pair: Pair
+    task: Task
     places: list[int]
     fresh: list[int]
     seeds: list[list[int]]

@@ -1,11 +1,18 @@
-"""Which (x, y) is the n-th sample of a run: a pure function of (seed, n), whoever asks and whenever."""
+"""Which (x, y) the samples of a step are: a pure function of (seed, step), whoever asks and whenever.
+
+A recommender knows the pairs that it was fitted to by their ids, whatever the text says, so their p(y|x,s) tells texts
+apart hardly at all. Users can therefore be set aside: their pairs reward the LLM, and no recommender is fitted to them
+until alignment is over.
+"""
 
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from rec.data.prepared import Prepared
+from rec.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -49,3 +56,70 @@ class PairOrder:
         user = int(torch.searchsorted(self.data.offsets, index, right=True)) - 1
         begin = max(int(self.data.offsets[user]), index - self.max_length)
         return Pair(user, self.data.sequence[begin:index].tolist(), int(self.data.sequence[index]))
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a sample is for.
+
+    Attributes:
+        ordinal: number of the sample in the run.
+        pair: its (x, y).
+        rewards: whether it trains the LLM.
+        fits: whether it trains the recommender.
+    """
+
+    ordinal: int
+    pair: Pair
+    rewards: bool
+    fits: bool
+
+
+class StepOrder:
+    """The samples of every trainer step.
+
+    Without users set aside these are ``batch_size`` pairs that do both, as in the paper; with them as many of theirs,
+    which reward, and as many of the others, which the recommender is fitted to.
+
+    Args:
+        data: the prepared data.
+        reward_users: share of users that are set aside.
+        max_length: longest history.
+        batch_size: pairs a step of each kind.
+        seed: of the order and of the choice of users.
+    """
+
+    def __init__(self, data: Prepared, reward_users: float, max_length: int, batch_size: int, seed: int) -> None:
+        aside = set_aside(data, reward_users, seed)
+        self.batch_size = batch_size
+        self.fitting = PairOrder(data.without(aside), max_length, seed)
+        self.rewarding = PairOrder(data.without(~aside), max_length, seed) if reward_users else None
+
+    def tasks(self, step: int) -> list[Task]:
+        """The samples of ``step``, in the order of their ordinals."""
+        kinds = [(self.fitting, True, True)]
+        if self.rewarding is not None:
+            kinds = [(self.rewarding, True, False), (self.fitting, False, True)]
+        first = step * self.batch_size
+        found = [
+            (order.pair(first + place), rewards, fits)
+            for order, rewards, fits in kinds
+            for place in range(self.batch_size)
+        ]
+        return [Task(step * len(found) + place, *task) for place, task in enumerate(found)]
+
+
+def set_aside(data: Prepared, share: float, seed: int) -> Tensor:
+    """[users] whether a user only rewards: ``share`` of those who have a training pair, one at least of each kind.
+
+    Raises:
+        UserError: if ``share`` is not 0 and fewer than two users have a training pair.
+    """
+    aside = torch.zeros(data.n_users, dtype=torch.bool)
+    if share:
+        able = torch.nonzero(data.train_ends - data.offsets[:-1] > 1).squeeze(1).numpy()
+        if len(able) < 2:
+            raise UserError(f"align.reward_users needs two users with a training pair, {data.folder} has {len(able)}")
+        count = min(max(1, round(share * len(able))), len(able) - 1)
+        aside[torch.from_numpy(np.random.default_rng([seed, len(able)]).permutation(able)[:count])] = True
+    return aside

@@ -34,6 +34,7 @@ class Reader:
         lr: of Adam.
         device: of this rank.
         distributed: whether there are other ranks.
+        temperature: of the likelihoods that rewarded; only ``reward_drift`` asks for it.
     """
 
     def __init__(
@@ -43,23 +44,30 @@ class Reader:
         lr: float,
         device: torch.device,
         distributed: bool,
+        temperature: float = 1.0,
     ) -> None:
         self.recommender, self.encoder, self.device = recommender.to(device), encoder, device
+        self.temperature = temperature
         likelihood = _Likelihood(self.recommender)
         self.likelihood = DistributedDataParallel(likelihood, broadcast_buffers=False) if distributed else likelihood
         self.optimizer = torch.optim.Adam(recommender.parameters(), lr=lr, betas=(0.9, 0.98))
 
     def update(self, samples: list[Sample]) -> dict[str, float]:
-        """One step of Eq. 9 on this rank's samples, every draw of each."""
+        """One step of Eq. 9 on this rank's samples, every draw of each; returns figures from before the step.
+
+        ``reward_drift`` is how far log p(y|x,s) has moved, in the mean over them, since they were scored.
+        """
         inputs = make_inputs(samples, self.encoder).to(self.device)
+        scored = torch.tensor([value for sample in samples for value in sample.log_p_y_given_xs], device=self.device)
+        with torch.no_grad():
+            now = log_p_y_given_xs(self.recommender.eval(), inputs, self.temperature)
         self.likelihood.train()
         log_p = self.likelihood(inputs)
         loss = recommender_loss(log_p)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
-        scored = torch.tensor([value for sample in samples for value in sample.log_p_y_given_xs], device=self.device)
-        return {"rec_loss": loss.item(), "reward_drift": (log_p.detach() - scored).abs().mean().item()}
+        return {"rec_loss": loss.item(), "reward_drift": (now - scored).abs().mean().item()}
 
     def save_pretrained(self, folder: Path) -> None:
         """Write the recommender; rank 0 calls this."""

@@ -1,7 +1,7 @@
 """The sample log: what the generator hands to the trainer, one file a trainer step, in order.
 
 Invariants:
-- ``batch-N.parquet`` holds exactly the samples that step N trains on, ordinals N·B to (N+1)·B - 1; it is written
+- ``batch-N.parquet`` holds exactly the samples that step N trains on, in the order of their ordinals; it is written
   whole, once, and never changed. A sample is therefore never lost, repeated or reordered, whichever job dies when.
 - The generator's place in the run is the first N without a file; the trainer's is its step. Neither is stored.
 """
@@ -18,7 +18,7 @@ from pyarrow import parquet
 
 from rec.runtime.arrow_files import write_table
 
-SCHEMA_VERSION = b"2"
+SCHEMA_VERSION = b"3"
 TEXT = pa.struct(
     {"seed": pa.int64(), "token_ids": pa.list_(pa.int32()), "logprobs": pa.list_(pa.float32()), "text": pa.string()},
 )
@@ -28,6 +28,8 @@ SCHEMA = pa.schema(
         "user": pa.int32(),
         "items": pa.list_(pa.int32()),
         "target": pa.int32(),
+        "rewards": pa.bool_(),
+        "fits": pa.bool_(),
         "places": pa.list_(pa.int32()),
         "prompts": pa.list_(pa.list_(pa.int32())),
         "draws": pa.list_(pa.list_(TEXT)),
@@ -66,6 +68,8 @@ class Sample:
         user: user number.
         items: item numbers of x, oldest first.
         target: item number of y.
+        rewards: whether it trains the LLM; one that does not has one draw.
+        fits: whether it trains the recommender.
         places: [n] which of ``items`` got fresh texts, ascending.
         prompts: [n] token ids of the prompt about each of them.
         draws: [k][n] their texts; draws are independent of each other.
@@ -79,6 +83,8 @@ class Sample:
     user: int
     items: list[int]
     target: int
+    rewards: bool
+    fits: bool
     places: list[int]
     prompts: list[list[int]]
     draws: list[list[Text]]

@@ -62,8 +62,8 @@ def knowledge_with_fresh(stored: Tensor, inputs: Inputs) -> Tensor:
     return stored[inputs.items].index_put((inputs.rows, inputs.places), inputs.fresh)
 
 
-def log_p_y_given_xs(recommender: SequenceRecommender, inputs: Inputs) -> Tensor:
+def log_p_y_given_xs(recommender: SequenceRecommender, inputs: Inputs, temperature: float = 1.0) -> Tensor:
     """[B] log p(y|x,s); the recommender's items must read knowledge."""
     assert isinstance(recommender.items, KnowledgeConcat)
     knowledge = knowledge_with_fresh(recommender.items.knowledge, inputs)
-    return recommender.log_likelihood(inputs.items, inputs.lengths, inputs.targets, knowledge)
+    return recommender.log_likelihood(inputs.items, inputs.lengths, inputs.targets, knowledge, temperature)

@@ -26,6 +26,7 @@ from align.reader import Reader
 from align.samples import Sample, SampleLog
 from align.snapshots import CANARY_TOKENS, LLM, RECOMMENDER, SnapshotStore
 from align.start import read_arguments
+from align.watch import Watch
 from llm.prompts import item_texts, prompt_tokens
 from llm.text_encoder import TextEncoder
 from llm.tokenizer import load_tokenizer
@@ -92,18 +93,21 @@ class Trainer:
         data = Prepared.load(self.stages.data_folder(job.data))
         self.tokenizer = load_tokenizer(original)
         self.policy = Policy(original, align, self.accelerator)
+        _, reading = self.stages.aligning(align)
         self.reader = Reader(
-            SequenceRecommender.from_pretrained(self.stages.na / "model"),
+            SequenceRecommender.from_pretrained(reading / "model"),
             encoder,
             align.trainer.rec_lr,
             self.accelerator.device,
             distributed=self.ranks.size > 1,
+            temperature=self.stages.temperatures(align)[1],
         )
         self.store = SnapshotStore(own.snapshots, align.trainer.keep_snapshots)
         self.log = SampleLog(self.stages.samples)
         self.checkpoints = Checkpoints(own.checkpoints, self.ranks)
         self.meta = {"config_hash": job.identity, "data_hash": data.meta["content_hash"]}
         texts = item_texts(data.items.slice(0, 1), job.llm.item_text)
+        self.watch = Watch(align.watch, data.items)
         self.canary = self._canary(prompt_tokens(texts, job.llm.knowledge.prompt, self.tokenizer)[0])
 
     def loop(self) -> None:
@@ -173,15 +177,15 @@ class Trainer:
             )
         # Dropout is a function of (seed, step, rank), so a resumed run draws the same.
         torch.manual_seed(int(hash_of([self.job.align.trainer.seed, step, self.ranks.rank])[:15], 16))
-        objective = self.job.align.objective
-        with_text = torch.tensor([sample.log_p_y_given_xs for sample in samples])
-        without = torch.tensor([sample.log_p_y_given_x for sample in samples])
+        objective, rewarding = self.job.align.objective, [sample for sample in samples if sample.rewards]
+        with_text = torch.tensor([sample.log_p_y_given_xs for sample in rewarding])
+        without = torch.tensor([sample.log_p_y_given_x for sample in rewarding])
         # The baseline needs the whole batch, which every rank can read.
         weights = reward_weights(with_text, without, objective.baseline, objective.max_ratio, objective.denominator)
-        share = len(samples) // self.ranks.size
+        share = self.job.align.trainer.batch_size // self.ranks.size
         mine = slice(self.ranks.rank * share, (self.ranks.rank + 1) * share)
-        figures = self.policy.update(step, samples[mine], weights[mine])
-        figures |= self.reader.update(samples[mine])
+        figures = self.policy.update(step, rewarding[mine], weights[mine])
+        figures |= self.reader.update([sample for sample in samples if sample.fits][mine])
         figures = self._mean_over_ranks(figures)
         ratio = (with_text - without[:, None]).exp()
         newest = step // self.job.align.refresh_every
@@ -189,6 +193,7 @@ class Trainer:
             **figures,
             "reward": ratio.mean().item(),
             "reward_std": ratio.std().item(),
+            **self.watch.figures(rewarding),
             "lag_steps": max(lags),
             "lag_steps_mean": sum(lags) / len(lags),
             "lag_versions": newest - min(sample.version for sample in samples),

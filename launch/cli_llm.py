@@ -29,7 +29,8 @@ def _knowledge(arguments: argparse.Namespace) -> None:
     from launch import knowledge
 
     knowledge.run(arguments.source, arguments.out, arguments.data, arguments.original)
-    table = parquet.read_table(arguments.out, columns=["text", "key"])
+    table = parquet.read_table(arguments.out, columns=["item_id", "text", "key"])
     empty = sum(not text for text in table["text"].to_pylist())
     different = len(set(table["key"].to_pylist()))
-    sys.stdout.write(f"{arguments.out}: {len(table):,} items, {different:,} texts, {empty:,} empty\n")
+    items = len(set(table["item_id"].to_pylist()))
+    sys.stdout.write(f"{arguments.out}: {items:,} items, {different:,} texts, {empty:,} rows without one\n")

@@ -13,23 +13,27 @@ from typing import Any
 import torch
 from pyarrow import parquet
 
-from align.config import MainJob, Stages
+from align.config import TEMPERATURE, MainJob, Stages
+from align.order import set_aside
 from align.snapshots import SnapshotStore
+from align.watch import require_columns
 from launch import knowledge, summary, supervise
 from llm.engine import check_head_dim, check_model
 from llm.pretrain import make_tokenizer, pretrain
 from llm.prompts import item_texts, prompt_tokens
 from llm.text_encoder import TextEncoder
 from llm.tokenizer import load_tokenizer
+from rec.calibration import fit_temperature
 from rec.config import RecConfig
 from rec.data.builtin import BUILTIN, prepare_builtin
 from rec.data.prepared import Prepared
 from rec.evaluation import evaluate
 from rec.item_encoder import KnowledgeConcat
 from rec.models.base import SequenceRecommender
+from rec.runtime import files
 from rec.runtime.errors import UserError
 from rec.runtime.runfolder import RunFolder
-from rec.trainer import build_model, train
+from rec.trainer import MODEL, build_model, train
 
 log = logging.getLogger(__name__)
 
@@ -103,19 +107,29 @@ class MainJobRun:
         self._write_knowledge(self.stages.llm_model(self.job.llm), "original", self.stages.na_knowledge)
 
     def train_na(self) -> None:
-        """Base+NA_LLM: the recommender that reads those texts."""
-        vectors = self._encode(self.stages.na_knowledge)
+        """Base+NA_LLM: the recommender that reads those texts; and both again without the users that are set aside."""
+        self._train_na(self.data, self.stages.na, "Base+NA_LLM")
+        align = self.job.align
+        if align.reward_users:
+            base, na = self.stages.aligning(align)
+            kept = self.data.without(set_aside(self.data, align.reward_users, align.trainer.seed))
+            title = f"without {align.reward_users:.0%} of the users"
+            train(build_model(self.job.rec, kept), kept, self.job.rec, RunFolder(base), f"Base {title}")
+            self._train_na(kept, na, f"Base+NA_LLM {title}")
+        self._calibrate()
 
-        def items() -> KnowledgeConcat:
-            sizes = (self.data.n_items, self.job.rec.model.dim, vectors.shape[1])
-            align = self.job.align
-            options = align.knowledge_on_target, align.knowledge_dropout, align.standardise_knowledge
-            encoder = KnowledgeConcat(*sizes, *options)
-            encoder.set_knowledge(vectors)
-            return encoder
+    def _calibrate(self) -> None:
+        align = self.job.align
+        if align.objective.temperature != "calibrated":
+            return
+        data = self.data.without(set_aside(self.data, align.reward_users, align.trainer.seed))
+        for folder in self.stages.aligning(align):
+            if not (folder / TEMPERATURE).exists():
+                model = SequenceRecommender.from_pretrained(folder / MODEL)
+                files.write_json(folder / TEMPERATURE, {"temperature": fit_temperature(model, data)})
 
-        model = build_model(self.job.rec, self.data, items)
-        train(model, self.data, self.job.rec, RunFolder(self.stages.na), "Base+NA_LLM")
+    def _train_na(self, data: Prepared, folder: Path, title: str) -> None:
+        train_reading(self.job, data, self._encode(self.stages.na_knowledge), folder, title)
 
     def align(self) -> None:
         """Algorithm 1, asynchronously: trainer and generator as processes of their own."""
@@ -129,7 +143,11 @@ class MainJobRun:
         self._write_knowledge(str(newest.llm), f"v{newest.version}", self.stages.final_knowledge)
 
     def train_final(self) -> None:
-        """Base+SeRALM: the aligned recommender, finished on the aligned LLM's texts."""
+        """Base+SeRALM: the aligned recommender, finished on the aligned LLM's texts, or a new one trained on them."""
+        if self.job.align.finish_from == "scratch":
+            job = self.job.model_copy(update={"rec": self._finishing})
+            train_reading(job, self.data, self._encode(self.stages.final_knowledge), self.stages.final, "Base+SeRALM")
+            return
         newest = SnapshotStore(self.stages.snapshots).newest()
         model = SequenceRecommender.from_pretrained(newest.recommender)
         self._finish(model, self.stages.final_knowledge, self.stages.final, "Base+SeRALM")
@@ -151,17 +169,16 @@ class MainJobRun:
             knowledge.generate(self.job.llm, model, version, data, out, log_path)
 
     def _encode(self, path: Path) -> torch.Tensor:
+        """[N, m, K] vectors of m texts an item."""
         encoder = TextEncoder(self.stages.encoder_model(self.job.llm), self.job.llm.encoder)
-        return encoder(parquet.read_table(path, columns=["text"])["text"].to_pylist())
+        texts = parquet.read_table(path, columns=["text"])["text"].to_pylist()
+        return encoder(texts).unflatten(0, (self.data.n_items, -1))
 
     def _conclude(self, command: str, wall_s: float) -> dict[str, Any]:
-        rows = []
-        for method, folder in (
-            ("Base", self.stages.base),
-            ("Base+NA_LLM", self.stages.na),
-            ("Base+NA_LLM, trained on", self.stages.control),
-            ("Base+SeRALM", self.stages.final),
-        ):
+        rows, methods = [], {"Base": self.stages.base, "Base+NA_LLM": self.stages.na}
+        if self.job.align.finish_from == "aligned":
+            methods["Base+NA_LLM, trained on"] = self.stages.control
+        for method, folder in {**methods, "Base+SeRALM": self.stages.final}.items():
             model = SequenceRecommender.from_pretrained(folder / "model")
             metrics = evaluate(model, self.data, "test", self.job.rec.evaluate)
             rows.append({"method": method, "model": self.job.rec.model.name, **metrics.summary()})
@@ -176,6 +193,20 @@ class MainJobRun:
             data={"name": self.job.data, **self.data.meta["counts"]},
             asynchronous=summary.asynchronous(self.run),
         )
+
+
+def train_reading(job: MainJob, data: Prepared, vectors: torch.Tensor, folder: Path, title: str) -> None:
+    """Train the job's recommender on texts with the vectors [N, K] or [N, m, K]."""
+    align = job.align
+
+    def items() -> KnowledgeConcat:
+        sizes = data.n_items, job.rec.model.dim, vectors.shape[-1]
+        options = align.knowledge_on_target, align.knowledge_dropout, align.standardise_knowledge, align.id_dropout
+        encoder = KnowledgeConcat(*sizes, *options)
+        encoder.set_knowledge(vectors)
+        return encoder
+
+    train(build_model(job.rec, data, items), data, job.rec, RunFolder(folder), title)
 
 
 def check(job: MainJob, data: Prepared) -> None:
@@ -205,6 +236,7 @@ def check(job: MainJob, data: Prepared) -> None:
             f"the longest prompt and its answer need {longest} tokens, llm.lmrec.context is {llm.lmrec.context}:"
             " raise it, or shorten llm.item_text or llm.knowledge.max_new_tokens"
         )
+    require_columns(job.align.watch, data.items)
     if torch.cuda.is_available():
         supervise.gpu_split(job)
     if job.llm.encoder.model != "llm":

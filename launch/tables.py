@@ -85,6 +85,41 @@ def print_bench(result: dict[str, Any]) -> None:
         out.print(f"{'holds' if claim['holds'] else 'MISSED'}  {claim['id']}: {claim['figure']:.2f}", soft_wrap=True)
 
 
+def print_study(result: dict[str, Any]) -> None:
+    """Means over seeds; of closed worlds what only they can tell; the claims."""
+    out, metrics = console(), [name for name in ("HR@10", "NDCG@10") if name in result["means"][0]]
+    table = Table("variant", "method", "seeds", *metrics, caption="± is the standard error over seeds")
+    for row in result["means"]:
+        figures = (f"{row[name]:.4f}" + _plus_minus(row[f"{name}_se"]) for name in metrics)
+        table.add_row(row["variant"], f"{row['model']} {row['method']}", str(row["seeds"]), *figures)
+    out.print(table)
+    if "world" in result:
+        out.print(_world_table(result["world"]))
+    for claim in result["claims"]:
+        out.print(f"{'holds' if claim['holds'] else 'MISSED'}  {claim['id']}: {claim['figure']:.3f}", soft_wrap=True)
+
+
+def _world_table(worlds: list[dict[str, Any]]) -> Table:
+    columns = ("variant", "seed", "relevant", "true", "steps to 90 %", "HR@10: base", "NA_LLM", "SeRALM", "oracle")
+    table = Table(*columns, "gap closed", "minutes", caption="relevant, true: share of the items' texts that state so")
+    for row in worlds:
+        table.add_row(
+            row["variant"],
+            str(row["seed"]),
+            f"{row['relevant_before']:.2f} → {row['relevant_after']:.2f}",
+            f"{row['true_before']:.2f} → {row['true_after']:.2f}",
+            str(row["steps_to_relevant"] or "never"),
+            *(f"{row[name]:.3f}" for name in ("base", "na", "aligned", "oracle")),
+            f"{row['gap_closed']:.0%}",
+            f"{row['wall_s'] / 60:.1f}",
+        )
+    return table
+
+
+def _plus_minus(error: float | None) -> str:
+    return "" if error is None else f" ± {error:.4f}"
+
+
 def _best_epoch(training: dict[str, Any]) -> str:
     if training["best_epoch"] >= 0:
         return str(training["best_epoch"] + 1)

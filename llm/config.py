@@ -69,6 +69,9 @@ class KnowledgeConfig(Section):
     temperature: float = Field(1.0, ge=0)
     """Of catalog generation. During alignment it is always 1, without top-p or top-k: Eq. 6 is an expectation
     under p(s|x) itself."""
+    texts: int = Field(1, ge=1)
+    """Texts of each item. A recommender that is trained on several reads a random one each time, and the first one
+    otherwise."""
     seed: int = 42
 
 

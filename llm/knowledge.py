@@ -1,4 +1,4 @@
-"""One knowledge text an item, for a whole catalog: ``knowledge.parquet``.
+"""Knowledge texts of every item of a catalog: ``knowledge.parquet``.
 
 Runs as a process of its own (``python -m llm.knowledge``), so that the engine's memory is free again afterwards.
 
@@ -40,7 +40,8 @@ WEIGHTS = (".safetensors", ".json", ".model", ".txt")
 class KnowledgeFile:
     """A ``knowledge.parquet`` and, while it is being made, the parts of it beside it.
 
-    Columns: item_id, prompt, text, model, version, key; and ``vector`` once the texts are encoded.
+    Columns: item_id, prompt, draw, text, model, version, key; and ``vector`` once the texts are encoded. An item with
+    several texts has as many rows, one after the other, ``draw`` counting them from 0.
 
     Args:
         path: of the file.
@@ -86,6 +87,8 @@ def generate_knowledge(data: Prepared, model: str | Path, settings: LLMConfig, o
     file, knowledge = KnowledgeFile(out), settings.knowledge
     tokenizer = load_tokenizer(model)
     prompts = prompt_tokens(item_texts(data.items, settings.item_text), knowledge.prompt, tokenizer)
+    several = knowledge.texts
+    prompts = [prompt for prompt in prompts for _ in range(several)]
     keys = text_keys(prompts, fingerprint(model), knowledge)
     texts = file.texts()
     missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in texts}
@@ -108,8 +111,9 @@ def generate_knowledge(data: Prepared, model: str | Path, settings: LLMConfig, o
                 texts.update(zip(part, said, strict=True))
                 advance(begin + len(part))
     table = {
-        "item_id": data.items["item_id"],
+        "item_id": [item for item in data.items["item_id"].to_pylist() for _ in range(several)],
         "prompt": tokenizer.batch_decode(prompts),
+        "draw": [row % several for row in range(len(prompts))],
         "text": [texts[key] for key in keys],
         "model": [str(model)] * len(prompts),
         "version": [version] * len(prompts),
@@ -117,21 +121,21 @@ def generate_knowledge(data: Prepared, model: str | Path, settings: LLMConfig, o
     }
     file.finish(pa.table(table))
     log.info(
-        "%s: %d items; %d texts written, %d kept, %d items share one with another",
-        out, len(keys), len(missing), kept, len(keys) - len(set(keys)),
+        "%s: %d items, %d rows; %d texts written, %d kept, %d rows share one with another",
+        out, data.n_items, len(keys), len(missing), kept, len(keys) - len(set(keys)),
     )  # fmt: skip
     empty = sum(not texts[key] for key in keys)
     if empty:
-        log.warning("%d of %d knowledge texts are empty; they are encoded as zeros", empty, len(keys))
+        log.warning("%d of %d rows have an empty text; these are encoded as zeros", empty, len(keys))
 
 
 def text_keys(prompts: Sequence[list[int]], model: str, settings: KnowledgeConfig) -> list[str]:
-    """A key for the text of every prompt: a hash of all that decides it."""
+    """A key for the text of every row's prompt: a hash of all that decides it, the number of the draw included."""
     common = hashlib.sha256(hash_of([model, settings.max_new_tokens, settings.temperature, settings.seed]).encode())
     keys = []
-    for prompt in prompts:
+    for row, prompt in enumerate(prompts):
         own = common.copy()
-        own.update(np.asarray(prompt, dtype=np.int64).tobytes())
+        own.update(np.asarray([row % settings.texts, *prompt], dtype=np.int64).tobytes())
         keys.append(own.hexdigest()[:16])
     return keys
 

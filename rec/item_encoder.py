@@ -148,6 +148,9 @@ class KnowledgeConcat(ItemEncoder):
     to mean 0 and variance 1 over the catalog that ``set_knowledge`` saw first, for later and fresh vectors too; a
     vector of zeros, no text, stays one.
 
+    A recommender can come to know its training sequences by the IDs alone, and then learns nothing from the texts.
+    ``id_dropout`` and several texts an item, of which training reads a random one each time, are the two remedies.
+
     Args:
         n_items: items are numbered from 1.
         dim: width D of ID and output vectors.
@@ -155,6 +158,7 @@ class KnowledgeConcat(ItemEncoder):
         on_target: whether candidates are scored with knowledge too.
         dropout: on the knowledge vector while training.
         standardise: whether vectors are standardised before they are read.
+        id_dropout: share of the items of histories whose ID vector is left out while training.
     """
 
     kind = "knowledge"
@@ -167,10 +171,11 @@ class KnowledgeConcat(ItemEncoder):
         on_target: bool = False,
         dropout: float = 0.0,
         standardise: bool = False,
+        id_dropout: float = 0.0,
     ) -> None:
         super().__init__(n_items, dim)
         self.knowledge_dim, self.on_target, self.dropout = knowledge_dim, on_target, dropout
-        self.standardise = standardise
+        self.standardise, self.id_dropout = standardise, id_dropout
         self.ids = _new_ids(n_items, dim)
         self.fuse = nn.Linear(dim + knowledge_dim, dim, bias=False)
         with torch.no_grad():
@@ -178,29 +183,50 @@ class KnowledgeConcat(ItemEncoder):
             self.fuse.weight.zero_()
             self.fuse.weight[:, :dim] = torch.eye(dim)
         self.register_buffer("knowledge", torch.zeros(n_items + 1, knowledge_dim))
+        self.register_buffer("draws", None, persistent=False)  # [N + 1, m, K] where items have several texts
         if standardise:
             self.register_buffer("mean", torch.zeros(knowledge_dim))
             self.register_buffer("deviation", torch.zeros(knowledge_dim))  # zeros: none seen yet
 
     def set_knowledge(self, vectors: Tensor) -> None:
-        """Store the knowledge vectors [N, K] of items 1 to N; raises ValueError on another shape or not finite."""
-        _check(vectors, self.n_items, self.knowledge_dim, "knowledge vectors")
-        self.knowledge[1:] = vectors
+        """Store the knowledge vectors of items 1 to N: [N, K], or [N, m, K] for m texts an item.
+
+        The first of several is the one that is read but in training, and saved.
+
+        Raises:
+            ValueError: on another shape, or values that are not finite.
+        """
+        several = vectors if vectors.dim() == 3 else vectors[:, None]
+        _check(several[:, 0], self.n_items, self.knowledge_dim, "knowledge vectors")
+        _check(several.flatten(0, 1), self.n_items * several.shape[1], self.knowledge_dim, "knowledge vectors")
+        self.knowledge[1:] = several[:, 0]
+        self.draws = None
+        if several.shape[1] > 1:
+            self.draws = torch.cat([several.new_zeros(1, *several.shape[1:]), several]).to(self.knowledge.device)
         if self.standardise and not self.deviation.any():
-            told = vectors[vectors.ne(0).any(1)]
+            told = several[several.ne(0).any(-1)]
             if len(told) > 1:
                 self.mean.copy_(told.mean(0))
                 self.deviation.copy_(told.std(0).clamp(min=SMALLEST_DEVIATION))
 
     def forward(self, items: Tensor, knowledge: Tensor | None = None) -> Tensor:
-        vectors = self._read(self.knowledge[items] if knowledge is None else knowledge)
+        vectors = self._read(self._stored(items) if knowledge is None else knowledge)
         vectors = nn.functional.dropout(vectors, self.dropout, self.training)
-        return self.fuse(torch.cat([self.ids(items), vectors], dim=-1))
+        ids = self.ids(items)
+        if self.training and self.id_dropout:
+            # Not scaled up: an item without its ID is what a new item looks like.
+            ids = ids * (torch.rand(items.shape, device=ids.device) >= self.id_dropout)[..., None]
+        return self.fuse(torch.cat([ids, vectors], dim=-1))
 
     def table(self) -> Tensor:
         if not self.on_target:
             return self.ids.weight
         return self.fuse(torch.cat([self.ids.weight, self._read(self.knowledge)], dim=-1))
+
+    def _stored(self, items: Tensor) -> Tensor:
+        if self.draws is None or not self.training:
+            return self.knowledge[items]
+        return self.draws[items, torch.randint(self.draws.shape[1], items.shape, device=items.device)]
 
     def _read(self, vectors: Tensor) -> Tensor:
         """The vectors [..., K] as ``fuse`` gets them."""
@@ -216,6 +242,7 @@ class KnowledgeConcat(ItemEncoder):
             "on_target": self.on_target,
             "dropout": self.dropout,
             "standardise": self.standardise,
+            "id_dropout": self.id_dropout,
         }
 
 

@@ -55,6 +55,8 @@ class KnowledgeItems(Section):
     dropout: float = Field(0.0, ge=0, lt=1)
     standardise: bool = False
     """Each entry of the vectors to mean 0 and variance 1 over the catalog."""
+    id_dropout: float = Field(0.0, ge=0, le=1)
+    """Share of the items of histories whose ID vector is left out while training: the recommender has to read."""
 
 
 ItemsConfig = Annotated[IDItems | VectorItems | IDPlusVectorItems | KnowledgeItems, Field(discriminator="kind")]
@@ -70,7 +72,7 @@ def make_items(config: ItemsConfig, data: Prepared, dim: int) -> ItemEncoder:
         return IDTable(data.n_items, dim)
     vectors = load_vectors(config.file, data)
     if isinstance(config, KnowledgeItems):
-        options = config.on_target, config.dropout, config.standardise
+        options = config.on_target, config.dropout, config.standardise, config.id_dropout
         items = KnowledgeConcat(data.n_items, dim, vectors.shape[1], *options)
         items.set_knowledge(vectors)
         return items

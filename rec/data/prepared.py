@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -122,6 +122,12 @@ class Prepared:
         """
         with _damage_is_one_line(self.folder):
             return self._column(USERS, "user_id").to_pylist()
+
+    def without(self, users: Tensor) -> "Prepared":
+        """The same without the training and validation parts of ``users`` [users, bool]: they become context."""
+        theirs = torch.repeat_interleave(users, self.offsets.diff())
+        known = theirs & ((self.part == TRAIN) | (self.part == VALID))
+        return replace(self, part=self.part.masked_fill(known, CONTEXT))
 
     def instances(self, split: Split) -> tuple[Tensor, Tensor]:
         """What is to be predicted, ordered by user, then time.

@@ -175,10 +175,15 @@ class SequenceRecommender(Recommender):
         return loss(states, self.items.table()[1:], batch.targets[where] - 1)
 
     def log_likelihood(
-        self, items: Tensor, lengths: Tensor, targets: Tensor, knowledge: Tensor | None = None
+        self,
+        items: Tensor,
+        lengths: Tensor,
+        targets: Tensor,
+        knowledge: Tensor | None = None,
+        temperature: float = 1.0,
     ) -> Tensor:
-        """[B] log p(y|x) of the next items ``targets`` [B] (numbers from 1), softmax over all items."""
-        scores = self.scores(self.last_states(items, lengths, knowledge)).float()
+        """[B] log p(y|x) of the next items ``targets`` [B] (numbers from 1), softmax of scores / temperature."""
+        scores = self.scores(self.last_states(items, lengths, knowledge)).float() / temperature
         return scores.log_softmax(-1).gather(-1, targets[:, None] - 1).squeeze(-1)
 
     def check_length(self, items: Tensor) -> None:

@@ -1,4 +1,9 @@
-from align.order import PairOrder
+import pytest
+import torch
+
+from align.order import PairOrder, StepOrder, set_aside
+from rec.data.splits import CONTEXT, TEST, TRAIN, VALID
+from rec.runtime.errors import UserError
 
 
 def test_every_training_pair_once_an_epoch_and_nothing_held_out(small_data):
@@ -21,3 +26,45 @@ def test_a_sample_depends_on_seed_and_ordinal_alone(small_data):
     assert [elsewhere.pair(ordinal) for ordinal in reversed(wanted)] == first[::-1]
     assert [PairOrder(small_data, 5, seed=2).pair(ordinal) for ordinal in wanted] != first
     assert [forwards.pair(ordinal) for ordinal in range(n)] != [forwards.pair(n + ordinal) for ordinal in range(n)]
+
+
+def test_without_users_set_aside_every_sample_rewards_and_fits(small_data):
+    order, pairs = StepOrder(small_data, 0.0, 5, batch_size=4, seed=1), PairOrder(small_data, 5, seed=1)
+    tasks = [task for step in range(3) for task in order.tasks(step)]
+    assert [task.ordinal for task in tasks] == list(range(12))
+    assert [task.pair for task in tasks] == [pairs.pair(ordinal) for ordinal in range(12)]
+    assert all(task.rewards and task.fits for task in tasks)
+
+
+def test_users_set_aside_reward_and_the_others_fit(small_data):
+    order, aside = StepOrder(small_data, 0.25, 5, batch_size=4, seed=1), set_aside(small_data, 0.25, seed=1)
+    assert int(aside.sum()) == round(0.25 * small_data.n_users)
+    steps = 2 + len(PairOrder(small_data, 5, 1).targets) // 4
+    tasks = [task for step in range(steps) for task in order.tasks(step)]
+    assert [task.ordinal for task in tasks] == list(range(8 * steps))
+    for task in tasks:
+        assert (task.rewards, task.fits) == ((True, False) if aside[task.pair.user] else (False, True))
+    every = {(user, target) for user in range(small_data.n_users)
+             for target in range(small_data.offsets[user] + 1, small_data.train_ends[user])}  # fmt: skip
+    assert len({(task.pair.user, tuple(task.pair.items), task.pair.target) for task in tasks}) <= len(every)
+    assert {task.pair.user for task in tasks} == {user for user, _ in every}
+
+
+def test_data_without_users_keeps_their_histories_and_tests_alone(small_data):
+    aside = set_aside(small_data, 0.25, seed=1)
+    kept = small_data.without(aside)
+    theirs = torch.repeat_interleave(aside, small_data.offsets.diff())
+    assert torch.equal(kept.part[~theirs], small_data.part[~theirs])
+    assert set(kept.part[theirs].tolist()) == {CONTEXT, TEST}
+    assert {TRAIN, VALID} <= set(small_data.part[theirs].tolist())
+    assert torch.equal(kept.train_ends[aside], kept.offsets[:-1][aside])
+    assert not set(kept.instances("valid")[0].tolist()) & set(torch.nonzero(aside).flatten().tolist())
+    assert len(kept.instances("test")[0]) == len(small_data.instances("test")[0])
+
+
+def test_somebody_is_left_on_either_side(small_data):
+    for share, count in ((0.001, 1), (0.999, small_data.n_users - 1), (0.0, 0)):
+        assert int(set_aside(small_data, share, seed=3).sum()) == count
+    one = small_data.without(torch.arange(small_data.n_users) > 0)
+    with pytest.raises(UserError, match="needs two users with a training pair"):
+        set_aside(one, 0.5, seed=3)

@@ -13,7 +13,7 @@ from rec.models.sasrec import SASRec, SASRecConfig
 
 def sample(items: list[int], places: list[int], draws: list[list[str]]) -> Sample:
     texts = [[Text(nth, [1], [0.0], text) for nth, text in enumerate(draw)] for draw in draws]
-    return Sample(0, 0, items, 5, places, [[1]] * len(places), texts, [0.0] * len(draws), 0.0, 0, 0)
+    return Sample(0, 0, items, 5, True, True, places, [[1]] * len(places), texts, [0.0] * len(draws), 0.0, 0, 0)
 
 
 def encode(texts: list[str]) -> torch.Tensor:

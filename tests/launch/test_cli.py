@@ -70,7 +70,7 @@ def test_an_unknown_key_names_the_nearest(tmp_path):
 
 def test_impossible_settings_are_refused(tmp_path):
     recipe = write_recipe(tmp_path, "ml-100k", align={"refresh_every": 50, "max_lag_steps": 10})
-    assert_one_line(recalign("align", recipe), "max_lag_steps 10 is below refresh_every 50")
+    assert_one_line(recalign("align", recipe), "max_lag_steps 10 is below refresh_every 50 - 1")
     recipe = write_recipe(tmp_path, "ml-100k", align={"trainer": {"batch_size": 5}})
     assert_one_line(recalign("align", recipe), "batch_size 5 is not divisible by trainer.processes 2")
 

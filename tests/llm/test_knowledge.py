@@ -119,6 +119,24 @@ def test_items_with_one_prompt_share_one_text(small_data, model, asked, tmp_path
 
 
 @pytest.mark.vllm
+def test_several_texts_an_item_are_rows_of_their_own_and_the_first_is_the_one_of_one(
+    small_data, model, asked, tmp_path
+):
+    out, settings = tmp_path / "k.parquet", build(LLMConfig, {"knowledge": {"max_new_tokens": 6, "texts": 3}})
+    generate_knowledge(small_data, model, SETTINGS, out, "v1")
+    first = parquet.read_table(out)
+    asked.clear()
+    generate_knowledge(small_data, model, settings, out, "v1")
+    assert sum(asked) == 2 * small_data.n_items, "the first ones are kept"
+    table = parquet.read_table(out)
+    assert table["item_id"].to_pylist()[::3] == first["item_id"].to_pylist()
+    assert table["draw"].to_pylist() == [0, 1, 2] * small_data.n_items
+    assert table["text"].to_pylist()[::3] == first["text"].to_pylist()
+    assert len(set(table["key"].to_pylist())) == 3 * small_data.n_items
+    assert len(set(table["text"].to_pylist())) > small_data.n_items
+
+
+@pytest.mark.vllm
 def test_a_text_depends_on_its_key_alone(small_data, model, asked, engine, tmp_path):
     generate_knowledge(small_data, model, SETTINGS, tmp_path / "k.parquet", "v1")
     row = parquet.read_table(tmp_path / "k.parquet").slice(11, 1).to_pylist()[0]

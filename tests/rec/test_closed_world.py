@@ -71,7 +71,7 @@ def test_the_same_seed_is_the_same_world(tmp_path, monkeypatch):
     a, b, c = (Prepared.load(tmp_path / name) for name in "abc")
     assert a.meta["content_hash"] == b.meta["content_hash"] != c.meta["content_hash"]
     assert a.meta["options"]["driving"] in ATTRIBUTES
-    assert a.n_users == 1500
+    assert a.n_users == 1250
     assert np.median(a.train_counts[1:]) <= 5, "few interactions of each item are the point"
 
 

@@ -302,12 +302,56 @@ def test_an_entry_that_is_the_same_in_all_texts_is_read_as_nothing():
     assert items._read(items.knowledge[1:]).isfinite().all()
 
 
+def reading_items(**options: object) -> KnowledgeConcat:
+    """Whose vectors are the ID vector of ones beside the text's one number."""
+    items = KnowledgeConcat(N, 2, 1, **options)
+    with torch.no_grad():
+        items.ids.weight.copy_(torch.tensor([1.0, 0.0]))
+        items.fuse.weight.copy_(torch.tensor([[1.0, 0, 0], [0, 0, 1]]))
+    return items
+
+
+def test_of_several_texts_training_reads_a_random_one_and_evaluation_the_first(tmp_path):
+    items, numbers = reading_items(), torch.arange(1, N + 1)
+    told = torch.arange(N)[:, None] * 10.0 + torch.arange(3)
+    items.set_knowledge(told[..., None])
+    torch.manual_seed(0)
+    read = torch.stack([items(numbers)[:, 1] for _ in range(200)])
+    for item in range(N):
+        values, counts = read[:, item].unique(return_counts=True)
+        assert values.tolist() == told[item].tolist()
+        assert counts.min() > 40
+    assert items.eval()(numbers)[:, 1].tolist() == told[:, 0].tolist()
+    assert items.train()(torch.tensor([0]))[0, 1] == 0
+    fresh = torch.full((N, 1), 7.0)
+    assert items(numbers, fresh)[:, 1].tolist() == [7.0] * N
+    assert "draws" not in items.state_dict()
+    items.set_knowledge(told[:, :1])
+    assert items(numbers)[:, 1].tolist() == told[:, 0].tolist()
+
+
+def test_id_dropout_leaves_out_the_id_of_so_many_items_while_training_alone():
+    items, numbers = reading_items(id_dropout=0.3), torch.full((4000,), 2)
+    items.set_knowledge(torch.ones(N, 1))
+    torch.manual_seed(0)
+    read = items(numbers)
+    assert set(read[:, 0].tolist()) == {0.0, 1.0}
+    assert read[:, 0].mean().item() == pytest.approx(0.7, abs=0.03)
+    assert (read[:, 1] == 1).all()
+    assert (items.eval()(numbers)[:, 0] == 1).all()
+    assert items.settings()["id_dropout"] == 0.3
+
+
 def test_bad_knowledge_is_refused():
     items = KnowledgeConcat(N, 16, 5)
     with pytest.raises(ValueError, match=r"\(3, 5\), not \(12, 5\)"):
         items.set_knowledge(torch.zeros(3, 5))
     with pytest.raises(ValueError, match="finite"):
         items.set_knowledge(torch.full((N, 5), float("nan")))
+    several = torch.zeros(N, 2, 5)
+    several[3, 1, 4] = float("inf")
+    with pytest.raises(ValueError, match="finite"):
+        items.set_knowledge(several)
 
 
 def test_a_folder_without_a_recommender_is_one_clear_line(tmp_path):

@@ -44,7 +44,7 @@ class World:
 
     items: int = 2000
     values: int = 100
-    users: int = 1500
+    users: int = 1250
     length: int = 8
     follow: float = 0.6
     seed: int = 0

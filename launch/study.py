@@ -1,0 +1,171 @@
+"""A study: one main job in several variants, each with several seeds; what comes before alignment is done once.
+
+``recalign reproduce NAME``: each variant is a run folder of its own, ``OUT/seed-S/VARIANT``, made by the very code that
+``recalign align`` runs, so any of them can be looked into, resumed or replayed alone.
+"""
+
+import itertools
+import json
+import logging
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from align.config import MainJob, Stages, load_job
+from launch import closed_world
+from launch.main_job import MainJobRun
+from rec.data.prepare import Filters, prepare
+from rec.data.readers import closed_world as world
+from rec.runtime import files
+from rec.runtime.config import Section, apply_overrides, build, hash_of, read_recipe
+from rec.runtime.errors import UserError
+from rec.runtime.runfolder import RunFolder
+
+log = logging.getLogger(__name__)
+
+WORLD = "closed-world"
+SEEDS = ("rec.train.seed", "llm.train.seed", "llm.knowledge.seed", "align.trainer.seed", "align.finish.seed")
+METRICS = ("HR@10", "NDCG@10")
+
+
+class Study(Section):
+    """The recipe of a study."""
+
+    job: str
+    """The recipe of the main job, relative to this one."""
+    run: Path
+    """The run folder."""
+    seeds: list[int] = Field([0, 1, 2], min_length=1)
+    """Of everything; of a closed world, of the world too."""
+    variants: dict[str, list[str]] = Field({"SeRALM": []}, min_length=1)
+    """Overrides of the job's keys, by a name."""
+
+
+class StudyRun:
+    """One study in its run folder.
+
+    Args:
+        path: its recipe.
+        overrides: ``key=value`` of the study, and of the job behind ``job.``: ``job.rec.train.epochs=5``.
+    """
+
+    def __init__(self, path: Path, overrides: Sequence[str] = ()) -> None:
+        of_job = [override.removeprefix("job.") for override in overrides if override.startswith("job.")]
+        of_study = [override for override in overrides if not override.startswith("job.")]
+        self.study = build(Study, apply_overrides(read_recipe(path), of_study))
+        recipe = path.parent / self.study.job
+        # Every recipe is checked before the first one runs.
+        self.jobs: dict[tuple[int, str], MainJob] = {}
+        self.worlds: set[tuple[int, str]] = set()
+        for seed, (name, changes) in itertools.product(self.study.seeds, self.study.variants.items()):
+            self._add_job(recipe, seed, name, [*changes, *of_job])
+
+    def execute(self, command: str) -> dict[str, Any]:
+        """Run what is not done yet; the content of ``result.json``."""
+        folder = RunFolder(self.study.run)
+        with folder.lock("study"):
+            found = {key: self._run(*key) for key in self.jobs}
+            rows = [row for own in found.values() for row in own["rows"]]
+            world_rows = [own["world"] for own in found.values() if own["world"]]
+            if world_rows:
+                closed_world.draw(folder.path, {key: self.jobs[key] for key in self.jobs if key in self.worlds})
+            return folder.write_result(
+                command,
+                hash_of([job.identity for job in self.jobs.values()]),
+                next(iter(found.values()))["protocol"],
+                rows,
+                sum(own["wall_s"] for own in found.values()),
+                closed_world.claims(world_rows) if world_rows else [],
+                means=means(rows),
+                **({"world": world_rows} if world_rows else {}),
+            )
+
+    def _add_job(self, recipe: Path, seed: int, name: str, overrides: list[str]) -> None:
+        if not name or "/" in name:
+            raise UserError(f"variant {name!r}: a name without '/' is needed, it names a folder")
+        here = self.study.run / f"seed-{seed}"
+        content = [*(f"{key}={seed}" for key in SEEDS), *overrides, f"run={json.dumps(str(here / name))}"]
+        self.jobs[seed, name] = load_job(recipe, content)
+        if self.jobs[seed, name].data == WORLD:
+            # The built-in one has one seed.
+            self.worlds.add((seed, name))
+            self.jobs[seed, name] = load_job(recipe, [*content, f"data={json.dumps(str(here / 'world'))}"])
+
+    def _run(self, seed: int, name: str) -> dict[str, Any]:
+        job, begin = self.jobs[seed, name], time.monotonic()
+        log.info("%s, seed %d", name, seed)
+        is_world = (seed, name) in self.worlds
+        if is_world:
+            prepare(WORLD, world.read(world_seed=seed), Path(job.data), Filters(**world.FILTERS))
+        share_what_comes_before(job)
+        run = MainJobRun(job)
+        result = run.execute(f"recalign align {job.run}/config.yaml")
+        told = {"seed": seed, "variant": name}
+        return {
+            "rows": [{**told, **row} for row in result["rows"]],
+            "world": {**told, **closed_world.figures(job)} if is_world else None,
+            "protocol": result["protocol"],
+            "wall_s": max(result["wall_s"], time.monotonic() - begin),
+        }
+
+
+def share_what_comes_before(job: MainJob) -> None:
+    """Put into the job's run folder what comes before alignment, made once for all jobs that have it in common."""
+    stages = Stages(job.run)
+    if stages.na_knowledge.exists() and (stages.na / "finished.json").exists():
+        return
+    common = job.run.parent / f"before-alignment-{_before_alignment(job)}"
+    done = common / "complete"
+    if not done.exists():
+        MainJobRun(job.model_copy(update={"run": common})).execute("", stop_before_alignment=True)
+        files.write_text(done, "")
+    for source in sorted(common.iterdir()):
+        target = job.run / source.name
+        if source.is_dir() and not target.exists():
+            temporary = job.run / f"{files.TEMPORARY_PREFIX}{source.name}"
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.copytree(source, temporary)
+            temporary.rename(target)
+
+
+def _before_alignment(job: MainJob) -> str:
+    """A hash of everything that decides the stages before alignment."""
+    align = job.align
+    return hash_of(
+        [
+            job.data,
+            job.rec,
+            job.llm,
+            align.reward_users and [align.reward_users, align.trainer.seed],
+            [align.knowledge_on_target, align.knowledge_dropout, align.standardise_knowledge, align.id_dropout],
+        ]
+    )[:8]
+
+
+def means(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and standard error over seeds of every variant's methods."""
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["variant"], row["model"], row["method"]), []).append(row)
+    found = []
+    for (variant, model, method), own in groups.items():
+        entry = {"variant": variant, "model": model, "method": method, "seeds": len(own)}
+        for name in METRICS:
+            values = [row[name] for row in own]
+            entry[name] = sum(values) / len(values)
+            entry[f"{name}_se"] = _standard_error(values)
+        found.append(entry)
+    return found
+
+
+def _standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean; None where there is one value."""
+    if len(values) < 2:
+        return None
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
