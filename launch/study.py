@@ -139,8 +139,8 @@ def _before_alignment(job: MainJob) -> str:
     return hash_of(
         [
             job.data,
-            job.rec,
-            job.llm,
+            job.rec.model_dump(mode="json"),
+            job.llm.model_dump(mode="json"),
             align.reward_users and [align.reward_users, align.trainer.seed],
             [align.knowledge_on_target, align.knowledge_dropout, align.standardise_knowledge, align.id_dropout],
         ]
