@@ -16,7 +16,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from align.config import Stages
+from align.config import Stages, load_job
+from align.order import set_aside
 from align.samples import SampleLog
 from align.snapshots import SnapshotStore
 from rec.data.prepared import Prepared
@@ -34,13 +35,16 @@ RECIPE = {
         "item_text": "{title}, {kind}",
         "lmrec": {"vocabulary": 400, "context": 48, "dim": 64, "layers": 1, "heads": 2},
         "train": {"epochs": 2, "batch_size": 16, "lr": 5e-3},
-        "knowledge": {"max_new_tokens": 6},
+        "knowledge": {"max_new_tokens": 6, "texts": 2},
     },
     "align": {
         "refresh_every": 5,
         "max_lag_steps": 6,
         "fresh_items": 2,
-        "objective": {"baseline": "leave-one-out"},
+        "reward_users": 0.25,
+        "id_dropout": 0.3,
+        "watch": ["kind"],
+        "objective": {"baseline": "leave-one-out", "temperature": "calibrated"},
         "trainer": {"steps": STEPS, "batch_size": BATCH, "checkpoint_every": 3, "warmup_steps": 2, "lr": 1e-3},
         "generator": {"batches_per_call": 2},
         "finish": {"batch_size": 16, "epochs": 2},
@@ -120,7 +124,7 @@ def assert_no_sample_lost_or_repeated(run: RunFolder) -> None:
     log = SampleLog(Stages(run.path).samples)
     assert log.next_step() == STEPS
     ordinals = [sample.ordinal for step in range(STEPS) for sample in log.read(step)]
-    assert ordinals == list(range(STEPS * BATCH))
+    assert ordinals == list(range(2 * STEPS * BATCH))  # as many reward as fit
     assert [row["step"] for row in run.steps("train")] == list(range(STEPS))
 
 
@@ -173,6 +177,18 @@ def test_an_undisturbed_run_is_what_the_paper_describes(finished):
     assert_no_sample_lost_or_repeated(finished)
 
 
+def test_users_set_aside_reward_and_fit_no_recommender(finished, small_data):
+    aside = set_aside(small_data, 0.25, seed=42)
+    log, stages = SampleLog(Stages(finished.path).samples), Stages(finished.path)
+    for sample in (sample for step in range(STEPS) for sample in log.read(step)):
+        assert sample.rewards is not sample.fits
+        assert sample.rewards == bool(aside[sample.user])
+    assert all(0 <= row["said_kind"] <= 1 for row in finished.steps("train"))
+    for folder in stages.aligning(load_job(finished.path / CONFIG).align):
+        assert folder.parent == stages.without_reward_users
+        assert json.loads((folder / "temperature.json").read_text())["temperature"] > 0
+
+
 def test_alignment_moves_the_llm_and_the_recommender(finished):
     stages = Stages(finished.path)
     final = final_weights(finished)
@@ -197,7 +213,7 @@ def test_a_replay_of_other_samples_ends_elsewhere_and_says_so(finished, tmp_path
     shutil.copytree(finished.path, run)
     log = SampleLog(Stages(run).samples)
     changed = [replace(sample, log_p_y_given_xs=[value + 2 for value in sample.log_p_y_given_xs])
-               if sample.ordinal % BATCH == 0 else sample for sample in log.read(STEPS - 1)]  # fmt: skip
+               if sample.ordinal % (2 * BATCH) == 0 else sample for sample in log.read(STEPS - 1)]  # fmt: skip
     max(log.folder.glob("batch-*")).unlink()
     log.append(STEPS - 1, changed)
     assert start_replay(run).wait(300) == 1
