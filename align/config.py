@@ -48,6 +48,15 @@ class ObjectiveConfig(Section):
         return self
 
 
+class LoRAConfig(Section):
+    """Low-rank adapters (peft) instead of all weights; the original is the same model with the adapters off."""
+
+    rank: int = Field(16, ge=1, le=512)
+    alpha: int = Field(32, ge=1)
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    """All linear layers but the output head, or those whose names end so."""
+
+
 class TrainerConfig(Section):
     """The trainer job: DeepSpeed for the LLM, DDP for the recommender."""
 
@@ -60,6 +69,8 @@ class TrainerConfig(Section):
     steps: int = Field(300, ge=1)
     lr: float = Field(1e-4, gt=0)
     """Of the LLM (AdamW, constant after warm-up)."""
+    lora: LoRAConfig | None = None
+    """Adapters instead of all weights; for architectures whose adapters vLLM reads, GPT-2's are not among them."""
     warmup_steps: int = Field(10, ge=0)
     clip_norm: float = Field(1.0, gt=0)
     rec_lr: float = Field(1e-4, gt=0)

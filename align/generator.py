@@ -84,7 +84,10 @@ class Generator:
     def loop(self) -> None:
         """Generate until every step of the run has its batch."""
         align = self.job.align
-        self.engine = Engine(self.stages.llm_model(self.job.llm), self.job.llm.engine, self.longest)
+        lora = align.trainer.lora
+        self.engine = Engine(
+            self.stages.llm_model(self.job.llm), self.job.llm.engine, self.longest, lora_rank=lora.rank if lora else 0
+        )
         waited = 0.0
         while (step := self.log.next_step()) < align.trainer.steps:
             waited += self._refresh(step)

@@ -12,10 +12,12 @@ import deepspeed
 import torch
 from accelerate import Accelerator
 from deepspeed import DeepSpeedEngine
+from peft import LoraConfig as PeftLoRAConfig
+from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from align.config import AlignConfig, TrainerConfig
+from align.config import AlignConfig, LoRAConfig, TrainerConfig
 from align.objective import (
     effective_sample_fraction,
     exact_token_kl,
@@ -54,11 +56,12 @@ class Policy:
     def __init__(self, model: str, config: AlignConfig, accelerator: Accelerator) -> None:
         self.config, self.accelerator = config, accelerator
         trainer = config.trainer
-        policy = _load(model)
-        optimizer = torch.optim.AdamW(policy.parameters(), lr=trainer.lr, weight_decay=0.0)
+        policy = _load(model) if trainer.lora is None else _with_adapters(_load(model), trainer.lora)
+        trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=trainer.lr, weight_decay=0.0)
         self.engine: DeepSpeedEngine = accelerator.prepare(policy, optimizer)[0]
         assert self.engine.gradient_clipping() == trainer.clip_norm
-        self.reference = self._frozen(model)
+        self.reference = self._frozen(model) if trainer.lora is None else None
 
     @property
     def stage(self) -> int:
@@ -77,9 +80,8 @@ class Policy:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self._learning_rate(step)
         self.engine.train()
+        reference_logits = self._reference_logits(rows.ids)
         logits = token_logits(self.engine, rows.ids)
-        with torch.no_grad():
-            reference_logits = token_logits(self.reference, rows.ids)
         logprobs, reference = (chosen_logprobs(values, rows.ids) for values in (logits, reference_logits))
         token_kl = exact_token_kl(logits, reference_logits) if objective.kl == "exact" else None
         weights, mask = weights.flatten().to(rows.ids.device), rows.mask
@@ -109,15 +111,19 @@ class Policy:
         return chosen_logprobs(token_logits(self.engine, ids), ids)[0].tolist()
 
     def gathered_weights(self) -> dict[str, Tensor]:
-        """The whole model's weights on the CPU of rank 0 ({} elsewhere); every rank calls this.
+        """All weights, or the adapters, on the CPU of rank 0 ({} elsewhere); every rank calls this.
 
         Under ZeRO-3 one parameter at a time is gathered, so that no device ever holds the whole model.
         """
-        weights = {}
+        weights, adapters = {}, self.config.trainer.lora is not None
         for name, parameter in self.engine.module.named_parameters():
+            if adapters and not parameter.requires_grad:
+                continue
             with self._whole(parameter):
                 if self.accelerator.is_main_process:
                     weights[name] = parameter.detach().cpu().clone()
+        if adapters:
+            return weights
         persistent = set(self.engine.module.state_dict())
         for name, buffer in self.engine.module.named_buffers():
             if self.accelerator.is_main_process and name in persistent:
@@ -125,19 +131,30 @@ class Policy:
         return weights
 
     def save_pretrained(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        """Write gathered weights in Hugging Face format; rank 0 calls this."""
+        """Write gathered weights in Hugging Face format, adapters in peft's; rank 0 calls this."""
         self.engine.module.save_pretrained(folder, state_dict=weights)
 
     def save(self, folder: Path) -> None:
         """Write weights and optimizer of this rank; every rank calls this."""
         # DeepSpeed's own "latest" file is not atomic, and not needed: our manifest decides.
-        self.engine.save_checkpoint(str(folder / "llm"), tag=ENGINE_TAG, save_latest=False)
+        adapters = self.config.trainer.lora is not None
+        self.engine.save_checkpoint(
+            str(folder / "llm"), tag=ENGINE_TAG, save_latest=False, exclude_frozen_parameters=adapters
+        )
 
     def load(self, folder: Path) -> None:
         """Restore what ``save`` wrote; every rank calls this."""
-        loaded, _ = self.engine.load_checkpoint(str(folder / "llm"), tag=ENGINE_TAG)
+        whole = self.config.trainer.lora is None
+        loaded, _ = self.engine.load_checkpoint(str(folder / "llm"), tag=ENGINE_TAG, load_module_strict=whole)
         if loaded is None:
             raise RuntimeError(f"DeepSpeed found nothing to load in {folder / 'llm'}")
+
+    @torch.no_grad()
+    def _reference_logits(self, ids: Tensor) -> Tensor:
+        if self.reference is not None:
+            return token_logits(self.reference, ids)
+        with self.engine.module.disable_adapter():
+            return token_logits(self.engine, ids)
 
     def _learning_rate(self, step: int) -> float:
         trainer = self.config.trainer
@@ -215,6 +232,13 @@ def token_logits(model: torch.nn.Module, ids: Tensor) -> Tensor:
 def chosen_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
     """[M, T-1] log p(ids[:, t] | ids[:, :t]) for t ≥ 1, from ``token_logits``."""
     return logits.gather(-1, ids[:, 1:, None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+def _with_adapters(model: PreTrainedModel, lora: LoRAConfig) -> PeftModel:
+    """The model with adapters that change nothing yet, and are all that is trained."""
+    settings = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": lora.target_modules}
+    # Without dropout: sampling, scoring and training must be the same distribution.
+    return get_peft_model(model, PeftLoRAConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **settings))
 
 
 def _load(model: str) -> PreTrainedModel:

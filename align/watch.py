@@ -10,7 +10,6 @@ import torch
 
 from align.objective import log_mean_exp
 from align.samples import Sample
-from rec.runtime.errors import UserError
 
 
 class Watch:
@@ -41,17 +40,6 @@ class Watch:
             found[f"said_{column}"] = sum(texts) / len(texts)
             found[f"gap_{column}"] = sum(gaps) / len(gaps) if gaps else None
         return found
-
-
-def require_columns(columns: Sequence[str], items: pa.Table) -> None:
-    """Refuse columns that the item table lacks.
-
-    Raises:
-        UserError: naming those it has.
-    """
-    unknown = [column for column in columns if column not in items.column_names]
-    if unknown:
-        raise UserError(f"align.watch names {unknown[0]!r}; the item table has {', '.join(items.column_names)}")
 
 
 def _said(sample: Sample, entries: list[str]) -> list[list[bool]]:

@@ -16,11 +16,11 @@ from pyarrow import parquet
 from align.config import TEMPERATURE, MainJob, Stages
 from align.order import set_aside
 from align.snapshots import SnapshotStore
-from align.watch import require_columns
 from launch import knowledge, summary, supervise
+from launch.case_study import case_study
 from llm.engine import check_head_dim, check_model
 from llm.pretrain import make_tokenizer, pretrain
-from llm.prompts import item_texts, prompt_tokens
+from llm.prompts import item_texts, prompt_tokens, require_column
 from llm.text_encoder import TextEncoder
 from llm.tokenizer import load_tokenizer
 from rec.calibration import fit_temperature
@@ -174,14 +174,24 @@ class MainJobRun:
         texts = parquet.read_table(path, columns=["text"])["text"].to_pylist()
         return encoder(texts).unflatten(0, (self.data.n_items, -1))
 
+    def _row(self, method: str, folder: Path, texts: Path | None = None) -> dict[str, Any]:
+        """Test figures of a recommender, which reads other ``texts`` than its own if they are given."""
+        model = SequenceRecommender.from_pretrained(folder / MODEL)
+        if texts is not None:
+            model.items.set_knowledge(self._encode(texts))
+        metrics = evaluate(model, self.data, "test", self.job.rec.evaluate)
+        return {"method": method, "model": self.job.rec.model.name, **metrics.summary()}
+
     def _conclude(self, command: str, wall_s: float) -> dict[str, Any]:
-        rows, methods = [], {"Base": self.stages.base, "Base+NA_LLM": self.stages.na}
+        methods = {"Base": self.stages.base, "Base+NA_LLM": self.stages.na}
         if self.job.align.finish_from == "aligned":
             methods["Base+NA_LLM, trained on"] = self.stages.control
-        for method, folder in {**methods, "Base+SeRALM": self.stages.final}.items():
-            model = SequenceRecommender.from_pretrained(folder / "model")
-            metrics = evaluate(model, self.data, "test", self.job.rec.evaluate)
-            rows.append({"method": method, "model": self.job.rec.model.name, **metrics.summary()})
+        rows = [self._row(method, folder) for method, folder in {**methods, "Base+SeRALM": self.stages.final}.items()]
+        # Fig. 5: one half of the aligned system with the other half of the not-aligned one.
+        ablations = [
+            self._row("A_LLM+NA_Rec", self.stages.na, self.stages.final_knowledge),
+            self._row("NA_LLM+A_Rec", self.stages.final, self.stages.na_knowledge),
+        ]
         # First, because a run with a result is finished.
         summary.draw(self.run, self.stages)
         return self.run.write_result(
@@ -191,6 +201,8 @@ class MainJobRun:
             rows,
             wall_s,
             data={"name": self.job.data, **self.data.meta["counts"]},
+            ablations=ablations,
+            case_study=case_study(self.job, self.data),
             asynchronous=summary.asynchronous(self.run),
         )
 
@@ -216,6 +228,10 @@ def check(job: MainJob, data: Prepared) -> None:
         UserError: on an item template, prompt, model, tokenizer or encoder that cannot be used.
     """
     llm = job.llm
+    if llm.model is None and job.align.trainer.lora is not None:
+        raise UserError(
+            "align.trainer.lora needs llm.model: an LM that is trained here is a GPT-2, and vLLM cannot adapt it"
+        )
     texts = item_texts(data.items, llm.item_text)
     if llm.model is not None:
         check_model(llm.model)
@@ -236,7 +252,8 @@ def check(job: MainJob, data: Prepared) -> None:
             f"the longest prompt and its answer need {longest} tokens, llm.lmrec.context is {llm.lmrec.context}:"
             " raise it, or shorten llm.item_text or llm.knowledge.max_new_tokens"
         )
-    require_columns(job.align.watch, data.items)
+    for column in job.align.watch:
+        require_column(data.items, column, "align.watch")
     if torch.cuda.is_available():
         supervise.gpu_split(job)
     if job.llm.encoder.model != "llm":

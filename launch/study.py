@@ -107,7 +107,7 @@ class StudyRun:
         result = run.execute(f"recalign align {job.run}/config.yaml")
         told = {"seed": seed, "variant": name}
         return {
-            "rows": [{**told, **row} for row in result["rows"]],
+            "rows": [{**told, **row} for row in (*result["rows"], *result.get("ablations", ()))],
             "world": {**told, **closed_world.figures(job)} if is_world else None,
             "protocol": result["protocol"],
             "wall_s": max(result["wall_s"], time.monotonic() - begin),

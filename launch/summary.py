@@ -8,11 +8,14 @@ from rich.console import Console
 from rich.table import Table
 
 from align.config import Stages
+from launch.case_study import print_case
 from launch.tables import describe
 from rec.runtime.runfolder import RunFolder
 
 matplotlib.use("Agg")  # before pyplot: no screen is needed
 import matplotlib.pyplot as plt
+
+WAITS_LITTLE = 0.1
 
 
 def asynchronous(run: RunFolder) -> dict[str, Any]:
@@ -25,6 +28,8 @@ def asynchronous(run: RunFolder) -> dict[str, Any]:
     started = run.events("trainer_started")
     later_train, later_generated = train[1:] or train, generated[1:] or generated
     seconds = sum(row["generate_s"] for row in later_generated)
+    trainer_waits, generator_waits = _waiting_share(later_train), _waiting_share(later_generated)
+    publications = [row["publish_s"] for row in later_train if row["publish_s"]]
     return {
         "steps": len(train),
         "snapshots_published": len(published),
@@ -35,17 +40,32 @@ def asynchronous(run: RunFolder) -> dict[str, Any]:
         "tokens_per_s": _round(sum(row["tokens"] for row in later_generated) / max(seconds, 1e-9)),
         "texts_generated": sum(row["texts"] for row in generated),
         "empty_texts": sum(row["empty_texts"] for row in generated),
-        "trainer_waiting_share": _waiting_share(later_train),
-        "generator_waiting_share": _waiting_share(later_generated),
+        "trainer_waiting_share": trainer_waits,
+        "generator_waiting_share": generator_waits,
+        "verdict": verdict(trainer_waits, generator_waits),
         "canary_max_difference": max(row["canary_max_difference"] for row in refreshed),
+        "publish_s_mean": _round(sum(publications) / max(1, len(publications))),
         "refresh_s_mean": _round(sum(row["load_s"] for row in refreshed) / len(refreshed)),
+        "canary_s_mean": _round(sum(row["canary_s"] for row in refreshed) / len(refreshed)),
+        "lag_versions_max": max(row["lag_versions"] for row in train),
         "engine": started[-1]["engine"],
         "zero_stage": started[-1]["zero_stage"],
         "trainer_ranks": started[-1]["world_size"],
         "restarts": len(run.events("restarted")),
         "reward_first_last": [_mean(train[:20], "reward"), _mean(train[-20:], "reward")],
+        "reward_drift_last": _mean(train[-20:], "reward_drift"),
+        "effective_sample_fraction_last": _mean(train[-20:], "effective_sample_fraction"),
         "kl_last": _mean(train[-20:], "kl"),
     }
+
+
+def verdict(trainer_waits: float, generator_waits: float) -> str:
+    """Which job holds the other up, by the shares of their time that they wait, and what to do about it."""
+    if max(trainer_waits, generator_waits) < WAITS_LITTLE:
+        return "balanced: neither job waits for the other"
+    if trainer_waits > generator_waits:
+        return "generator-bound: give it more of the devices, or draw fewer texts"
+    return "trainer-bound: give it more of the devices, or draw more texts a step"
 
 
 def print_result(result: dict[str, Any], console: Console | None = None) -> None:
@@ -60,10 +80,13 @@ def print_result(result: dict[str, Any], console: Console | None = None) -> None
     )
     for name in ("method", "HR@10", "NDCG@10"):
         table.add_column(name, justify="left" if name == "method" else "right")
-    for row in result["rows"]:
-        values = [f"{row[name]:.4f} ± {row[f'{name}_se']:.4f}" for name in ("HR@10", "NDCG@10")]
-        table.add_row(f"{row['model']} {row['method']}", *values)
+    for rows in (result["rows"], result["ablations"]):
+        for row in rows:
+            values = [f"{row[name]:.4f} ± {row[f'{name}_se']:.4f}" for name in ("HR@10", "NDCG@10")]
+            table.add_row(f"{row['model']} {row['method']}", *values)
+        table.add_section()
     console.print(table)
+    print_case(result["case_study"], console)
     a = result["asynchronous"]
     console.print(
         f"Alignment: {a['steps']} steps of {a['engine']} (ZeRO-{a['zero_stage']}) on {a['trainer_ranks']} ranks;"
@@ -74,6 +97,10 @@ def print_result(result: dict[str, Any], console: Console | None = None) -> None
         f"Staleness: mean {a['lag_steps_mean']} steps, max {a['lag_steps_max']};"
         f" generated {a['tokens_per_s']:,.0f} tokens/s;"
         f" waiting: trainer {a['trainer_waiting_share']:.0%}, generator {a['generator_waiting_share']:.0%} of its time"
+    )
+    console.print(
+        f"A refresh: {a['publish_s_mean']:.2f} s to publish, {a['refresh_s_mean']:.2f} s to load,"
+        f" {a['canary_s_mean']:.2f} s to prove; {a['verdict']}"
     )
     console.print(
         f"Canary: vLLM and trainer differ by at most {a['canary_max_difference']:.1e} nats after every swap;"

@@ -16,12 +16,15 @@ import torch
 from transformers import AutoConfig
 
 from llm.config import EngineConfig
+from rec.runtime import files
 from rec.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
 
 MIN_HEAD_DIM_ON_CPU = 32
 BATCHED_TOKENS_ON_CPU = 4096
+ADAPTER = "adapter_config.json"
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM makes room for
 
 
 @dataclass(frozen=True)
@@ -47,12 +50,15 @@ class Engine:
         config: precision and memory.
         max_length: prompt and completion together, in tokens.
         seed: of the engine; requests carry seeds of their own.
+        lora_rank: largest rank of adapters that ``load_weights`` will bring; 0 if it will bring whole models.
 
     Raises:
         UserError: if vLLM cannot run this model here.
     """
 
-    def __init__(self, model: str | Path, config: EngineConfig, max_length: int, seed: int = 0) -> None:
+    def __init__(
+        self, model: str | Path, config: EngineConfig, max_length: int, seed: int = 0, lora_rank: int = 0
+    ) -> None:
         check_model(model, max_length)
         # In this process, so that the engine dies with it and no second one has to be watched.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -61,7 +67,10 @@ class Engine:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(config.kv_cache_gib))
         from vllm import LLM
 
-        on_gpu, reading = torch.cuda.is_available(), {}
+        on_gpu, reading, adapters = torch.cuda.is_available(), {}, {}
+        if lora_rank:
+            # Two, so that a new adapter can be there before the old one goes.
+            adapters = {"enable_lora": True, "max_loras": 2, "max_lora_rank": min(r for r in RANKS if r >= lora_rank)}
         if not on_gpu:
             from torch import _dynamo
 
@@ -82,8 +91,9 @@ class Engine:
             logprobs_mode="processed_logprobs",
             disable_log_stats=True,
             **reading,
+            **adapters,
         )
-        self.version = "initial"
+        self.version, self.adapter = "initial", None
 
     def generate(
         self,
@@ -106,7 +116,7 @@ class Engine:
             SamplingParams(temperature=temperature, max_tokens=max_new_tokens, logprobs=0, seed=seed % 2**63)
             for seed in seeds
         ]
-        outputs = self.llm.generate(self._salted(prompts), params, use_tqdm=False)
+        outputs = self.llm.generate(self._salted(prompts), params, use_tqdm=False, lora_request=self.adapter)
         return [self._completion(output.outputs[0]) for output in outputs]
 
     def logprobs_of(self, token_ids: list[int]) -> list[float]:
@@ -114,22 +124,40 @@ class Engine:
         from vllm import SamplingParams
 
         params = SamplingParams(temperature=1.0, max_tokens=1, prompt_logprobs=0)
-        [output] = self.llm.generate(self._salted([token_ids]), params, use_tqdm=False)
+        [output] = self.llm.generate(self._salted([token_ids]), params, use_tqdm=False, lora_request=self.adapter)
         scored = zip(token_ids[1:], output.prompt_logprobs[1:], strict=True)
         return [entry[token].logprob for token, entry in scored]
 
     def load_weights(self, folder: Path, version: str) -> None:
-        """Replace the weights by those in ``folder``, a complete model of the same architecture.
+        """Replace the weights by those in ``folder``: a complete model of the same architecture, or an adapter.
 
         The caller checks the folder first: vLLM accepts one with a missing tensor, and a failed reload leaves an
         engine that dies at its next request.
         """
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
-        if not torch.cuda.is_available():
-            self.llm.collective_rpc(_repack_tied_heads)
+        if (folder / ADAPTER).exists():
+            self._load_adapter(folder, version)
+        else:
+            self._load_model(folder)
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM refused to reset its prefix cache after a change of weights")
         self.version = version
+
+    def _load_adapter(self, folder: Path, version: str) -> None:
+        """Always under a new name and number: by these, not by its file, vLLM knows an adapter and what it computed."""
+        from vllm.lora.request import LoRARequest
+
+        number = 1 if self.adapter is None else self.adapter.lora_int_id + 1
+        new = LoRARequest(f"{version}-{number}", number, str(folder))
+        if not self.llm.llm_engine.add_lora(new):
+            raise RuntimeError(f"vLLM refused the adapter in {folder}")
+        if self.adapter is not None:
+            self.llm.llm_engine.remove_lora(self.adapter.lora_int_id)
+        self.adapter = new
+
+    def _load_model(self, folder: Path) -> None:
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+        if not torch.cuda.is_available():
+            self.llm.collective_rpc(_repack_tied_heads)
 
     def _salted(self, prompts: Sequence[list[int]]) -> list[dict]:
         return [{"prompt_token_ids": list(prompt), "cache_salt": self.version} for prompt in prompts]
@@ -139,6 +167,11 @@ class Engine:
         token_ids = list(output.token_ids)
         drawn = [step[token].logprob for token, step in zip(token_ids, output.logprobs, strict=True)]
         return Completion(token_ids, drawn, output.text)
+
+
+def adapted(adapter: str | Path) -> str:
+    """The model, folder or hub name, that the adapter in a folder was made for."""
+    return files.read_json(Path(adapter) / ADAPTER)["base_model_name_or_path"]
 
 
 def _repack_tied_heads(worker) -> None:

@@ -19,8 +19,8 @@ import pyarrow as pa
 from pyarrow import parquet
 from transformers import AutoConfig
 
-from llm.config import KnowledgeConfig, LLMConfig
-from llm.engine import Engine
+from llm.config import EngineConfig, KnowledgeConfig, LLMConfig
+from llm.engine import ADAPTER, Engine, adapted
 from llm.prompts import item_texts, prompt_tokens
 from llm.tokenizer import load_tokenizer
 from rec.data.prepared import Prepared
@@ -95,7 +95,7 @@ def generate_knowledge(data: Prepared, model: str | Path, settings: LLMConfig, o
     kept = len(set(keys)) - len(missing)
     if missing:
         longest = max(map(len, missing.values())) + knowledge.max_new_tokens
-        engine = Engine(model, settings.engine, longest, knowledge.seed)
+        engine = _engine(model, settings.engine, longest, knowledge.seed)
         wanted = list(missing)
         with progress("Knowledge", len(wanted)) as advance:
             for begin in range(0, len(wanted), PROMPTS_A_CALL):
@@ -129,6 +129,15 @@ def generate_knowledge(data: Prepared, model: str | Path, settings: LLMConfig, o
         log.warning("%d of %d rows have an empty text; these are encoded as zeros", empty, len(keys))
 
 
+def _engine(model: str | Path, config: EngineConfig, longest: int, seed: int) -> Engine:
+    """An engine of a whole model, or of an adapter and the model that it adapts."""
+    if not (Path(model) / ADAPTER).exists():
+        return Engine(model, config, longest, seed)
+    engine = Engine(adapted(model), config, longest, seed, lora_rank=files.read_json(Path(model) / ADAPTER)["r"])
+    engine.load_weights(Path(model), "adapted")
+    return engine
+
+
 def text_keys(prompts: Sequence[list[int]], model: str, settings: KnowledgeConfig) -> list[str]:
     """A key for the text of every row's prompt: a hash of all that decides it, the number of the draw included."""
     common = hashlib.sha256(hash_of([model, settings.max_new_tokens, settings.temperature, settings.seed]).encode())
@@ -149,7 +158,8 @@ def fingerprint(model: str | Path) -> str:
     folder = Path(model)
     if folder.is_dir():
         parts = sorted(path for path in folder.iterdir() if path.suffix in WEIGHTS)
-        return hash_of([[path.name, files.sha256_file(path)] for path in parts])
+        own = [[path.name, files.sha256_file(path)] for path in parts]
+        return hash_of([*own, fingerprint(adapted(folder))] if (folder / ADAPTER).exists() else own)
     try:
         return f"{model}@{getattr(AutoConfig.from_pretrained(str(model)), '_commit_hash', None)}"
     except (OSError, ValueError) as error:

@@ -35,6 +35,7 @@ def main(recipe: Path, model: str, out: Path) -> None:
             save_file(gathered, out / f"{name}.safetensors")
 
     checkpoints = Checkpoints(out / "checkpoints", ranks)
+    keep("begin")
     update(0)
     keep("one-step")
     checkpoints.save(1, {}, write=policy.save)

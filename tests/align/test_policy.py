@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from align.config import ObjectiveConfig, TrainerConfig
 from align.policy import Rows, deepspeed_config
@@ -22,6 +22,7 @@ from llm.lmrec import build_lmrec
 
 ROOT = Path(__file__).parents[2]
 ALPHA, LR, CLIP = 0.3, 1e-2, 0.5
+LORA = {"rank": 4, "alpha": 6}
 WEIGHTS = [[0.5, -0.5], [-1.0, 1.5], [2.0, 0.0], [3.0, -2.0]]
 # Two samples with two fresh items, one with one, one whose texts are only the end of sequence; two draws of each.
 TEXTS = [
@@ -87,21 +88,17 @@ def plain_steps(folder: Path, n: int) -> dict[str, torch.Tensor]:
     return dict(policy.named_parameters())
 
 
-@pytest.mark.distributed
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_two_ranks_of_deepspeed_equal_plain_torch_and_resume_exactly(tmp_path, model, stage):
-    trainer = {
-        "processes": 2, "zero_stage": stage, "batch_size": 4, "lr": LR, "clip_norm": CLIP, "warmup_steps": 0,
-    }  # fmt: skip
+def two_steps(out: Path, model: Path, port: int, **trainer: object) -> None:
+    """Run ``policy_steps`` on two ranks; what it writes is in ``out``."""
+    settings = {"processes": 2, "batch_size": 4, "lr": LR, "clip_norm": CLIP, "warmup_steps": 0, **trainer}
     objective = {"alpha": ALPHA, "samples": 2, "kl": "exact", "max_importance": 2.0}
-    align = {"trainer": trainer, "objective": objective, "wait_timeout_s": 60}
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump({"data": "none", "run": str(tmp_path), "align": align}))
-    SampleLog(tmp_path / "samples").append(0, samples())
+    align = {"trainer": settings, "objective": objective, "wait_timeout_s": 60}
+    recipe = out / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"data": "none", "run": str(out), "align": align}))
+    SampleLog(out / "samples").append(0, samples())
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/accelerate/cpu.yaml",
-        "--main_process_port", str(29600 + stage), "tests/align/policy_steps.py", str(recipe), str(model),
-        str(tmp_path),
+        "--main_process_port", str(port), "tests/align/policy_steps.py", str(recipe), str(model), str(out),
     ]  # fmt: skip
     environment = os.environ | {
         "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT),
@@ -109,6 +106,11 @@ def test_two_ranks_of_deepspeed_equal_plain_torch_and_resume_exactly(tmp_path, m
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_two_ranks_of_deepspeed_equal_plain_torch_and_resume_exactly(tmp_path, model, stage):
+    two_steps(tmp_path, model, 29600 + stage, zero_stage=stage)
     for name, n in (("one-step", 1), ("two-steps", 2)):
         found, expected = load_file(tmp_path / f"{name}.safetensors"), plain_steps(model, n)
         assert set(expected) <= set(found) | {"lm_head.weight"}
@@ -123,6 +125,56 @@ def test_two_ranks_of_deepspeed_equal_plain_torch_and_resume_exactly(tmp_path, m
     assert all(torch.equal(one[key], restored[key]) for key in one)
     assert all(torch.equal(two[key], resumed[key]) for key in two)
     assert any(not torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("policy") / "llama"
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=40, max_position_embeddings=16, **sizes)).save_pretrained(folder)
+    return folder
+
+
+def plain_lora_step(folder: Path, before: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """One update of adapters by hand: h + (alpha / rank) B A x in every linear layer, without peft."""
+    original, policy = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
+    policy.requires_grad_(False)
+    trained = {name: value.clone().requires_grad_() for name, value in before.items()}
+    for name, module in policy.model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            key = f"base_model.model.model.{name}.lora_{{}}.default.weight"
+            down, up = trained[key.format("A")], trained[key.format("B")]
+            module.register_forward_hook(
+                lambda _, x, y, a=down, b=up: y + LORA["alpha"] / LORA["rank"] * x[0] @ a.T @ b.T
+            )
+    optimizer = torch.optim.AdamW(trained.values(), lr=LR, weight_decay=0.0)
+    loss = 0
+    for sample, weights in zip(samples(), WEIGHTS, strict=True):
+        for draw, weight in zip(sample.draws, weights, strict=True):
+            loss = loss + plain_loss(policy, original, sample.prompts, draw, weight) / (2 * len(WEIGHTS))
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(trained.values(), CLIP)
+    optimizer.step()
+    return trained
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", [2, 3])
+def test_adapters_on_two_ranks_equal_adapters_by_hand_and_resume_exactly(tmp_path, llama, stage):
+    two_steps(tmp_path, llama, 29610 + stage, zero_stage=stage, lora=LORA)
+    names = ("begin", "one-step", "two-steps", "restored", "resumed")
+    begin, one, two, restored, resumed = (load_file(tmp_path / f"{name}.safetensors") for name in names)
+    # Seven linear layers in each of two blocks, and nothing else.
+    assert len(begin) == 2 * 7 * 2
+    assert all("lora_" in name for name in begin)
+    assert all(bool(value.any()) == ("lora_A" in name) for name, value in begin.items())
+    first = plain_lora_step(llama, begin)
+    for name, value in one.items():
+        torch.testing.assert_close(value, first[name].detach(), rtol=1e-3, atol=2e-5, msg=lambda m, k=name: f"{k}: {m}")
+    assert all(torch.equal(one[name], restored[name]) for name in one)
+    assert all(torch.equal(two[name], resumed[name]) for name in two)
+    assert any(not torch.equal(one[name], two[name]) for name in one)
 
 
 def test_the_recipe_decides_what_deepspeed_leaves_open():

@@ -6,8 +6,7 @@ import pyarrow as pa
 import pytest
 
 from align.samples import Sample, Text
-from align.watch import Watch, require_columns
-from rec.runtime.errors import UserError
+from align.watch import Watch
 
 ITEMS = pa.table({"item_id": ["a", "b"], "taste": ["sweet", "sour"], "look": ["red", "sour"]})
 
@@ -33,9 +32,3 @@ def test_shares_and_gaps_of_each_column():
     assert figures["gap_look"] == pytest.approx((0.75 + (0.5 - 1.25)) / 2)
     assert Watch(["look"], ITEMS).figures(samples[2:])["gap_look"] is None
     assert Watch([], ITEMS).figures(samples) == {}
-
-
-def test_an_unknown_column_is_refused_with_those_there_are():
-    require_columns(["taste"], ITEMS)
-    with pytest.raises(UserError, match="names 'smell'; the item table has item_id, taste, look"):
-        require_columns(["smell"], ITEMS)
