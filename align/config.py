@@ -86,6 +86,9 @@ class GeneratorConfig(Section):
 
     batches_per_call: int = Field(4, ge=1)
     """Trainer batches that one vLLM call generates, where the staleness bound allows."""
+    cpu_cores: int | None = Field(None, ge=1)
+    """On a machine without GPUs: so many cores for the generator alone, the others for the trainer; null lets both use
+    all of them."""
 
 
 class AlignConfig(Section):
@@ -100,9 +103,11 @@ class AlignConfig(Section):
     """Hard bound: step t never trains on a sample whose weights are older than step t - max_lag_steps. 0, with
     ``refresh_every`` of 1, is synchronous training."""
     fresh: Literal["last", "random", "all"] = "last"
-    """Which items of a history get freshly sampled texts: the last ``fresh_items``, so many random ones, or all. The
-    others read their stored one."""
+    """Which items of a history get freshly sampled texts: the last ``fresh_items``, so many random ones, or all."""
     fresh_items: int = Field(1, ge=1)
+    others: Literal["stored", "newest"] = "stored"
+    """What the other items of a history read: the text that Base+NA_LLM was trained on, or the newest one that the
+    present version of the LLM wrote about the item, where it wrote one."""
     share_texts: bool = False
     """Whether all histories of a batch that hold a fresh item read the same texts of it, which saves generating and
     training on more; with texts of its own for each history the estimates are independent."""

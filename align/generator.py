@@ -10,13 +10,14 @@ t - max_lag_steps or later. Where the newest one is older, the generator waits; 
 import logging
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from align.config import AlignConfig, MainJob, Stages
 from align.order import StepOrder, Task
-from align.samples import Sample, SampleLog, Text
+from align.samples import Other, Sample, SampleLog, Text
 from align.scoring import log_p_y_given_xs, make_inputs, pad_histories
 from align.snapshots import CANARY_TOKENS, Snapshot, SnapshotStore
 from align.start import read_arguments
@@ -80,6 +81,7 @@ class Generator:
         self.engine: Engine | None = None
         self.snapshot: Snapshot | None = None
         self.recommender: SequenceRecommender | None = None
+        self.newest: dict[int, str] = {}
 
     def loop(self) -> None:
         """Generate until every step of the run has its batch."""
@@ -122,7 +124,10 @@ class Generator:
         begin = time.monotonic()
         self.engine.load_weights(snapshot.llm, f"v{snapshot.version}")
         self.recommender = SequenceRecommender.from_pretrained(snapshot.recommender).to(self.device)
-        self.snapshot = snapshot
+        self.snapshot, self.newest = snapshot, {}
+        # After a restart: what this version has said already.
+        steps = range(snapshot.step, self.log.next_step())
+        self._remember([one for step in steps for one in self.log.read(step) if one.version == snapshot.version])
         load_s = time.monotonic() - begin
         scored = self.engine.logprobs_of(snapshot.canary_tokens)
         difference = max(abs(ours - theirs) for ours, theirs in zip(scored, snapshot.canary_logprobs, strict=True))
@@ -159,6 +164,7 @@ class Generator:
             for seed, completion in zip(asked, completions, strict=True)
         }
         samples = self._scored([self._sample(one, texts) for one in wanted])
+        self._remember(samples)
         per_step = len(samples) // len(steps)
         for nth, step in enumerate(steps):
             self.log.append(step, samples[nth * per_step : (nth + 1) * per_step])
@@ -189,6 +195,14 @@ class Generator:
         seeds = [[seed(nth, item, draw) for nth, item in enumerate(fresh)] for draw in range(draws)]
         return Wanted(task, places, fresh, seeds)
 
+    def _remember(self, samples: Sequence[Sample]) -> None:
+        """What the present version said last of each item, if others are to read it."""
+        if self.job.align.others == "newest":
+            for sample in samples:
+                for draw in sample.draws:
+                    fresh = (sample.items[place] for place in sample.places)
+                    self.newest.update(zip(fresh, (text.text for text in draw), strict=True))
+
     def _sample(self, wanted: "Wanted", texts: dict[int, Text]) -> Sample:
         """The sample without its scores."""
         return Sample(
@@ -201,6 +215,11 @@ class Generator:
             places=wanted.places,
             prompts=[self.sources.prompts[item - 1] for item in wanted.fresh],
             draws=[[texts[seed] for seed in draw] for draw in wanted.seeds],
+            others=[
+                Other(place, self.newest[item])
+                for place, item in enumerate(wanted.task.pair.items)
+                if item in self.newest and place not in wanted.places
+            ],
             log_p_y_given_xs=[],
             log_p_y_given_x=0.0,
             version=self.snapshot.version,

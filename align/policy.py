@@ -80,9 +80,9 @@ class Policy:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self._learning_rate(step)
         self.engine.train()
-        reference_logits = self._reference_logits(rows.ids)
-        logits = token_logits(self.engine, rows.ids)
-        logprobs, reference = (chosen_logprobs(values, rows.ids) for values in (logits, reference_logits))
+        reference_logits = self._reference_logits(rows)
+        logits = token_logits(self.engine, rows.ids, rows.places)
+        logprobs, reference = (chosen_logprobs(values, rows.next_ids) for values in (logits, reference_logits))
         token_kl = exact_token_kl(logits, reference_logits) if objective.kl == "exact" else None
         weights, mask = weights.flatten().to(rows.ids.device), rows.mask
         ratios = importance_ratios(logprobs.detach(), rows.drawn, mask)
@@ -108,7 +108,8 @@ class Policy:
         """log p of a fixed text's tokens from the second on, under the weights being trained; every rank calls this."""
         self.engine.eval()
         ids = torch.tensor([token_ids], device=self.accelerator.device)
-        return chosen_logprobs(token_logits(self.engine, ids), ids)[0].tolist()
+        places = torch.arange(len(token_ids) - 1, device=ids.device)
+        return chosen_logprobs(token_logits(self.engine, ids, places), ids[:, 1:])[0].tolist()
 
     def gathered_weights(self) -> dict[str, Tensor]:
         """All weights, or the adapters, on the CPU of rank 0 ({} elsewhere); every rank calls this.
@@ -150,11 +151,11 @@ class Policy:
             raise RuntimeError(f"DeepSpeed found nothing to load in {folder / 'llm'}")
 
     @torch.no_grad()
-    def _reference_logits(self, ids: Tensor) -> Tensor:
+    def _reference_logits(self, rows: "Rows") -> Tensor:
         if self.reference is not None:
-            return token_logits(self.reference, ids)
+            return token_logits(self.reference, rows.ids, rows.places)
         with self.engine.module.disable_adapter():
-            return token_logits(self.engine, ids)
+            return token_logits(self.engine, rows.ids, rows.places)
 
     def _learning_rate(self, step: int) -> float:
         trainer = self.config.trainer
@@ -187,17 +188,24 @@ class Rows:
 
     Attributes:
         ids: [M, T] tokens of prompt and text, right-padded.
-        mask: [M, T-1] 1 where the next token is a text's.
-        drawn: [M, T-1] log p of these when they were drawn, 0 elsewhere.
+        places: [P] the stretch of places after which some row has a token of its text: no others are computed.
+        mask: [M, P] 1 where the next token is a text's.
+        drawn: [M, P] log p of these when they were drawn, 0 elsewhere.
         texts: [E] row of every text of every draw.
         samples: [E] number of that draw, counted through all samples.
     """
 
     ids: Tensor
+    places: Tensor
     mask: Tensor
     drawn: Tensor
     texts: Tensor
     samples: Tensor
+
+    @property
+    def next_ids(self) -> Tensor:
+        """[M, P] the tokens after the places."""
+        return self.ids[:, (self.places + 1).clamp(max=self.ids.shape[1] - 1)]
 
     @classmethod
     def of(cls, samples: list[Sample], device: torch.device) -> "Rows":
@@ -213,25 +221,25 @@ class Rows:
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         starts = torch.tensor([len(prompt) - 1 for _, prompt, _ in found.values()])[:, None]
         ends = starts + torch.tensor([len(text.token_ids) for _, _, text in found.values()])[:, None]
-        places = torch.arange(ids.shape[1] - 1)
+        places = torch.arange(int(starts.min()), max(int(ends.max()), int(starts.min()) + 1))
         inside = (places >= starts) & (places < ends)
         drawn = torch.zeros(inside.shape)
         drawn[inside] = torch.tensor([value for _, _, text in found.values() for value in text.logprobs])
         texts, owners = torch.tensor(list(holds)).unbind(1)
-        return cls(*(value.to(device) for value in (ids, inside.float(), drawn, texts, owners)))
+        return cls(*(value.to(device) for value in (ids, places, inside.float(), drawn, texts, owners)))
 
 
-def token_logits(model: torch.nn.Module, ids: Tensor) -> Tensor:
-    """[M, T-1, V] logits of ids[:, t] given ids[:, :t] for t ≥ 1, in float32.
+def token_logits(model: torch.nn.Module, ids: Tensor, places: Tensor) -> Tensor:
+    """[M, P, V] logits of ids[:, t + 1] given ids[:, :t + 1] for the ``places`` t [P], in float32.
 
     Rows are right-padded, so a causal model needs neither attention mask nor position ids.
     """
-    return model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    return model(input_ids=ids, use_cache=False, logits_to_keep=places).logits.float()
 
 
-def chosen_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
-    """[M, T-1] log p(ids[:, t] | ids[:, :t]) for t ≥ 1, from ``token_logits``."""
-    return logits.gather(-1, ids[:, 1:, None]).squeeze(-1) - logits.logsumexp(-1)
+def chosen_logprobs(logits: Tensor, next_ids: Tensor) -> Tensor:
+    """[M, P] log p of the tokens ``next_ids`` [M, P], from ``token_logits``."""
+    return logits.gather(-1, next_ids[..., None]).squeeze(-1) - logits.logsumexp(-1)
 
 
 def _with_adapters(model: PreTrainedModel, lora: LoRAConfig) -> PeftModel:

@@ -18,7 +18,7 @@ from pyarrow import parquet
 
 from rec.runtime.arrow_files import write_table
 
-SCHEMA_VERSION = b"3"
+SCHEMA_VERSION = b"4"
 TEXT = pa.struct(
     {"seed": pa.int64(), "token_ids": pa.list_(pa.int32()), "logprobs": pa.list_(pa.float32()), "text": pa.string()},
 )
@@ -33,6 +33,7 @@ SCHEMA = pa.schema(
         "places": pa.list_(pa.int32()),
         "prompts": pa.list_(pa.list_(pa.int32())),
         "draws": pa.list_(pa.list_(TEXT)),
+        "others": pa.list_(pa.struct({"place": pa.int32(), "text": pa.string()})),
         "log_p_y_given_xs": pa.list_(pa.float64()),
         "log_p_y_given_x": pa.float64(),
         "version": pa.int32(),
@@ -60,6 +61,19 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Other:
+    """A text that an item without a fresh one was read with, instead of its stored one.
+
+    Attributes:
+        place: which of the sample's ``items``.
+        text: what was said of it.
+    """
+
+    place: int
+    text: str
+
+
+@dataclass(frozen=True)
 class Sample:
     """One (x, y) with k times the texts of its fresh items, and everything else that Algorithm 1 needs.
 
@@ -73,6 +87,7 @@ class Sample:
         places: [n] which of ``items`` got fresh texts, ascending.
         prompts: [n] token ids of the prompt about each of them.
         draws: [k][n] their texts; draws are independent of each other.
+        others: texts of items that are not fresh, the same in every draw.
         log_p_y_given_xs: [k] log p(y|x,s) of each draw under the recommender of ``version``.
         log_p_y_given_x: log p(y|x) under the frozen recommender.
         version: snapshot that wrote and scored it.
@@ -88,6 +103,7 @@ class Sample:
     places: list[int]
     prompts: list[list[int]]
     draws: list[list[Text]]
+    others: list[Other]
     log_p_y_given_xs: list[float]
     log_p_y_given_x: float
     version: int
@@ -151,4 +167,4 @@ class SampleLog:
 
 def _sample(row: dict[str, Any]) -> Sample:
     draws = [[Text(**text) for text in draw] for draw in row.pop("draws")]
-    return Sample(draws=draws, **row)
+    return Sample(draws=draws, others=[Other(**other) for other in row.pop("others")], **row)

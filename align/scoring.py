@@ -20,7 +20,7 @@ class Inputs:
         items: [B, L] item numbers, right-padded with 0.
         lengths: [B].
         targets: [B] item numbers of y.
-        rows: [F] the history of each fresh text.
+        rows: [F] the history of each text that does not come from the store.
         places: [F] where in it the text's item stands.
         fresh: [F, K] the texts' vectors.
     """
@@ -46,13 +46,21 @@ def pad_histories(histories: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
 def make_inputs(samples: Sequence[Sample], encoder: TextEncoder) -> Inputs:
     """Every draw of every sample as a history of its own, [B k] of them, those of a sample together."""
     draws = [(sample, draw) for sample in samples for draw in sample.draws]
-    texts = [text.text for _, draw in draws for text in draw]
+    told = [
+        (row, place, text)
+        for row, (sample, draw) in enumerate(draws)
+        for place, text in (
+            *zip(sample.places, (text.text for text in draw), strict=True),
+            *((other.place, other.text) for other in sample.others),
+        )
+    ]
+    rows, places, texts = zip(*told, strict=True)
     number = {text: nth for nth, text in enumerate(dict.fromkeys(texts))}  # like texts are encoded once
     return Inputs(
         *pad_histories([sample.items for sample, _ in draws]),
         targets=torch.tensor([sample.target for sample, _ in draws]),
-        rows=torch.tensor([row for row, (sample, _) in enumerate(draws) for _ in sample.places]),
-        places=torch.tensor([place for sample, _ in draws for place in sample.places]),
+        rows=torch.tensor(rows),
+        places=torch.tensor(places),
         fresh=encoder(list(number))[[number[text] for text in texts]],
     )
 

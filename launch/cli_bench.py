@@ -3,20 +3,34 @@
 import argparse
 import shlex
 import sys
+from importlib import resources
 from pathlib import Path
 
 from launch.commands import add_command
+from rec.runtime.errors import UserError
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
     """Define it below ``commands``."""
-    bench = add_command(commands, "bench", _bench, "compare speed with peers, side by side", """\
+    names = commands.add_parser("bench", help="speed, side by side in one run").add_subparsers(
+        required=True, metavar="NAME"
+    )
+    align = add_command(names, "align", _align, "alignment: synchronous, asynchronous, and each job alone", """\
+examples:
+  recalign bench align                                 # the closed world: about 5 minutes on 2 cores
+  recalign bench align my.yaml --steps 200 align.trainer.batch_size=64
+""")  # fmt: skip
+    align.add_argument("recipe", type=Path, nargs="?", help="of a main job (default: the closed world)")
+    align.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the recipe")
+    align.add_argument("--steps", type=int, default=100, help="trainer steps of every measurement (default: 100)")
+    align.add_argument("--out", type=Path, default=Path("runs/bench-align"), help="folder of the measurements")
+
+    bench = add_command(names, "rec", _rec, "recommenders beside RecBole, RecTools and RePlay", """\
 examples:
   python -m launch.bench.peers --setup                 # once: RecBole, RecTools, RePlay, each in its environment
   recalign bench rec --data data/beauty --data data/ml-1m
   recalign bench rec --data data/beauty --peers replay --stages epoch --seconds 60 --max-length 50
 """)  # fmt: skip
-    bench.add_argument("name", choices=("rec",), help="what to compare")
     bench.add_argument("--data", type=Path, action="append", required=True, help="prepared folder; may be repeated")
     bench.add_argument("--peers", default="recbole,rectools,replay", help="separated by commas (default: all)")
     bench.add_argument("--stages", help="separated by commas (default: all but quality)")
@@ -25,10 +39,25 @@ examples:
     bench.add_argument("--out", type=Path, default=Path("runs/bench-rec"), help="folder of the measurements")
 
 
-def _bench(arguments: argparse.Namespace) -> None:
+def _align(arguments: argparse.Namespace) -> None:
+    recipe, overrides = arguments.recipe, list(arguments.overrides)
+    if recipe is not None and "=" in recipe.name:
+        # argparse gives the first word to the recipe, which may be left out.
+        recipe, overrides = None, [str(recipe), *overrides]
+    if arguments.steps < 2:
+        raise UserError(f"--steps {arguments.steps}: at least 2 are needed, the first one is not measured")
+
+    from launch import tables
+    from launch.bench import align
+
+    recipe = recipe or Path(str(resources.files("launch.recipes").joinpath("closed-world.yaml")))
+    result = align.run(recipe, overrides, arguments.steps, arguments.out, shlex.join(["recalign", *sys.argv[1:]]))
+    tables.print_bench_align(result)
+
+
+def _rec(arguments: argparse.Namespace) -> None:
     from launch import tables
     from launch.bench import rec, rec_tasks
-    from rec.runtime.errors import UserError
 
     stages = arguments.stages.split(",") if arguments.stages else rec_tasks.STAGES
     known = (*rec_tasks.STAGES, *rec_tasks.ON_REQUEST)

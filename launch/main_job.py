@@ -256,5 +256,6 @@ def check(job: MainJob, data: Prepared) -> None:
         require_column(data.items, column, "align.watch")
     if torch.cuda.is_available():
         supervise.gpu_split(job)
+    supervise.cpu_split(job)
     if job.llm.encoder.model != "llm":
         load_tokenizer(job.llm.encoder.model)

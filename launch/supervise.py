@@ -43,6 +43,7 @@ class Child:
     environment: dict[str, str]
     log_path: Path
     place: Callable[[], int]
+    cores: set[int]
     process: subprocess.Popen | None = None
     last_place: int = -1
     futile_restarts: int = 0
@@ -59,8 +60,13 @@ class Child:
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **self.environment, PARENT: str(os.getpid())},
-                preexec_fn=die_with_parent,
+                preexec_fn=self._begin,
             )
+
+    def _begin(self) -> None:
+        """Between fork and exec."""
+        die_with_parent()
+        os.sched_setaffinity(0, self.cores)
 
     def stop(self) -> None:
         """End it: politely, then not."""
@@ -91,6 +97,11 @@ def last_words(log_path: Path, begin: int = 0) -> str:
     return found[-1] if found else next((line for line in reversed(lines) if line), "(it wrote nothing)")
 
 
+def generate(job: MainJob) -> None:
+    """Run the generator alone, until every batch is written; raises what ``align`` does."""
+    _watch(job, RunFolder(job.run), [_generator(job)])
+
+
 def align(job: MainJob) -> None:
     """Run alignment training to its end.
 
@@ -107,14 +118,14 @@ def replay(job: MainJob, into: Path) -> None:
 
 
 def _watch(job: MainJob, run: RunFolder, children: list[Child]) -> None:
-    """Start the jobs, the trainer first among them, and watch them until the trainer is done."""
-    trainer = children[0]
+    """Start the jobs and watch them until the first of them is done."""
+    first = children[0]
     try:
         for child in children:
             child.start()
         with progress("Align", job.align.trainer.steps) as advance:
             follow = _Follower(run)
-            while trainer.process.poll() != 0:
+            while first.process.poll() != 0:
                 for child in children:
                     _restart_if_dead(child, job.align.max_restarts, run)
                 row = follow.newest("train")
@@ -144,13 +155,13 @@ def _restart_if_dead(child: Child, max_restarts: int, run: RunFolder) -> None:
 
 
 def _trainer(job: MainJob, into: Path | None = None) -> Child:
-    run, on_gpu = into or job.run, torch.cuda.is_available()
+    run, on_gpu, cores = into or job.run, torch.cuda.is_available(), cpu_split(job)[0]
     config = "gpu.yaml" if on_gpu else "cpu.yaml"
     environment = {"TOKENIZERS_PARALLELISM": "false"}
     if on_gpu:
         environment |= _visible(gpu_split(job)[0])
     else:
-        threads = max(1, (os.cpu_count() or 1) // job.align.trainer.processes)
+        threads = max(1, len(cores) // job.align.trainer.processes)
         environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
     command = [
         sys.executable, "-m", "accelerate.commands.launch",
@@ -161,7 +172,7 @@ def _trainer(job: MainJob, into: Path | None = None) -> Child:
         *(["--replay-into", str(into)] if into else []),
     ]  # fmt: skip
     place = Checkpoints(Stages(run).checkpoints).last_step
-    return Child("trainer", command, environment, run / "logs" / "trainer.log", place)
+    return Child("trainer", command, environment, run / "logs" / "trainer.log", place, cores)
 
 
 def _generator(job: MainJob) -> Child:
@@ -171,7 +182,24 @@ def _generator(job: MainJob) -> Child:
         environment |= _visible(gpu_split(job)[1])
     command = [sys.executable, "-m", "align.generator", "--config", str(job.run / CONFIG)]
     place = SampleLog(stages.samples).next_step
-    return Child("generator", command, environment, job.run / "logs" / "generator.log", place)
+    return Child("generator", command, environment, job.run / "logs" / "generator.log", place, cpu_split(job)[1])
+
+
+def cpu_split(job: MainJob) -> tuple[set[int], set[int]]:
+    """Cores of the trainer and of the generator, out of those that this process may use.
+
+    Raises:
+        UserError: if none would be left for the trainer.
+    """
+    cores, wanted = sorted(os.sched_getaffinity(0)), job.align.generator.cpu_cores
+    if wanted is None or torch.cuda.is_available():
+        return set(cores), set(cores)
+    if wanted >= len(cores):
+        raise UserError(
+            f"align.generator.cpu_cores {wanted} leaves none of {len(cores)} cores for the trainer; give it"
+            f" {len(cores) - 1} at most, or null to share them"
+        )
+    return set(cores[:-wanted]), set(cores[-wanted:])
 
 
 def gpu_split(job: MainJob) -> tuple[list[str], list[str]]:

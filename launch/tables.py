@@ -81,8 +81,29 @@ def print_bench(result: dict[str, Any]) -> None:
         table.add_row(row["stage"], row["data"], str(row["max_length"]), row["name"] + reached, *figures)
     out = console()
     out.print(table)
-    for claim in result["claims"]:
-        out.print(f"{'holds' if claim['holds'] else 'MISSED'}  {claim['id']}: {claim['figure']:.2f}", soft_wrap=True)
+    _print_claims(result["claims"], out)
+
+
+def print_bench_align(result: dict[str, Any]) -> None:
+    """Rates of the four measurements, the asynchronous figures, and whether the target is met."""
+    out, figures = console(), result["asynchronous"]
+    table = Table("mode", "samples/s")
+    for row in result["rows"]:
+        table.add_row(row["mode"], f"{row['samples_per_s']:.1f}")
+    out.print(table)
+    out.print(
+        f"asynchronous is {result['speedup']:.2f} times synchronous; the trainer waits"
+        f" {figures['trainer_waiting_share']:.0%}, the generator {figures['generator_waiting_share']:.0%} of its time;"
+        f" a refresh: {figures['publish_s_mean']:.2f} s to publish, {figures['refresh_s_mean']:.2f} s to load,"
+        f" {figures['canary_s_mean']:.2f} s to prove",
+        soft_wrap=True,
+    )
+    _print_claims(result["claims"], out)
+
+
+def _print_claims(claims: list[dict[str, Any]], out: Console) -> None:
+    for claim in claims:
+        out.print(f"{'holds' if claim['holds'] else 'MISSED'}  {claim['id']}: {claim['figure']:.3f}", soft_wrap=True)
 
 
 def print_study(result: dict[str, Any]) -> None:
@@ -95,8 +116,7 @@ def print_study(result: dict[str, Any]) -> None:
     out.print(table)
     if "world" in result:
         out.print(_world_table(result["world"]))
-    for claim in result["claims"]:
-        out.print(f"{'holds' if claim['holds'] else 'MISSED'}  {claim['id']}: {claim['figure']:.3f}", soft_wrap=True)
+    _print_claims(result["claims"], out)
 
 
 def _world_table(worlds: list[dict[str, Any]]) -> Table:

@@ -37,7 +37,7 @@ def make_sample(ordinal: int, prompts: list[list[int]], draws: list[list[list[in
     seeds = itertools.count(100 * ordinal)
     texts = [[Text(next(seeds), tokens, [-3.6 - 0.4 * nth] * len(tokens), "") for tokens in draw]
              for nth, draw in enumerate(draws)]  # fmt: skip
-    return Sample(ordinal, 0, [1], 1, True, True, [0] * len(prompts), prompts, texts, [0.0, 0.0], 0.0, 0, 0)
+    return Sample(ordinal, 0, [1], 1, True, True, [0] * len(prompts), prompts, texts, [], [0.0, 0.0], 0.0, 0, 0)
 
 
 def samples() -> list[Sample]:

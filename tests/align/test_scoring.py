@@ -5,15 +5,17 @@ import torch
 
 from align.config import AlignConfig
 from align.generator import fresh_places
-from align.samples import Sample, Text
+from align.samples import Other, Sample, Text
 from align.scoring import Inputs, knowledge_with_fresh, log_p_y_given_xs, make_inputs
 from rec.item_encoder import KnowledgeConcat
 from rec.models.sasrec import SASRec, SASRecConfig
 
 
-def sample(items: list[int], places: list[int], draws: list[list[str]]) -> Sample:
+def sample(items: list[int], places: list[int], draws: list[list[str]], others: list[Other] | None = None) -> Sample:
     texts = [[Text(nth, [1], [0.0], text) for nth, text in enumerate(draw)] for draw in draws]
-    return Sample(0, 0, items, 5, True, True, places, [[1]] * len(places), texts, [0.0] * len(draws), 0.0, 0, 0)
+    return Sample(
+        0, 0, items, 5, True, True, places, [[1]] * len(places), texts, others or [], [0.0] * len(draws), 0.0, 0, 0
+    )
 
 
 def encode(texts: list[str]) -> torch.Tensor:
@@ -73,3 +75,13 @@ def test_fresh_items_are_the_last_random_ones_or_all():
     assert all(first < second for first, second in drawn)
     assert len(set(drawn)) == 15
     assert places(6, "9", fresh="random") == places(6, "9", fresh="random")
+
+
+def test_other_items_read_what_was_said_of_them_in_every_draw():
+    encode.asked = []
+    told = [sample([1, 2, 3], [2], [["7"], ["8"]], [Other(0, "9")]), sample([4, 5], [1], [["7"]])]
+    found = knowledge_with_fresh(100 + torch.arange(8)[:, None].expand(8, 3).float(), make_inputs(told, encode))[..., 0]
+    assert found[0].tolist() == [9, 102, 7]
+    assert found[1].tolist() == [9, 102, 8]
+    assert found[2, :2].tolist() == [104, 7]
+    assert sorted(encode.asked) == ["7", "8", "9"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from align.generator import last_step_allowed
-from align.samples import Sample, SampleLog, Text
+from align.samples import Other, Sample, SampleLog, Text
 from align.snapshots import SnapshotStore
 from rec.runtime import files
 
@@ -25,6 +25,7 @@ SAMPLE = Sample(
         [Text(11, [8, 9], [-0.5, -0.25], "eight nine"), Text(12, [10], [-1.0], "")],
         [Text(13, [8], [-0.75], "eight"), Text(14, [], [], "")],
     ],
+    others=[Other(0, "four"), Other(2, "")],
     log_p_y_given_xs=[-3.25, -3.0],
     log_p_y_given_x=-3.5,
     version=2,

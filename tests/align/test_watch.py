@@ -14,7 +14,7 @@ ITEMS = pa.table({"item_id": ["a", "b"], "taste": ["sweet", "sour"], "look": ["r
 def sample(items: list[int], places: list[int], draws: list[list[str]], likelihoods: list[float]) -> Sample:
     texts = [[Text(0, [1], [0.0], text) for text in draw] for draw in draws]
     log_p = [math.log(value) for value in likelihoods]
-    return Sample(0, 0, items, 1, True, True, places, [[1]] * len(places), texts, log_p, 0.0, 0, 0)
+    return Sample(0, 0, items, 1, True, True, places, [[1]] * len(places), texts, [], log_p, 0.0, 0, 0)
 
 
 def test_shares_and_gaps_of_each_column():

@@ -41,6 +41,7 @@ RECIPE = {
         "refresh_every": 5,
         "max_lag_steps": 6,
         "fresh_items": 2,
+        "others": "newest",
         "reward_users": 0.25,
         "id_dropout": 0.3,
         "watch": ["kind"],
@@ -183,6 +184,7 @@ def test_users_set_aside_reward_and_fit_no_recommender(finished, small_data):
     for sample in (sample for step in range(STEPS) for sample in log.read(step)):
         assert sample.rewards is not sample.fits
         assert sample.rewards == bool(aside[sample.user])
+        assert not {other.place for other in sample.others} & set(sample.places)
     assert all(0 <= row["said_kind"] <= 1 for row in finished.steps("train"))
     for folder in stages.aligning(load_job(finished.path / CONFIG).align):
         assert folder.parent == stages.without_reward_users

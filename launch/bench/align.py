@@ -1,0 +1,114 @@
+"""``recalign bench align``: what asynchronous alignment gains, and what it leaves on the table.
+
+Four measurements of one recipe, in one run on one machine, each a folder of its own, so that an interrupted run goes on
+where it was: synchronous training (a refresh every step, an empty queue), asynchronous training as in the recipe, and
+each of the two jobs alone, the trainer on the recorded samples of the asynchronous run, the generator without one.
+Asynchronous training cannot be faster than the slower one of the two alone.
+
+On a machine without GPUs the jobs have cores of their own in all four, as they have GPUs of their own on a cluster.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from align.config import MainJob, Stages, load_job
+from align.samples import SampleLog
+from align.snapshots import SnapshotStore
+from launch import supervise
+from launch.study import share_what_comes_before
+from launch.summary import asynchronous
+from rec.runtime.runfolder import RunFolder
+
+log = logging.getLogger(__name__)
+
+CEILING_SHARE = 0.85
+OWN_CORES = ("align.generator.cpu_cores=1", "align.trainer.processes=1")
+SYNCHRONOUS = ("align.refresh_every=1", "align.max_lag_steps=0")
+
+
+def run(recipe: Path, overrides: Sequence[str], steps: int, out: Path, command: str) -> dict[str, Any]:
+    """Measure what is not measured yet, and write ``result.json``."""
+    begin, folder = time.monotonic(), RunFolder(out)
+    if not torch.cuda.is_available():
+        overrides = [*OWN_CORES, *overrides]
+    with folder.lock("bench"):
+        sync, pair = (
+            _aligned(_job(recipe, overrides, steps, out / name, more))
+            for name, more in (("synchronous", SYNCHRONOUS), ("asynchronous", ()))
+        )
+        rates = {
+            "synchronous": _rate(sync, RunFolder(sync.run), "train"),
+            "asynchronous": _rate(pair, RunFolder(pair.run), "train"),
+            "trainer alone": _rate(pair, _trainer_alone(pair, out / "trainer-alone"), "train"),
+            "generator alone": _generator_alone(recipe, overrides, steps, out),
+        }
+        ceiling = min(rates["trainer alone"], rates["generator alone"])
+        rows = [{"mode": mode, "samples_per_s": round(rate, 2)} for mode, rate in rates.items()]
+        share, figures = rates["asynchronous"] / ceiling, asynchronous(RunFolder(pair.run))
+        claim = {"id": "asynchronous training reaches 85 % of the slower job alone", "figure": round(share, 4)}
+        return folder.write_result(
+            command,
+            pair.identity,
+            {},
+            rows,
+            time.monotonic() - begin,
+            [{**claim, "holds": share >= CEILING_SHARE}],
+            speedup=round(rates["asynchronous"] / rates["synchronous"], 2),
+            asynchronous=figures,
+        )
+
+
+def _job(recipe: Path, overrides: Sequence[str], steps: int, run: Path, more: Sequence[str]) -> MainJob:
+    return load_job(recipe, [*overrides, *more, f"align.trainer.steps={steps}", f"run={json.dumps(str(run))}"])
+
+
+def _aligned(job: MainJob) -> MainJob:
+    """The job, with its alignment done."""
+    folder = RunFolder(job.run)
+    share_what_comes_before(job)
+    folder.claim(job)
+    newest = SnapshotStore(Stages(job.run).snapshots).newest()
+    if newest is None or newest.step < job.align.trainer.steps:
+        log.info("%s", job.run.name)
+        supervise.align(job)
+    return job
+
+
+def _trainer_alone(job: MainJob, into: Path) -> RunFolder:
+    newest = SnapshotStore(Stages(into).snapshots).newest()
+    if newest is None or newest.step < job.align.trainer.steps:
+        log.info("%s", into.name)
+        RunFolder(into).claim(job)
+        supervise.replay(job, into)
+    return RunFolder(into)
+
+
+def _generator_alone(recipe: Path, overrides: Sequence[str], steps: int, out: Path) -> float:
+    """Its rate under the first snapshot, which no bound on staleness makes it wait for."""
+    one_step = _aligned(_job(recipe, overrides, 1, out / "first-snapshot", ()))
+    unbounded = (f"align.refresh_every={steps}", f"align.max_lag_steps={steps}")
+    job = _job(recipe, overrides, steps, out / "generator-alone", unbounded)
+    share_what_comes_before(job)
+    folder = RunFolder(job.run)
+    folder.claim(job)
+    if SampleLog(Stages(job.run).samples).next_step() < steps:
+        log.info("%s", job.run.name)
+        store = Stages(job.run).snapshots
+        if not store.exists():
+            store.symlink_to(Stages(one_step.run).snapshots.absolute())
+        supervise.generate(job)
+    return _rate(job, folder, "generated")
+
+
+def _rate(job: MainJob, folder: RunFolder, event: str) -> float:
+    """Samples a second from the end of the first step, or call, to the end of the last: without starting."""
+    rows = folder.steps(event)
+    batches = sum(row.get("batches", 1) for row in rows[1:])
+    per_step = job.align.trainer.batch_size * (2 if job.align.reward_users else 1)
+    return batches * per_step / (rows[-1]["time_s"] - rows[0]["time_s"])
