@@ -32,6 +32,9 @@ class ObjectiveConfig(Section):
     likeliest. One that is too sure of itself makes the best of Eq. 5 a mixture of texts: it hedges."""
     max_ratio: float | None = Field(None, gt=0)
     """Clip p(y|x,s)/p(y|x) at this value; null for the paper's unclipped ratio."""
+    scale_rewards: bool = False
+    """Divide the weights of a step by their standard deviation, so that α means the same however large they are: as
+    sharp as the recommender is, or as flat as a temperature made it."""
     samples: int = Field(1, ge=1)
     """k of Eq. 6: texts that are drawn for each fresh item of a pair (x, y), and compared on that pair."""
     denominator: Denominator = "base"

@@ -125,9 +125,10 @@ class Generator:
         self.engine.load_weights(snapshot.llm, f"v{snapshot.version}")
         self.recommender = SequenceRecommender.from_pretrained(snapshot.recommender).to(self.device)
         self.snapshot, self.newest = snapshot, {}
-        # After a restart: what this version has said already.
-        steps = range(snapshot.step, self.log.next_step())
-        self._remember([one for step in steps for one in self.log.read(step) if one.version == snapshot.version])
+        if self.job.align.others == "newest":
+            # After a restart: what this version has said already.
+            for step in range(snapshot.step, self.log.next_step()):
+                self._remember([one for one in self.log.read(step) if one.version == snapshot.version])
         load_s = time.monotonic() - begin
         scored = self.engine.logprobs_of(snapshot.canary_tokens)
         difference = max(abs(ours - theirs) for ours, theirs in zip(scored, snapshot.canary_logprobs, strict=True))
@@ -164,7 +165,8 @@ class Generator:
             for seed, completion in zip(asked, completions, strict=True)
         }
         samples = self._scored([self._sample(one, texts) for one in wanted])
-        self._remember(samples)
+        if self.job.align.others == "newest":
+            self._remember(samples)
         per_step = len(samples) // len(steps)
         for nth, step in enumerate(steps):
             self.log.append(step, samples[nth * per_step : (nth + 1) * per_step])
@@ -196,12 +198,11 @@ class Generator:
         return Wanted(task, places, fresh, seeds)
 
     def _remember(self, samples: Sequence[Sample]) -> None:
-        """What the present version said last of each item, if others are to read it."""
-        if self.job.align.others == "newest":
-            for sample in samples:
-                for draw in sample.draws:
-                    fresh = (sample.items[place] for place in sample.places)
-                    self.newest.update(zip(fresh, (text.text for text in draw), strict=True))
+        """What the present version said last of each item."""
+        for sample in samples:
+            for draw in sample.draws:
+                fresh = (sample.items[place] for place in sample.places)
+                self.newest.update(zip(fresh, (text.text for text in draw), strict=True))
 
     def _sample(self, wanted: "Wanted", texts: dict[int, Text]) -> Sample:
         """The sample without its scores."""

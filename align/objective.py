@@ -58,6 +58,12 @@ def reward_weights(
     return ratio
 
 
+def scaled(weights: Tensor) -> Tensor:
+    """Weights [B, k] over their standard deviation around 0; as they are where all of them are 0."""
+    deviation = weights.square().mean().sqrt()
+    return weights / deviation if deviation > 0 else weights
+
+
 def log_mean_exp(values: Tensor) -> Tensor:
     """[B, 1] log of the mean over k of exp(values [B, k])."""
     return values.logsumexp(1, keepdim=True) - torch.tensor(values.shape[1]).log()

@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
 
 from align.config import MainJob, Stages
-from align.objective import reward_weights
+from align.objective import reward_weights, scaled
 from align.policy import Policy, deepspeed_config
 from align.reader import Reader
 from align.samples import Sample, SampleLog
@@ -182,6 +182,8 @@ class Trainer:
         without = torch.tensor([sample.log_p_y_given_x for sample in rewarding])
         # The baseline needs the whole batch, which every rank can read.
         weights = reward_weights(with_text, without, objective.baseline, objective.max_ratio, objective.denominator)
+        if objective.scale_rewards:
+            weights = scaled(weights)
         share = self.job.align.trainer.batch_size // self.ranks.size
         mine = slice(self.ranks.rank * share, (self.ranks.rank + 1) * share)
         figures = self.policy.update(step, rewarding[mine], weights[mine])

@@ -17,6 +17,7 @@ from align.objective import (
     reward_weights,
     row_weights,
     sampled_kl,
+    scaled,
 )
 
 VOCABULARY, LENGTH, EOS = 3, 3, 0
@@ -287,3 +288,12 @@ def test_stale_texts_give_the_present_kl(world):
 def test_effective_sample_fraction():
     assert effective_sample_fraction(torch.ones(8)).item() == pytest.approx(1)
     assert effective_sample_fraction(torch.tensor([1e6, 1e-6, 1e-6, 1e-6])).item() == pytest.approx(0.25)
+
+
+def test_scaled_weights_have_the_same_direction_and_a_mean_square_of_one():
+    weights = torch.tensor([[0.5, -0.25], [0.0, 2.0]])
+    found = scaled(weights)
+    assert float(found.square().mean()) == pytest.approx(1)
+    torch.testing.assert_close(found / found[1, 1], weights / weights[1, 1])
+    assert torch.equal(scaled(torch.zeros(2, 3)), torch.zeros(2, 3))
+    torch.testing.assert_close(scaled(1e-3 * weights), found)
