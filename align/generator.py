@@ -8,6 +8,7 @@ t - max_lag_steps or later. Where the newest one is older, the generator waits; 
 """
 
 import logging
+import math
 import random
 import time
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from llm.tokenizer import load_tokenizer
 from rec.data.prepared import Prepared
 from rec.models.base import SequenceRecommender
 from rec.runtime.config import hash_of
+from rec.runtime.errors import UserError
 from rec.runtime.logs import run_main
 from rec.runtime.runfolder import RunFolder
 
@@ -237,8 +239,18 @@ class Generator:
         targets = torch.tensor([sample.target for sample in samples])
         pairs = (value.to(self.device) for value in (items, lengths, targets))
         without = self.sources.base.log_likelihood(*pairs, temperature=frozen).tolist()
+        self._refuse_no_numbers(torch.cat(with_text).tolist(), without)
         scores = zip(samples, with_text, without, strict=True)
         return [replace(sample, log_p_y_given_xs=own.tolist(), log_p_y_given_x=base) for sample, own, base in scores]
+
+    def _refuse_no_numbers(self, with_text: list[float], without: list[float]) -> None:
+        for name, values in (("p(y|x,s)", with_text), ("p(y|x)", without)):
+            bad = sum(not math.isfinite(value) for value in values)
+            if bad:
+                raise UserError(
+                    f"log {name} is no number for {bad} of {len(values)} texts under {self.snapshot.folder}: the"
+                    " recommender has diverged; start over with a lower align.trainer.rec_lr"
+                )
 
 
 @dataclass(frozen=True)

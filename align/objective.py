@@ -142,7 +142,8 @@ def sampled_kl(logprobs: Tensor, reference_logprobs: Tensor, mask: Tensor, ratio
     The mean of Σ_t log p - log p_orig over rows, weighted by their importance ratios [M] (self-normalised): without
     the weights a stale sample makes the estimate negative as soon as p moves away from it.
     """
-    return (ratios * ((logprobs - reference_logprobs) * mask).sum(1)).sum() / ratios.sum()
+    total = ratios.sum().clamp_min(torch.finfo(ratios.dtype).tiny)
+    return (ratios * ((logprobs - reference_logprobs) * mask).sum(1)).sum() / total
 
 
 def importance_ratios(logprobs: Tensor, sampling_logprobs: Tensor, mask: Tensor) -> Tensor:

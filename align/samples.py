@@ -17,6 +17,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from rec.runtime.arrow_files import write_table
+from rec.runtime.errors import UserError
 
 SCHEMA_VERSION = b"4"
 TEXT = pa.struct(
@@ -134,7 +135,7 @@ class SampleLog:
 
         Raises:
             FileNotFoundError: if it is not written yet.
-            ValueError: if the file is damaged or of another schema version.
+            UserError: if the file is damaged or of another schema version.
         """
         path = self._path(step)
         try:
@@ -142,10 +143,11 @@ class SampleLog:
         except FileNotFoundError:
             raise
         except (pa.ArrowInvalid, OSError) as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{path} is damaged ({reason}); delete it, and its samples are drawn again") from error
         found = (table.schema.metadata or {}).get(b"schema_version")
         if found != SCHEMA_VERSION:
-            raise ValueError(f"{path} has schema version {found}, this program reads {SCHEMA_VERSION}")
+            raise UserError(f"{path} has schema version {found}, this program reads {SCHEMA_VERSION}")
         return [_sample(row) for row in table.to_pylist()]
 
     def wait(self, step: int, timeout_s: float) -> float:

@@ -10,6 +10,7 @@ what it published then.
 
 import contextlib
 import logging
+import math
 import os
 import sys
 import time
@@ -189,6 +190,9 @@ class Trainer:
         figures = self.policy.update(step, rewarding[mine], weights[mine])
         figures |= self.reader.update([sample for sample in samples if sample.fits][mine])
         figures = self._mean_over_ranks(figures)
+        for name, rate in (("policy_loss", "align.trainer.lr"), ("rec_loss", "align.trainer.rec_lr")):
+            if not math.isfinite(figures[name]):
+                raise UserError(f"{name} is {figures[name]} at step {step}: start over with a lower {rate}")
         ratio = (with_text - without[:, None]).exp()
         newest = step // self.job.align.refresh_every
         return {

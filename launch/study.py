@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from pydantic import Field
 from align.config import MainJob, Stages, load_job
 from launch import closed_world
 from launch.main_job import MainJobRun
+from rec.data.builtin import BUILTIN
 from rec.data.prepare import Filters, prepare
 from rec.data.readers import closed_world as world
 from rec.runtime import files
@@ -138,7 +140,8 @@ def _before_alignment(job: MainJob) -> str:
     align = job.align
     return hash_of(
         [
-            job.data,
+            # Where it lies as seen from here: the whole study may move.
+            job.data if job.data in BUILTIN else os.path.relpath(job.data, job.run.parent),
             job.rec.model_dump(mode="json"),
             job.llm.model_dump(mode="json"),
             align.reward_users and [align.reward_users, align.trainer.seed],

@@ -1,5 +1,6 @@
 """How a process starts and ends: plain log lines, one clear line on a user's mistake, a traceback on a bug."""
 
+import errno
 import logging
 import os
 import sys
@@ -9,6 +10,7 @@ from rec.runtime.errors import EXIT_USER_ERROR, UserError
 from rec.runtime.memory import keep_freed_memory
 
 EXIT_INTERRUPTED = 130
+MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 QUIET = ("httpx", "matplotlib", "filelock", "fsspec", "transformers", "torch.distributed")
 
 
@@ -21,7 +23,7 @@ def set_up_logging(role: str = "") -> None:
 
 
 def run_main(main: Callable[[], None], role: str = "", debug: bool = False) -> None:
-    """Run a process's entry function; a ``UserError`` ends it with one line and exit code 2."""
+    """Run a process's entry function; a ``UserError``, or a full or forbidden disk, ends it with one line."""
     set_up_logging(role)
     keep_freed_memory()
     # Progress bars of libraries would drown our own lines in a log file.
@@ -34,6 +36,12 @@ def run_main(main: Callable[[], None], role: str = "", debug: bool = False) -> N
         if debug:
             raise
         sys.stderr.write(f"error: {error}\n")
+        sys.exit(EXIT_USER_ERROR)
+    except OSError as error:
+        if debug or error.errno not in MENDABLE:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        sys.stderr.write(f"error: {where}{error.strerror}; once that is mended, start the same command again\n")
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")

@@ -1,14 +1,18 @@
 """What a recommender reads of a sample: fresh texts at their places, stored ones elsewhere."""
 
+import math
+
 import pytest
 import torch
 
 from align.config import AlignConfig
-from align.generator import fresh_places
+from align.generator import Generator, fresh_places
 from align.samples import Other, Sample, Text
 from align.scoring import Inputs, knowledge_with_fresh, log_p_y_given_xs, make_inputs
+from align.snapshots import Snapshot
 from rec.item_encoder import KnowledgeConcat
 from rec.models.sasrec import SASRec, SASRecConfig
+from rec.runtime.errors import UserError
 
 
 def sample(items: list[int], places: list[int], draws: list[list[str]], others: list[Other] | None = None) -> Sample:
@@ -75,6 +79,17 @@ def test_fresh_items_are_the_last_random_ones_or_all():
     assert all(first < second for first, second in drawn)
     assert len(set(drawn)) == 15
     assert places(6, "9", fresh="random") == places(6, "9", fresh="random")
+
+
+@pytest.mark.parametrize(
+    ("with_text", "without", "name"), [([0.0, math.nan], [0.0], r"p\(y\|x,s\)"), ([0.0], [-math.inf], r"p\(y\|x\)")]
+)
+def test_a_likelihood_that_is_no_number_is_no_reward(with_text, without, name, tmp_path):
+    generator = Generator.__new__(Generator)
+    generator.snapshot = Snapshot(tmp_path / "v000007", 7, 70, [], [])
+    with pytest.raises(UserError, match=rf"log {name} is no number for 1 of .*v000007.*rec_lr"):
+        generator._refuse_no_numbers(with_text, without)
+    generator._refuse_no_numbers([0.0, -700.0], [0.0])
 
 
 def test_other_items_read_what_was_said_of_them_in_every_draw():

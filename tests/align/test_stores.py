@@ -11,6 +11,7 @@ from align.generator import last_step_allowed
 from align.samples import Other, Sample, SampleLog, Text
 from align.snapshots import SnapshotStore
 from rec.runtime import files
+from rec.runtime.errors import UserError
 
 SAMPLE = Sample(
     ordinal=3,
@@ -83,8 +84,10 @@ def test_a_damaged_or_foreign_batch_is_named(tmp_path):
     log.append(0, [SAMPLE])
     path = next(tmp_path.glob("batch-*"))
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ValueError, match=r"batch-00000000\.parquet is damaged"):
+    with pytest.raises(UserError, match=r"batch-00000000\.parquet is damaged .*; delete it"):
         log.read(0)
+    path.unlink()
+    assert log.next_step() == 0
 
 
 def test_the_newest_complete_snapshot_is_offered(tmp_path):

@@ -1,7 +1,9 @@
 """Configuration, run folders and checkpoints: what a kill or a typo can and cannot do."""
 
+import errno
 import logging
 import multiprocessing
+import os
 import random
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from pydantic import Field
 from rec.runtime import config, files
 from rec.runtime.checkpoint import Checkpoints
 from rec.runtime.errors import UserError
+from rec.runtime.logs import run_main
 from rec.runtime.ranks import Ranks
 from rec.runtime.runfolder import METRICS, RunFolder
 
@@ -235,3 +238,20 @@ def test_a_key_may_be_called_on_and_numbers_may_have_exponents(tmp_path):
     assert config.apply_overrides({}, ["a.on=3e4", "a.b=-.5", "a.c=off"]) == {
         "a": {"on": 30000.0, "b": -0.5, "c": "off"}
     }
+
+
+@pytest.mark.parametrize(
+    ("number", "ends"), [(errno.ENOSPC, 2), (errno.EACCES, 2), (errno.EROFS, 2), (errno.EIO, None)]
+)
+    ("number", "ends"), [(errno.ENOSPC, 2), (errno.EACCES, 2), (errno.EROFS, 2), (errno.EIO, None)]
+)
+def test_a_disk_that_cannot_be_written_is_one_line_and_any_other_failure_a_traceback(number, ends, capsys):
+    def fail() -> None:
+        raise OSError(number, os.strerror(number), "runs/x/file")
+
+    with pytest.raises(SystemExit if ends else OSError) as caught:
+        run_main(fail)
+    if ends:
+        assert caught.value.code == ends
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert line == f"error: runs/x/file: {os.strerror(number)}; once that is mended, start the same command again"
