@@ -243,8 +243,6 @@ def test_a_key_may_be_called_on_and_numbers_may_have_exponents(tmp_path):
 @pytest.mark.parametrize(
     ("number", "ends"), [(errno.ENOSPC, 2), (errno.EACCES, 2), (errno.EROFS, 2), (errno.EIO, None)]
 )
-    ("number", "ends"), [(errno.ENOSPC, 2), (errno.EACCES, 2), (errno.EROFS, 2), (errno.EIO, None)]
-)
 def test_a_disk_that_cannot_be_written_is_one_line_and_any_other_failure_a_traceback(number, ends, capsys):
     def fail() -> None:
         raise OSError(number, os.strerror(number), "runs/x/file")
