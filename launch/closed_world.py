@@ -10,6 +10,7 @@ from pyarrow import parquet
 
 from align.config import MainJob, Stages
 from launch.main_job import train_reading
+from launch.precondition import precondition
 from llm.text_encoder import TextEncoder
 from rec.data.prepared import Prepared
 from rec.data.readers.closed_world import ATTRIBUTES
@@ -53,6 +54,7 @@ def figures(job: MainJob) -> dict[str, Any]:
         "gap_closed": (aligned - na) / (oracle[METRIC] - na),
         "steps_to_relevant": steps_to(run.steps("train"), f"said_{driving}", RELEVANT),
         "wall_s": run.result()["wall_s"],
+        "precondition": precondition(job, data),
     }
 
 

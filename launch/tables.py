@@ -116,6 +116,8 @@ def print_study(result: dict[str, Any]) -> None:
     out.print(table)
     if "world" in result:
         out.print(_world_table(result["world"]))
+        for row in result["world"]:
+            out.print(_precondition(row), soft_wrap=True)
     _print_claims(result["claims"], out)
 
 
@@ -134,6 +136,16 @@ def _world_table(worlds: list[dict[str, Any]]) -> Table:
             f"{row['wall_s'] / 60:.1f}",
         )
     return table
+
+
+def _precondition(row: dict[str, Any]) -> str:
+    found = row["precondition"]
+    shares = ", ".join(f"{share:.0%} at temperature {float(value):.3g}" for value, share in found["best_share"].items())
+    return (
+        f"{row['variant']}, seed {row['seed']}, before alignment: the relevant fact gets {found['gap']:+.3f} ±"
+        f" {found['gap_se']:.3f} more reward than the others (signal to noise {found['signal_to_noise']:.2f},"
+        f" {found['pairs']:,} pairs); Eq. 5 would best state it in {shares}"
+    )
 
 
 def _plus_minus(error: float | None) -> str:
