@@ -1,4 +1,4 @@
-# make demo | test | setup | lint | clean; each does all the set-up it needs and is quick to call again.
+# make demo | test | soak | setup | lint | clean; each does all the set-up it needs and is quick to call again.
 PYTHON ?= python3
 BIN := .venv/bin
 # An NVIDIA GPU gets the GPU build of vLLM, any other machine the CPU build.
@@ -14,7 +14,7 @@ INDEX := $(shell $(PYTHON) -m pip config get global.index-url 2>/dev/null)
 UV := $(if $(FIND_LINKS),UV_FIND_LINKS=$(FIND_LINKS)) $(if $(INDEX),UV_DEFAULT_INDEX=$(INDEX)) $(BIN)/uv pip install --quiet --python $(BIN)/python
 INSTALL := --editable '.[$(EXTRA),dev]'
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test soak lint clean
 setup: $(READY) .venv/recbole
 
 $(READY): pyproject.toml Makefile
@@ -40,6 +40,10 @@ demo: setup
 
 test: setup lint
 	@$(BIN)/python -m pytest
+
+# Fifty kills -9 at random points of alignment.
+soak: setup
+	@$(BIN)/python tests/launch/soak.py
 
 lint: setup
 	@$(BIN)/ruff check --quiet .
