@@ -14,20 +14,22 @@ from align.snapshots import SnapshotStore
 from align.start import die_with_parent
 from launch import supervise
 from llm.config import LLMConfig
+from llm.knowledge import fingerprint
 from llm.text_encoder import TextEncoder
 from rec.data.prepared import Prepared
 from rec.runtime import config, files
 from rec.runtime.arrow_files import write_table
+from rec.runtime.config import hash_of
 from rec.runtime.errors import UserError
 from rec.runtime.runfolder import CONFIG
 
 log = logging.getLogger(__name__)
 
-VECTOR = "vector"
+VECTOR, ENCODER = "vector", b"encoder"
 
 
 def run(source: Path, out: Path, data: Path | None = None, original: bool = False) -> None:
-    """Generate the texts that ``out`` does not hold yet, and encode all of them.
+    """Generate the texts that ``out`` does not hold yet, and encode those that have no vector yet.
 
     Args:
         source: a recipe, whose LLM is the original one, or the run folder of a main job, whose LLM is the aligned one.
@@ -43,8 +45,11 @@ def run(source: Path, out: Path, data: Path | None = None, original: bool = Fals
     folder = data or stages.data_folder(job.data)
     Prepared.load(folder)  # says what is wrong before anything heavy starts
     model, version = _model(job, stages, original or not source.is_dir())
+    encoder_model = stages.encoder_model(job.llm)
+    mark = hash_of([fingerprint(encoder_model), job.llm.encoder.max_tokens])
+    kept = _vectors(out, mark)
     generate(job.llm, model, version, folder, out, out.with_suffix(".log"))
-    encode(out, TextEncoder(stages.encoder_model(job.llm), job.llm.encoder))
+    encode(out, TextEncoder(encoder_model, job.llm.encoder), mark, kept)
 
 
 def generate(llm: LLMConfig, model: str, version: str, data: Path, out: Path, log_path: Path) -> None:
@@ -70,14 +75,41 @@ def generate(llm: LLMConfig, model: str, version: str, data: Path, out: Path, lo
         raise RuntimeError(f"generation ended with exit code {code}: {cause}; see {log_path}")
 
 
-def encode(out: Path, encoder: TextEncoder) -> None:
-    """Write the vectors [N, K] of a knowledge file's texts beside them."""
+def encode(out: Path, encoder: TextEncoder, mark: str, kept: dict[str, np.ndarray]) -> None:
+    """Write the vectors [N, K] of a knowledge file's texts beside them.
+
+    Args:
+        out: the file.
+        encoder: of the texts whose vectors are not ``kept``.
+        mark: names the encoder, in the file.
+        kept: vectors [K] that the same encoder made before, by the key of their text.
+    """
     table = parquet.read_table(out)
-    vectors = encoder(table["text"].to_pylist())
-    if VECTOR in table.column_names:
-        table = table.drop_columns([VECTOR])
-    column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.numpy().astype(np.float32).ravel()), vectors.shape[1])
-    write_table(out, table.append_column(VECTOR, column))
+    keys = table["key"].to_pylist()
+    texts = dict(zip(keys, table["text"].to_pylist(), strict=True))
+    new = [key for key in texts if key not in kept]
+    made = encoder([texts[key] for key in new]).numpy().astype(np.float32)
+    known = {**kept, **dict(zip(new, made, strict=True))}
+    log.info("%s: %d texts encoded, %d kept", out, len(new), len(texts) - len(new))
+    column = pa.FixedSizeListArray.from_arrays(pa.array(np.concatenate([known[key] for key in keys])), encoder.dim)
+    table = table.append_column(VECTOR, column)
+    write_table(out, table.replace_schema_metadata({**(table.schema.metadata or {}), ENCODER: mark}))
+
+
+def _vectors(out: Path, mark: str) -> dict[str, np.ndarray]:
+    """The vectors that a file holds, by the key of their text; none if another encoder made them."""
+    if not out.exists():
+        return {}
+    try:
+        schema = parquet.read_schema(out)
+        if (schema.metadata or {}).get(ENCODER) != mark.encode():
+            return {}
+        table = parquet.read_table(out, columns=["key", VECTOR])
+    except (OSError, pa.ArrowException):
+        return {}  # whoever reads the texts says what is wrong
+    column = table[VECTOR].combine_chunks()
+    vectors = column.values.to_numpy().reshape(len(table), -1)
+    return dict(zip(table["key"].to_pylist(), vectors, strict=True))
 
 
 def _model(job: MainJob, stages: Stages, original: bool) -> tuple[str, str]:

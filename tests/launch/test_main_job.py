@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from pyarrow import parquet
 from safetensors.torch import load_file
 from tiny_job import (
     BATCH,
@@ -31,6 +32,8 @@ from tiny_job import (
 from align.config import Stages, load_job
 from align.order import set_aside
 from align.samples import SampleLog
+from llm.config import EncoderConfig
+from llm.text_encoder import TextEncoder
 from rec.data.prepared import Prepared
 from rec.runtime.checkpoint import Checkpoints
 from rec.runtime.runfolder import CONFIG, RunFolder
@@ -164,6 +167,28 @@ def test_a_replay_needs_a_finished_run_and_nothing_else(finished, tmp_path):
         process = start_replay(*arguments, stderr=subprocess.PIPE)
         assert message in process.communicate(timeout=100)[1].decode()
         assert process.returncode == 2
+
+
+def test_a_catalog_is_written_and_encoded_once_from_a_finished_run(finished, tmp_path):
+    def knowledge(*more: str) -> str:
+        command = [sys.executable, "-m", "launch.cli", "knowledge", str(finished.path), "--out", str(out), *more]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout + done.stderr
+
+    out = tmp_path / "knowledge.parquet"
+    said = knowledge()
+    assert "30 items, 60 texts" in said
+    assert "60 texts encoded, 0 kept" in said
+    first = parquet.read_table(out)
+    assert len(first["vector"][0]) == RECIPE["llm"]["lmrec"]["dim"]
+    encoder = TextEncoder(Stages(finished.path).llm / "model", EncoderConfig())
+    torch.testing.assert_close(torch.tensor(first["vector"].to_pylist()), encoder(first["text"].to_pylist()))
+    assert "0 texts encoded, 60 kept" in knowledge()
+    assert parquet.read_table(out).equals(first)
+    original = knowledge("--original")
+    assert "60 texts encoded, 0 kept" in original
+    assert set(parquet.read_table(out)["version"].to_pylist()) == {"original"}
 
 
 def test_a_finished_run_says_so_and_another_recipe_is_refused(finished):
