@@ -53,7 +53,6 @@ def figures(job: MainJob) -> dict[str, Any]:
         "oracle_se": oracle[f"{METRIC}_se"],
         "gap_closed": (aligned - na) / (oracle[METRIC] - na),
         "steps_to_relevant": steps_to(run.steps("train"), f"said_{driving}", RELEVANT),
-        "wall_s": run.result()["wall_s"],
         "precondition": precondition(job, data),
     }
 
