@@ -173,6 +173,8 @@ class MainJob(Section):
     """A prepared folder, or the name of a built-in data set."""
     run: Path
     """The run folder."""
+    train_users: float = Field(1.0, gt=0, le=1)
+    """Share of the users whose interactions are trained on, drawn by ``rec.train.seed``; all are tested (Fig. 7)."""
     rec: RecConfig = RecConfig()
     llm: LLMConfig = LLMConfig()
     align: AlignConfig = AlignConfig()

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from align.config import AlignConfig, MainJob, Stages
-from align.order import StepOrder, Task
+from align.order import StepOrder, Task, training_data
 from align.samples import Other, Sample, SampleLog, Text
 from align.scoring import log_p_y_given_xs, make_inputs, pad_histories
 from align.snapshots import CANARY_TOKENS, Snapshot, SnapshotStore
@@ -64,7 +64,7 @@ class Generator:
         self.job, self.stages, self.run = job, Stages(job.run), RunFolder(job.run)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         stages, llm, trainer = self.stages, job.llm, job.align.trainer
-        data = Prepared.load(stages.data_folder(job.data))
+        data = training_data(job, Prepared.load(stages.data_folder(job.data)))
         frozen, _ = stages.aligning(job.align)
         base = SequenceRecommender.from_pretrained(frozen / "model").to(self.device)
         tokenizer = load_tokenizer(stages.llm_model(llm))

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from align.config import MainJob
 from rec.data.prepared import Prepared
 from rec.runtime.errors import UserError
 
@@ -109,17 +110,25 @@ class StepOrder:
         return [Task(step * len(found) + place, *task) for place, task in enumerate(found)]
 
 
+def training_data(job: MainJob, data: Prepared) -> Prepared:
+    """The data that a main job trains on: all of it, or that of ``train_users``."""
+    return data.without(_drawn(data, 1 - job.train_users, job.rec.train.seed)) if job.train_users < 1 else data
+
+
 def set_aside(data: Prepared, share: float, seed: int) -> Tensor:
     """[users] whether a user only rewards: ``share`` of those who have a training pair, one at least of each kind.
 
     Raises:
         UserError: if ``share`` is not 0 and fewer than two users have a training pair.
     """
-    aside = torch.zeros(data.n_users, dtype=torch.bool)
-    if share:
-        able = torch.nonzero(data.train_ends - data.offsets[:-1] > 1).squeeze(1).numpy()
-        if len(able) < 2:
-            raise UserError(f"align.reward_users needs two users with a training pair, {data.folder} has {len(able)}")
-        count = min(max(1, round(share * len(able))), len(able) - 1)
-        aside[torch.from_numpy(np.random.default_rng([seed, len(able)]).permutation(able)[:count])] = True
-    return aside
+    return _drawn(data, share, seed) if share else torch.zeros(data.n_users, dtype=torch.bool)
+
+
+def _drawn(data: Prepared, share: float, seed: int) -> Tensor:
+    able = torch.nonzero(data.train_ends - data.offsets[:-1] > 1).squeeze(1).numpy()
+    if len(able) < 2:
+        raise UserError(f"{data.folder} has {len(able)} users with a training pair, it takes two to tell them apart")
+    count = min(max(1, round(share * len(able))), len(able) - 1)
+    drawn = torch.zeros(data.n_users, dtype=torch.bool)
+    drawn[torch.from_numpy(np.random.default_rng([seed, len(able)]).permutation(able)[:count])] = True
+    return drawn

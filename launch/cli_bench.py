@@ -25,6 +25,14 @@ examples:
     align.add_argument("--steps", type=int, default=100, help="trainer steps of every measurement (default: 100)")
     align.add_argument("--out", type=Path, default=Path("runs/bench-align"), help="folder of the measurements")
 
+    latency = add_command(names, "latency", _latency, "one request of a finished main job, and one item's text", """\
+examples:
+  recalign bench latency runs/demo
+""")  # fmt: skip
+    latency.add_argument("run", type=Path, metavar="RUN", help="run folder of a finished main job")
+    latency.add_argument("--requests", type=int, default=200, help="timed, of each kind (default: 200)")
+    latency.add_argument("--out", type=Path, help="folder of the result (default: RUN/latency)")
+
     bench = add_command(names, "rec", _rec, "recommenders beside RecBole, RecTools and RePlay", """\
 examples:
   python -m launch.bench.peers --setup                 # once: RecBole, RecTools, RePlay, each in its environment
@@ -53,6 +61,17 @@ def _align(arguments: argparse.Namespace) -> None:
     recipe = recipe or Path(str(resources.files("launch.recipes").joinpath("closed-world.yaml")))
     result = align.run(recipe, overrides, arguments.steps, arguments.out, shlex.join(["recalign", *sys.argv[1:]]))
     tables.print_bench_align(result)
+
+
+def _latency(arguments: argparse.Namespace) -> None:
+    if arguments.requests < 1:
+        raise UserError(f"--requests {arguments.requests}: at least one is needed")
+
+    from launch import tables
+    from launch.bench import latency
+
+    out, command = arguments.out or arguments.run / "latency", shlex.join(["recalign", *sys.argv[1:]])
+    tables.print_latency(latency.run(arguments.run, out, arguments.requests, command))
 
 
 def _rec(arguments: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ import matplotlib
 from pyarrow import parquet
 
 from align.config import MainJob, Stages
+from align.order import training_data
 from launch.main_job import train_reading
 from launch.precondition import precondition
 from llm.text_encoder import TextEncoder
@@ -34,7 +35,7 @@ def figures(job: MainJob) -> dict[str, Any]:
     attribute of every item.
     """
     stages, run = Stages(job.run), RunFolder(job.run)
-    data = Prepared.load(stages.data_folder(job.data))
+    data = training_data(job, Prepared.load(stages.data_folder(job.data)))
     driving = data.meta["options"]["driving"]
     found = {row["method"]: row[METRIC] for row in run.result()["rows"]}
     oracle = _oracle(job, stages, data, data.items[driving].to_pylist())

@@ -14,7 +14,7 @@ import torch
 from pyarrow import parquet
 
 from align.config import TEMPERATURE, MainJob, Stages
-from align.order import set_aside
+from align.order import set_aside, training_data
 from align.snapshots import SnapshotStore
 from launch import knowledge, summary, supervise
 from launch.case_study import case_study
@@ -90,7 +90,7 @@ class MainJobRun:
         folder = self.stages.data_folder(self.job.data)
         if self.job.data in BUILTIN:
             prepare_builtin(self.job.data, folder)
-        self.data = Prepared.load(folder)
+        self.data = training_data(self.job, Prepared.load(folder))
         check(self.job, self.data)
 
     def train_base(self) -> None:

@@ -145,6 +145,7 @@ def _before_alignment(job: MainJob) -> str:
         [
             # Where it lies as seen from here: the whole study may move.
             job.data if job.data in BUILTIN else os.path.relpath(job.data, job.run.parent),
+            job.train_users,
             job.rec.model_dump(mode="json"),
             job.llm.model_dump(mode="json"),
             align.reward_users and [align.reward_users, align.trainer.seed],

@@ -106,6 +106,16 @@ def _print_claims(claims: list[dict[str, Any]], out: Console) -> None:
         out.print(f"{'holds' if claim['holds'] else 'MISSED'}  {claim['id']}: {claim['figure']:.3f}", soft_wrap=True)
 
 
+def print_latency(result: dict[str, Any]) -> None:
+    """Milliseconds a request."""
+    table = Table(
+        "", "median, ms", "95th percentile, ms", caption=f"single requests, one after the other; {result['machine']}"
+    )
+    for row in result["rows"]:
+        table.add_row(row["what"], f"{1e3 * row['median_s']:.2f}", f"{1e3 * row['p95_s']:.2f}")
+    console().print(table)
+
+
 def print_study(result: dict[str, Any]) -> None:
     """Means over seeds; of closed worlds what only they can tell; the claims."""
     out, metrics = console(), [name for name in ("HR@10", "NDCG@10") if name in result["means"][0]]

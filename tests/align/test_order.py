@@ -1,8 +1,10 @@
 import pytest
 import torch
 
-from align.order import PairOrder, StepOrder, set_aside
+from align.config import MainJob
+from align.order import PairOrder, StepOrder, set_aside, training_data
 from rec.data.splits import CONTEXT, TEST, TRAIN, VALID
+from rec.runtime.config import build
 from rec.runtime.errors import UserError
 
 
@@ -66,5 +68,17 @@ def test_somebody_is_left_on_either_side(small_data):
     for share, count in ((0.001, 1), (0.999, small_data.n_users - 1), (0.0, 0)):
         assert int(set_aside(small_data, share, seed=3).sum()) == count
     one = small_data.without(torch.arange(small_data.n_users) > 0)
-    with pytest.raises(UserError, match="needs two users with a training pair"):
+    with pytest.raises(UserError, match="has 1 users with a training pair"):
         set_aside(one, 0.5, seed=3)
+
+
+def test_fewer_training_users_are_some_of_the_same_users(small_data):
+    def trained(share: float) -> set[int]:
+        job = build(MainJob, {"data": "x", "run": "y", "train_users": share})
+        data = training_data(job, small_data)
+        assert len(data.instances("test")[0]) == len(small_data.instances("test")[0])
+        return set(torch.nonzero(data.train_ends > data.offsets[:-1]).flatten().tolist())
+
+    assert trained(1.0) == set(range(small_data.n_users))
+    assert len(trained(0.5)) == small_data.n_users / 2
+    assert trained(0.1) < trained(0.5)

@@ -191,6 +191,16 @@ def test_a_catalog_is_written_and_encoded_once_from_a_finished_run(finished, tmp
     assert set(parquet.read_table(out)["version"].to_pylist()) == {"original"}
 
 
+def test_latency_of_a_finished_run(finished, tmp_path):
+    command = [sys.executable, "-m", "launch.cli", "bench", "latency", str(finished.path), "--requests", "5"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = RunFolder(finished.path / "latency").result()["rows"]
+    assert [row["what"].split(":")[0] for row in rows] == ["SASRec, IDs alone", "SeRALM_rec", "SeRALM_gen&enc"]
+    assert all(0 < row["median_s"] <= row["p95_s"] for row in rows)
+    assert rows[2]["median_s"] > rows[1]["median_s"]
+
+
 def test_a_finished_run_says_so_and_another_recipe_is_refused(finished):
     log = finished.path.parent / "run.log"
     assert "is finished" in finish(finished.path, start(finished.path))
