@@ -91,6 +91,8 @@ def print_bench_align(result: dict[str, Any]) -> None:
     for row in result["rows"]:
         table.add_row(row["mode"], f"{row['samples_per_s']:.1f}")
     out.print(table)
+    tokens = ", ".join(f"{name} {rate:,.0f}" for name, rate in result["tokens_per_s"].items())
+    out.print(f"tokens a second: {tokens}")
     out.print(
         f"asynchronous is {result['speedup']:.2f} times synchronous; the trainer waits"
         f" {figures['trainer_waiting_share']:.0%}, the generator {figures['generator_waiting_share']:.0%} of its time;"
@@ -108,9 +110,8 @@ def _print_claims(claims: list[dict[str, Any]], out: Console) -> None:
 
 def print_latency(result: dict[str, Any]) -> None:
     """Milliseconds a request."""
-    table = Table(
-        "", "median, ms", "95th percentile, ms", caption=f"single requests, one after the other; {result['machine']}"
-    )
+    caption = f"single requests, one after the other; {result['machine']}"
+    table = Table("", "median, ms", "95th percentile, ms", caption=caption)
     for row in result["rows"]:
         table.add_row(row["what"], f"{1e3 * row['median_s']:.2f}", f"{1e3 * row['p95_s']:.2f}")
     console().print(table)

@@ -46,14 +46,12 @@ def run(source: Path, out: Path, requests: int, command: str) -> dict[str, Any]:
     stages = Stages(job.run)
     data = Prepared.load(stages.data_folder(job.data))
     name = job.rec.model.name
-    rows = [
-        {"what": f"{name}, IDs alone", **_timed(_recommend(stages.base, data), requests)},
-        {"what": f"SeRALM_rec: {name} that reads vectors", **_timed(_recommend(stages.final, data), requests)},
-        {
-            "what": "SeRALM_gen&enc: one item's text and vector",
-            **_timed(_write_and_encode(job, stages, data), requests),
-        },
-    ]
+    kinds = {
+        f"{name}, IDs alone": _recommend(stages.base, data),
+        f"SeRALM_rec: {name} that reads vectors": _recommend(stages.final, data),
+        "SeRALM_gen&enc: one item's text and vector": _write_and_encode(job, stages, data),
+    }
+    rows = [{"what": what, **_timed(answer, requests)} for what, answer in kinds.items()]
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     return RunFolder(out).write_result(
         command, job.identity, {}, rows, time.monotonic() - begin, machine=machine, requests=requests
