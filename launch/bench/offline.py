@@ -1,4 +1,6 @@
-"""vLLM's own offline throughput on the generator's prompts: ``python -m launch.bench.offline --config RUN/config.yaml``.
+"""vLLM's own offline throughput on a generator's prompts.
+
+``python -m launch.bench.offline --config RUN/config.yaml``
 
 No seeds, no log-probs, one call for everything: as fast as this engine goes on these cores. Prints tokens a second.
 """
@@ -35,6 +37,7 @@ def main() -> None:
     engine = Engine(model, llm.engine, max(map(len, prompts)) + llm.knowledge.max_new_tokens)
     settings = SamplingParams(temperature=1.0, max_tokens=llm.knowledge.max_new_tokens)
     for _ in range(2):
+        engine.llm.reset_prefix_cache()
         begin = time.monotonic()
         outputs = engine.llm.generate(asked, settings, use_tqdm=False)
         seconds = time.monotonic() - begin
