@@ -33,8 +33,8 @@ class ObjectiveConfig(Section):
     max_ratio: float | None = Field(None, gt=0)
     """Clip p(y|x,s)/p(y|x) at this value; null for the paper's unclipped ratio."""
     scale_rewards: bool = False
-    """Divide the weights of a step by their standard deviation, so that α means the same however large they are: as
-    sharp as the recommender is, or as flat as a temperature made it."""
+    """Divide the weights of a step by their root mean square, so that α means the same however sharp the recommender is
+    or flat a temperature made it. Needs a baseline: without one the weights are near 1 whatever the texts."""
     samples: int = Field(1, ge=1)
     """k of Eq. 6: texts that are drawn for each fresh item of a pair (x, y), and compared on that pair."""
     denominator: Denominator = "base"
@@ -45,7 +45,9 @@ class ObjectiveConfig(Section):
     """Correct for samples of an older policy by p_now(s|x)/p_then(s|x), truncated here; null for none (the paper)."""
 
     @model_validator(mode="after")
-    def _a_group_has_members(self) -> Self:
+    def _settings_fit_each_other(self) -> Self:
+        if self.scale_rewards and self.baseline == "none":
+            raise ValueError("scale_rewards needs a baseline: without one the weights are near 1 whatever the texts")
         if self.denominator == "group" and self.samples < 2:
             raise ValueError("denominator=group needs samples of 2 at least: one text alone has the ratio 1")
         return self
@@ -187,6 +189,12 @@ class MainJob(Section):
                 f"llm.engine.canary_tolerance {self.llm.engine.canary_tolerance:g} asks for float32 on both sides;"
                 " 0.15 fits bfloat16"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _calibrates_by_what_is_not_trained_on(self) -> Self:
+        if self.align.objective.temperature == "calibrated" and self.rec.train.on != "train":
+            raise ValueError("align.objective.temperature=calibrated needs validation items: set rec.train.on=train")
         return self
 
     @property

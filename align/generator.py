@@ -133,7 +133,8 @@ class Generator:
                 self._remember([one for one in self.log.read(step) if one.version == snapshot.version])
         load_s = time.monotonic() - begin
         scored = self.engine.logprobs_of(snapshot.canary_tokens)
-        difference = max(abs(ours - theirs) for ours, theirs in zip(scored, snapshot.canary_logprobs, strict=True))
+        differences = [abs(ours - theirs) for ours, theirs in zip(scored, snapshot.canary_logprobs, strict=True)]
+        difference = math.nan if any(map(math.isnan, differences)) else max(differences)
         self.run.log(
             "refresh",
             step=snapshot.version,
@@ -143,7 +144,7 @@ class Generator:
             canary_s=round(time.monotonic() - begin - load_s, 4),
             canary_max_difference=difference,
         )
-        if difference > self.job.llm.engine.canary_tolerance:
+        if not difference <= self.job.llm.engine.canary_tolerance:
             raise RuntimeError(
                 f"vLLM's log-probs of the canary differ from the trainer's by {difference:.2g} nats after loading"
                 f" {snapshot.folder} (allowed: {self.job.llm.engine.canary_tolerance:g})"
@@ -244,12 +245,15 @@ class Generator:
         return [replace(sample, log_p_y_given_xs=own.tolist(), log_p_y_given_x=base) for sample, own, base in scores]
 
     def _refuse_no_numbers(self, with_text: list[float], without: list[float]) -> None:
-        for name, values in (("p(y|x,s)", with_text), ("p(y|x)", without)):
+        for name, values, whose, remedy in (
+            ("p(y|x,s)", with_text, str(self.snapshot.folder), "align.trainer.rec_lr"),
+            ("p(y|x)", without, "the frozen recommender", "rec.train.lr"),
+        ):
             bad = sum(not math.isfinite(value) for value in values)
             if bad:
                 raise UserError(
-                    f"log {name} is no number for {bad} of {len(values)} texts under {self.snapshot.folder}: the"
-                    " recommender has diverged; start over with a lower align.trainer.rec_lr"
+                    f"log {name} is no number for {bad} of {len(values)} texts under {whose}: the recommender has"
+                    f" diverged; start over with a lower {remedy}"
                 )
 
 

@@ -59,9 +59,12 @@ def reward_weights(
 
 
 def scaled(weights: Tensor) -> Tensor:
-    """Weights [B, k] over their standard deviation around 0; as they are where all of them are 0."""
-    deviation = weights.square().mean().sqrt()
-    return weights / deviation if deviation > 0 else weights
+    """Weights [B, k] over their root mean square; as they are where all of them are 0.
+
+    A step's own samples are part of what divides them: the direction of the expected gradient is kept up to 1 / (B k).
+    """
+    size = weights.square().mean().sqrt()
+    return weights / size if size > 0 else weights
 
 
 def log_mean_exp(values: Tensor) -> Tensor:

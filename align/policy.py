@@ -15,7 +15,7 @@ from deepspeed import DeepSpeedEngine
 from peft import LoraConfig as PeftLoRAConfig
 from peft import PeftModel, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from align.config import AlignConfig, LoRAConfig, TrainerConfig
 from align.objective import (
@@ -79,8 +79,8 @@ class Policy:
         objective, rows = self.config.objective, Rows.of(samples, self.accelerator.device)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self._learning_rate(step)
-        self.engine.train()
         reference_logits = self._reference_logits(rows)
+        self.engine.train()
         logits = token_logits(self.engine, rows.ids, rows.places)
         logprobs, reference = (chosen_logprobs(values, rows.next_ids) for values in (logits, reference_logits))
         token_kl = exact_token_kl(logits, reference_logits) if objective.kl == "exact" else None
@@ -154,6 +154,7 @@ class Policy:
     def _reference_logits(self, rows: "Rows") -> Tensor:
         if self.reference is not None:
             return token_logits(self.reference, rows.ids, rows.places)
+        self.engine.eval()
         with self.engine.module.disable_adapter():
             return token_logits(self.engine, rows.ids, rows.places)
 
@@ -240,6 +241,23 @@ def token_logits(model: torch.nn.Module, ids: Tensor, places: Tensor) -> Tensor:
 def chosen_logprobs(logits: Tensor, next_ids: Tensor) -> Tensor:
     """[M, P] log p of the tokens ``next_ids`` [M, P], from ``token_logits``."""
     return logits.gather(-1, next_ids[..., None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+def layers_to_adapt(model: str, lora: LoRAConfig) -> list[str]:
+    """Names of the layers that adapters go to, without loading any weights.
+
+    Raises:
+        UserError: if there are none.
+    """
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    try:
+        names = _with_adapters(empty, lora).targeted_module_names
+    except ValueError as error:
+        raise UserError(f"align.trainer.lora: {' '.join(str(error).split())[:200]}") from None
+    if not names:
+        raise UserError(f"align.trainer.lora.target_modules {lora.target_modules} names no layer of {model}")
+    return names
 
 
 def _with_adapters(model: PreTrainedModel, lora: LoRAConfig) -> PeftModel:

@@ -144,7 +144,7 @@ class SampleLog:
             raise
         except (pa.ArrowInvalid, OSError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{path} is damaged ({reason}); delete it, and its samples are drawn again") from error
+            raise UserError(f"{path} is damaged ({reason}): bring back the file, or start over with --fresh") from error
         found = (table.schema.metadata or {}).get(b"schema_version")
         if found != SCHEMA_VERSION:
             raise UserError(f"{path} has schema version {found}, this program reads {SCHEMA_VERSION}")

@@ -212,6 +212,8 @@ class Trainer:
         """Publish both models as they are after ``step`` steps; every rank takes part; seconds it took."""
         begin = time.monotonic()
         canary_logprobs = self.policy.logprobs_of(self.canary)
+        if not all(map(math.isfinite, canary_logprobs)):  # the same on every rank
+            raise UserError(f"the LLM is no numbers after step {step - 1}: start over with a lower align.trainer.lr")
         weights = self.policy.gathered_weights()
 
         def write(folder: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from pyarrow import parquet
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from align.config import MainJob, Stages
@@ -55,7 +56,7 @@ def print_case(case: dict[str, Any], console: Console) -> None:
     """The texts side by side, and the next item's rank."""
     (likely_before, likely_after), (rank_before, rank_after) = case["likelihood"], case["rank"]
     table = Table(
-        title=f"The user that gained most: {case['user']}, whose next item is {case['target']}",
+        title=escape(f"The user that gained most: {case['user']}, whose next item is {case['target']}"),
         caption=f"its p(y|x,s) {likely_before:.2g} → {likely_after:.2g}, its rank {rank_before:g} → {rank_after:g};"
         f" it rises for {case['users_gaining']:.0%} of the users and falls for {case['users_losing']:.0%}",
         title_justify="left",
@@ -64,7 +65,7 @@ def print_case(case: dict[str, Any], console: Console) -> None:
     for name in ("history, the last item last", "the LLM before alignment", "after"):
         table.add_column(name, overflow="fold")
     for entry in case["history"]:
-        table.add_row(entry["item"], *entry["texts"])
+        table.add_row(*(escape(text) for text in (entry["item"], *entry["texts"])))
     console.print(table)
 
 

@@ -1,6 +1,7 @@
 """What only a closed world can tell: do the texts say what matters, and how much of what could be won was won?"""
 
 import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def figures(job: MainJob) -> dict[str, Any]:
         "aligned": aligned,
         "oracle": oracle[METRIC],
         "oracle_se": oracle[f"{METRIC}_se"],
-        "gap_closed": (aligned - na) / (oracle[METRIC] - na),
+        "gap_closed": (aligned - na) / (oracle[METRIC] - na) if oracle[METRIC] != na else math.nan,
         "steps_to_relevant": steps_to(run.steps("train"), f"said_{driving}", RELEVANT),
         "precondition": precondition(job, data),
     }
@@ -82,7 +83,7 @@ def claims(worlds: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """What is required of every seed, with the figure of the worst."""
     required = [
         ("before alignment the oracle's HR@10 is at least twice Base+NA_LLM's", ORACLE_RATIO,
-         [row["oracle"] / row["na"] for row in worlds]),
+         [row["oracle"] / row["na"] if row["na"] else math.inf for row in worlds]),
         ("the aligned LLM states the relevant fact for at least 90 % of items", RELEVANT,
          [row["relevant_after"] for row in worlds]),
         ("alignment closes at least 80 % of the gap to the oracle in HR@10", GAP_CLOSED,

@@ -18,11 +18,9 @@ from align.order import set_aside, training_data
 from align.snapshots import SnapshotStore
 from launch import knowledge, summary, supervise
 from launch.case_study import case_study
-from llm.engine import check_head_dim, check_model
-from llm.pretrain import make_tokenizer, pretrain
-from llm.prompts import item_texts, prompt_tokens, require_column
+from launch.check import check
+from llm.pretrain import pretrain
 from llm.text_encoder import TextEncoder
-from llm.tokenizer import load_tokenizer
 from rec.calibration import fit_temperature
 from rec.config import RecConfig
 from rec.data.builtin import BUILTIN, prepare_builtin
@@ -31,7 +29,6 @@ from rec.evaluation import evaluate
 from rec.item_encoder import KnowledgeConcat
 from rec.models.base import SequenceRecommender
 from rec.runtime import files
-from rec.runtime.errors import UserError
 from rec.runtime.runfolder import RunFolder
 from rec.trainer import MODEL, build_model, train
 
@@ -219,43 +216,3 @@ def train_reading(job: MainJob, data: Prepared, vectors: torch.Tensor, folder: P
         return encoder
 
     train(build_model(job.rec, data, items), data, job.rec, RunFolder(folder), title)
-
-
-def check(job: MainJob, data: Prepared) -> None:
-    """Everything that would otherwise stop the job after minutes of work.
-
-    Raises:
-        UserError: on an item template, prompt, model, tokenizer or encoder that cannot be used.
-    """
-    llm = job.llm
-    if llm.model is None and job.align.trainer.lora is not None:
-        raise UserError(
-            "align.trainer.lora needs llm.model: an LM that is trained here is a GPT-2, and vLLM cannot adapt it"
-        )
-    texts = item_texts(data.items, llm.item_text)
-    if llm.model is not None:
-        check_model(llm.model)
-        tokenizer = load_tokenizer(llm.model)
-    elif "{item}" not in llm.knowledge.prompt:
-        raise UserError(
-            "llm.knowledge.prompt must hold {item}: an LM that is trained here continues an item's text, it does"
-            " not follow instructions"
-        )
-    else:
-        check_head_dim("llm.lmrec", llm.lmrec.dim // llm.lmrec.heads)
-        tokenizer = make_tokenizer(data, llm)
-    longest = max(map(len, prompt_tokens(texts, llm.knowledge.prompt, tokenizer))) + llm.knowledge.max_new_tokens
-    if llm.model is not None:
-        check_model(llm.model, longest)
-    elif longest > llm.lmrec.context:
-        raise UserError(
-            f"the longest prompt and its answer need {longest} tokens, llm.lmrec.context is {llm.lmrec.context}:"
-            " raise it, or shorten llm.item_text or llm.knowledge.max_new_tokens"
-        )
-    for column in job.align.watch:
-        require_column(data.items, column, "align.watch")
-    if torch.cuda.is_available():
-        supervise.gpu_split(job)
-    supervise.cpu_split(job)
-    if job.llm.encoder.model != "llm":
-        load_tokenizer(job.llm.encoder.model)

@@ -10,13 +10,14 @@ import logging
 import math
 import os
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
-from align.config import MainJob, load_job
+from align.config import AlignConfig, MainJob, TrainerConfig, load_job
 from launch import closed_world
 from launch.main_job import MainJobRun
 from rec.data.builtin import BUILTIN
@@ -29,7 +30,7 @@ from rec.runtime.runfolder import RunFolder
 
 log = logging.getLogger(__name__)
 
-WORLD = "closed-world"
+WORLD, WORLD_FOLDER = "closed-world", "world"
 SEEDS = ("rec.train.seed", "llm.train.seed", "llm.knowledge.seed", "align.trainer.seed", "align.finish.seed")
 METRICS = ("HR@10", "NDCG@10")
 
@@ -69,7 +70,10 @@ class StudyRun:
     def execute(self, command: str) -> dict[str, Any]:
         """Run what is not done yet; the content of ``result.json``."""
         folder = RunFolder(self.study.run)
-        with folder.lock("study"):
+        with folder.lock("launcher"):
+            folder.claim(self.study)
+            for job in self.jobs.values():
+                RunFolder(job.run).claim(job)
             found = {key: self._run(*key) for key in self.jobs}
             rows = [row for own in found.values() for row in own["rows"]]
             world_rows = [own["world"] for own in found.values() if own["world"]]
@@ -81,37 +85,44 @@ class StudyRun:
                 next(iter(found.values()))["protocol"],
                 rows,
                 sum(own["wall_s"] for own in found.values()),
-                closed_world.claims(world_rows) if world_rows else [],
+                # Several variants are there to differ: some are bad on purpose.
+                closed_world.claims(world_rows) if world_rows and len(self.study.variants) == 1 else [],
                 means=means(rows),
                 **({"world": world_rows} if world_rows else {}),
             )
 
     def _add_job(self, recipe: Path, seed: int, name: str, overrides: list[str]) -> None:
-        if not name or "/" in name:
-            raise UserError(f"variant {name!r}: a name without '/' is needed, it names a folder")
+        if not name or "/" in name or name == WORLD_FOLDER:
+            raise UserError(f"variant {name!r}: it names a folder, so no '/' and not {WORLD_FOLDER!r}")
         here = self.study.run / f"seed-{seed}"
         content = [*(f"{key}={seed}" for key in SEEDS), *overrides, f"run={json.dumps(str(here / name))}"]
         self.jobs[seed, name] = load_job(recipe, content)
         if self.jobs[seed, name].data == WORLD:
             # The built-in one has one seed.
             self.worlds.add((seed, name))
-            self.jobs[seed, name] = load_job(recipe, [*content, f"data={json.dumps(str(here / 'world'))}"])
+            job = load_job(recipe, [*content, f"data={json.dumps(str(here / WORLD_FOLDER))}"])
+            if missing := [name for name in world.ATTRIBUTES if name not in job.align.watch]:
+                raise UserError(f"a closed world's align.watch needs all of its facts, {missing[0]!r} is missing")
+            self.jobs[seed, name] = job
 
     def _run(self, seed: int, name: str) -> dict[str, Any]:
-        job = self.jobs[seed, name]
+        job, begin = self.jobs[seed, name], time.monotonic()
         log.info("%s, seed %d", name, seed)
         is_world = (seed, name) in self.worlds
         if is_world:
             prepare(WORLD, world.read(world_seed=seed), Path(job.data), Filters(**world.FILTERS))
         before = share_what_comes_before(job)
-        run = MainJobRun(job)
-        result = run.execute(f"recalign align {job.run}/config.yaml")
+        result = MainJobRun(job).execute(f"recalign align {job.run}/config.yaml")
         told = {"seed": seed, "variant": name}
-        # A stage that was found done in the job's own folder took no time there.
-        wall_s = result["wall_s"] + sum(row["seconds"] for row in before.events("stage"))
+        figures = closed_world.figures(job) if is_world else {}
+        own, folder = time.monotonic() - begin, RunFolder(job.run)
+        folder.log("studied", seconds=round(own, 1))
+        # Every attempt that came this far, and what was done before for all variants, whoever did it.
+        wall_s = sum(row["seconds"] for row in folder.events("studied"))
+        shared_s = sum(row["seconds"] for row in before.events("stage"))
         return {
             "rows": [{**told, **row} for row in (*result["rows"], *result.get("ablations", ()))],
-            "world": {**told, **closed_world.figures(job), "wall_s": wall_s} if is_world else None,
+            "world": {**told, **figures, "shared_s": shared_s, "wall_s": wall_s} if is_world else None,
             "protocol": result["protocol"],
             "wall_s": wall_s,
         }
@@ -123,10 +134,12 @@ def share_what_comes_before(job: MainJob) -> RunFolder:
     Returns:
         The run folder that it was made in.
     """
-    common = job.run.parent / f"before-alignment-{_before_alignment(job)}"
+    RunFolder(job.run).claim(job)  # which refuses another job's folder before anything is made
+    before = _before_alignment(job)
+    common = job.run.parent / f"before-alignment-{_name(before)}"
     done = common / "complete"
     if not done.exists():
-        MainJobRun(job.model_copy(update={"run": common})).execute("", stop_before_alignment=True)
+        MainJobRun(before.model_copy(update={"run": common})).execute("", stop_before_alignment=True)
         files.write_text(done, "")
     for source in sorted(common.iterdir()):
         target = job.run / source.name
@@ -138,20 +151,25 @@ def share_what_comes_before(job: MainJob) -> RunFolder:
     return RunFolder(common)
 
 
-def _before_alignment(job: MainJob) -> str:
-    """A hash of everything that decides the stages before alignment."""
+def _before_alignment(job: MainJob) -> MainJob:
+    """The job with the defaults for everything that only matters from alignment on."""
     align = job.align
-    return hash_of(
-        [
-            # Where it lies as seen from here: the whole study may move.
-            job.data if job.data in BUILTIN else os.path.relpath(job.data, job.run.parent),
-            job.train_users,
-            job.rec.model_dump(mode="json"),
-            job.llm.model_dump(mode="json"),
-            align.reward_users and [align.reward_users, align.trainer.seed],
-            [align.knowledge_on_target, align.knowledge_dropout, align.standardise_knowledge, align.id_dropout],
-        ]
-    )[:8]
+    decides = {
+        name: getattr(align, name)
+        for name in ("reward_users", "knowledge_on_target", "knowledge_dropout", "standardise_knowledge", "id_dropout")
+    }
+    # The seed chooses the users that are set aside; adapters decide which models are refused.
+    trainer = TrainerConfig(seed=align.trainer.seed if align.reward_users else 0, lora=align.trainer.lora)
+    return job.model_copy(update={"align": AlignConfig(**decides, trainer=trainer)})
+
+
+def _name(before: MainJob) -> str:
+    """A hash of everything that decides the stages before alignment."""
+    content = before.model_dump(mode="json", exclude={"run"})
+    if before.data not in BUILTIN:
+        # Where it lies as seen from here: the whole study may move.
+        content["data"] = os.path.relpath(before.data, before.run.parent)
+    return hash_of(content)[:8]
 
 
 def means(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -43,7 +43,7 @@ class Child:
     environment: dict[str, str]
     log_path: Path
     place: Callable[[], int]
-    cores: set[int]
+    cores: set[int] | None
     process: subprocess.Popen | None = None
     last_place: int = -1
     futile_restarts: int = 0
@@ -66,7 +66,8 @@ class Child:
     def _begin(self) -> None:
         """Between fork and exec."""
         die_with_parent()
-        os.sched_setaffinity(0, self.cores)
+        if self.cores is not None:
+            os.sched_setaffinity(0, self.cores)
 
     def stop(self) -> None:
         """End it: politely, then not."""
@@ -161,7 +162,7 @@ def _trainer(job: MainJob, into: Path | None = None) -> Child:
     if on_gpu:
         environment |= _visible(gpu_split(job)[0])
     else:
-        threads = max(1, len(cores) // job.align.trainer.processes)
+        threads = max(1, (len(cores) if cores else os.cpu_count() or 1) // job.align.trainer.processes)
         environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
     command = [
         sys.executable, "-m", "accelerate.commands.launch",
@@ -185,15 +186,18 @@ def _generator(job: MainJob) -> Child:
     return Child("generator", command, environment, job.run / "logs" / "generator.log", place, cpu_split(job)[1])
 
 
-def cpu_split(job: MainJob) -> tuple[set[int], set[int]]:
-    """Cores of the trainer and of the generator, out of those that this process may use.
+def cpu_split(job: MainJob) -> tuple[set[int] | None, set[int] | None]:
+    """Cores of the trainer and of the generator, out of those that this process may use; None where they share them.
 
     Raises:
-        UserError: if none would be left for the trainer.
+        UserError: if none would be left for the trainer, or this system cannot divide them.
     """
-    cores, wanted = sorted(os.sched_getaffinity(0)), job.align.generator.cpu_cores
+    wanted = job.align.generator.cpu_cores
     if wanted is None or torch.cuda.is_available():
-        return set(cores), set(cores)
+        return None, None
+    if not hasattr(os, "sched_setaffinity"):
+        raise UserError("align.generator.cpu_cores needs Linux: this system cannot give a process cores of its own")
+    cores = sorted(os.sched_getaffinity(0))
     if wanted >= len(cores):
         raise UserError(
             f"align.generator.cpu_cores {wanted} leaves none of {len(cores)} cores for the trainer; give it"

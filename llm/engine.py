@@ -8,6 +8,7 @@ Invariants:
 
 import logging
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +120,18 @@ class Engine:
         outputs = self.llm.generate(self._salted(prompts), params, use_tqdm=False, lora_request=self.adapter)
         return [self._completion(output.outputs[0]) for output in outputs]
 
+    def offline_rate(self, prompts: Sequence[list[int]], max_new_tokens: int) -> float:
+        """Tokens a second of vLLM alone: no seeds, no log-probs, one call for all prompts, timed the second time."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=1.0, max_tokens=max_new_tokens)
+        for _ in range(2):
+            self.llm.reset_prefix_cache()
+            begin = time.monotonic()
+            outputs = self.llm.generate(self._salted(prompts), params, use_tqdm=False)
+            seconds = time.monotonic() - begin
+        return sum(len(output.outputs[0].token_ids) for output in outputs) / seconds
+
     def logprobs_of(self, token_ids: list[int]) -> list[float]:
         """log p of every token of a fixed text given those before it, from the second on."""
         from vllm import SamplingParams
@@ -206,6 +219,21 @@ def check_model(model: str | Path, max_length: int = 0) -> None:
     heads = getattr(config, "num_attention_heads", None)
     if heads:
         check_head_dim(str(model), getattr(config, "head_dim", None) or config.hidden_size // heads)
+
+
+def check_adaptable(model: str | Path) -> None:
+    """Refuse a model whose adapters vLLM cannot read.
+
+    Raises:
+        UserError: naming its architecture.
+    """
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.model_executor.models.interfaces import supports_lora
+
+    [architecture, *_] = AutoConfig.from_pretrained(str(model)).architectures or ["unknown"]
+    found = ModelRegistry.models.get(architecture)
+    if found is None or not supports_lora(found.load_model_cls()):
+        raise UserError(f"align.trainer.lora: vLLM reads no adapters of {architecture} ({model}); train all weights")
 
 
 def check_head_dim(name: str, head_dim: int) -> None:

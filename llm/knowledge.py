@@ -158,8 +158,13 @@ def fingerprint(model: str | Path) -> str:
     folder = Path(model)
     if folder.is_dir():
         parts = sorted(path for path in folder.iterdir() if path.suffix in WEIGHTS)
-        own = [[path.name, files.sha256_file(path)] for path in parts]
-        return hash_of([*own, fingerprint(adapted(folder))] if (folder / ADAPTER).exists() else own)
+        if (folder / ADAPTER).exists():
+            # Not its settings as they stand: peft writes the names of the layers in any order.
+            settings = files.read_json(folder / ADAPTER)
+            sizes = [settings["r"], settings["lora_alpha"], fingerprint(adapted(folder))]
+            parts = [path for path in parts if path.name != ADAPTER]
+            return hash_of([*sizes, *([path.name, files.sha256_file(path)] for path in parts)])
+        return hash_of([[path.name, files.sha256_file(path)] for path in parts])
     try:
         return f"{model}@{getattr(AutoConfig.from_pretrained(str(model)), '_commit_hash', None)}"
     except (OSError, ValueError) as error:

@@ -26,6 +26,7 @@ from align.snapshots import SnapshotStore
 from launch import supervise
 from launch.study import share_what_comes_before
 from launch.summary import asynchronous
+from rec.runtime.errors import UserError
 from rec.runtime.runfolder import CONFIG, RunFolder
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,9 @@ SYNCHRONOUS = ("align.refresh_every=1", "align.max_lag_steps=0")
 
 def run(recipe: Path, overrides: Sequence[str], steps: int, out: Path, command: str) -> dict[str, Any]:
     """Measure what is not measured yet, and write ``result.json``."""
+    calls = load_job(recipe, overrides).align.generator.batches_per_call
+    if steps <= 2 * calls:
+        raise UserError(f"--steps {steps}: more than {2 * calls} are needed, the first call is not measured")
     begin, folder = time.monotonic(), RunFolder(out)
     if not torch.cuda.is_available():
         overrides = [*OWN_CORES, *overrides]
@@ -78,9 +82,7 @@ def _job(recipe: Path, overrides: Sequence[str], steps: int, run: Path, more: Se
 
 def _aligned(job: MainJob) -> MainJob:
     """The job, with its alignment done."""
-    folder = RunFolder(job.run)
     share_what_comes_before(job)
-    folder.claim(job)
     newest = SnapshotStore(Stages(job.run).snapshots).newest()
     if newest is None or newest.step < job.align.trainer.steps:
         log.info("%s", job.run.name)
@@ -104,7 +106,6 @@ def _generator_alone(recipe: Path, overrides: Sequence[str], steps: int, out: Pa
     job = _job(recipe, overrides, steps, out / "generator-alone", unbounded)
     share_what_comes_before(job)
     folder = RunFolder(job.run)
-    folder.claim(job)
     if SampleLog(Stages(job.run).samples).next_step() < steps:
         log.info("%s", job.run.name)
         store = Stages(job.run).snapshots
@@ -115,9 +116,9 @@ def _generator_alone(recipe: Path, overrides: Sequence[str], steps: int, out: Pa
 
 
 def _tokens_per_s(run: Path) -> float:
-    """Of all that the generator does: drawing, scoring and writing, from the end of its first call on."""
-    rows = RunFolder(run).steps("generated")
-    return sum(row["tokens"] for row in rows[1:]) / (rows[-1]["time_s"] - rows[0]["time_s"])
+    """Of all that the generator does, drawing, scoring and writing, but for its first call."""
+    rows = RunFolder(run).steps("generated")[1:]
+    return sum(row["tokens"] for row in rows) / _seconds(rows)
 
 
 def _offline(run: Path) -> float:
@@ -125,16 +126,21 @@ def _offline(run: Path) -> float:
     _, cores = supervise.cpu_split(load_job(run / CONFIG))
     command = [sys.executable, "-m", "launch.bench.offline", "--config", str(run / CONFIG)]
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, preexec_fn=lambda: os.sched_setaffinity(0, cores)
-    )
+        command, capture_output=True, text=True, check=False,
+        preexec_fn=None if cores is None else lambda: os.sched_setaffinity(0, cores),
+    )  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"{' '.join(command[1:])} failed: {done.stderr.strip().splitlines()[-1:]}")
     return float(done.stdout.split()[-1])
 
 
 def _rate(job: MainJob, folder: RunFolder, event: str) -> float:
-    """Samples a second from the end of the first step, or call, to the end of the last: without starting."""
-    rows = folder.steps(event)
-    batches = sum(row.get("batches", 1) for row in rows[1:])
+    """Samples a second but for the first step, or call, in which everything starts."""
+    rows = folder.steps(event)[1:]
     per_step = job.align.trainer.batch_size * (2 if job.align.reward_users else 1)
-    return batches * per_step / (rows[-1]["time_s"] - rows[0]["time_s"])
+    return sum(row.get("batches", 1) for row in rows) * per_step / _seconds(rows)
+
+
+def _seconds(rows: list[dict[str, Any]]) -> float:
+    """Working and waiting; what an interruption took is none of it."""
+    return sum(row["busy_s"] + row["waited_s"] for row in rows)

@@ -82,12 +82,16 @@ def test_fresh_items_are_the_last_random_ones_or_all():
 
 
 @pytest.mark.parametrize(
-    ("with_text", "without", "name"), [([0.0, math.nan], [0.0], r"p\(y\|x,s\)"), ([0.0], [-math.inf], r"p\(y\|x\)")]
+    ("with_text", "without", "message"),
+    [
+        ([0.0, math.nan], [0.0], r"p\(y\|x,s\) is no number for 1 of 2 .*v000007.*align\.trainer\.rec_lr"),
+        ([0.0], [-math.inf], r"p\(y\|x\) is no number for 1 of 1 .*frozen.*rec\.train\.lr"),
+    ],
 )
-def test_a_likelihood_that_is_no_number_is_no_reward(with_text, without, name, tmp_path):
+def test_a_likelihood_that_is_no_number_is_no_reward(with_text, without, message, tmp_path):
     generator = Generator.__new__(Generator)
     generator.snapshot = Snapshot(tmp_path / "v000007", 7, 70, [], [])
-    with pytest.raises(UserError, match=rf"log {name} is no number for 1 of .*v000007.*rec_lr"):
+    with pytest.raises(UserError, match=message):
         generator._refuse_no_numbers(with_text, without)
     generator._refuse_no_numbers([0.0, -700.0], [0.0])
 

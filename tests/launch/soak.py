@@ -1,7 +1,7 @@
 """Fifty kills -9 at random points of alignment: python tests/launch/soak.py (about 20 minutes on 2 cores).
 
 Whatever is killed, no sample may be lost or trained on twice, every run must finish, and its weights must be those of
-its own replay. Half of the kills wait for a save of a checkpoint or a publication of a snapshot to begin.
+its own replay. Two kinds of kill of five wait for a save of a checkpoint or a publication of a snapshot to begin.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def disturb(run: Path, rng: random.Random, killed: collections.Counter, enough: 
         time.sleep(rng.uniform(0, LONGEST_WAIT_S))
         if kill(target, run, process, rng):
             killed[target] += 1
-        if process.poll() is not None and not (run / "result.json").exists():
+        if process.poll() == -signal.SIGKILL:
             process = start(run)
     return process
 

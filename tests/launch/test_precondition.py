@@ -1,4 +1,4 @@
-"""The precondition's figures against loops, and the best mixture against a search of the simplex."""
+"""The best mixture of texts against a search of the simplex."""
 
 import itertools
 

@@ -113,7 +113,10 @@ def test_a_mistake_in_any_variant_is_found_before_anything_runs(recipe, override
 
 
 def test_a_closed_world_has_the_seed_of_its_study(recipe, tmp_path):
-    found = StudyRun(recipe, ["job.data=closed-world", "seeds=[1, 2]", "variants={a: [], b: []}"])
+    of_a_world = ["job.data=closed-world", "seeds=[1, 2]", "variants={a: [], b: []}"]
+    with pytest.raises(UserError, match=r"align\.watch needs all of its facts"):
+        StudyRun(recipe, of_a_world)
+    found = StudyRun(recipe, [*of_a_world, "job.align.watch=[taste, look, origin, company]"])
     assert found.worlds == set(found.jobs)
     assert found.jobs[2, "a"].data == found.jobs[2, "b"].data == str(tmp_path / "out" / "seed-2" / "world")
     assert not StudyRun(recipe).worlds
