@@ -89,7 +89,8 @@ class SnapshotStore:
         temporary = self.folder / f"{files.TEMPORARY_PREFIX}{final.name}"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        write(temporary)
+        with files.a_full_disk_is_named(temporary):
+            write(temporary)
         manifest = {
             "schema_version": SCHEMA_VERSION,
             "version": version,

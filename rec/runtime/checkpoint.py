@@ -85,9 +85,10 @@ class Checkpoints:
             shutil.rmtree(final, ignore_errors=True)
             temporary.mkdir(parents=True)
         self.ranks.barrier()
-        if write is not None:
-            write(temporary)
-        torch.save({"state": state, "rng": rng_state()}, temporary / f"rank-{self.ranks.rank}.pt")
+        with files.a_full_disk_is_named(temporary):
+            if write is not None:
+                write(temporary)
+            torch.save({"state": state, "rng": rng_state()}, temporary / f"rank-{self.ranks.rank}.pt")
         self.ranks.barrier()
         if self.ranks.is_first:
             manifest = {

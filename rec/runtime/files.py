@@ -1,13 +1,28 @@
 """Files that are either whole or absent: write aside, flush to disk, rename."""
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 TEMPORARY_PREFIX = ".tmp-"
+LEAST_FREE_BYTES = 2**20
+
+
+@contextlib.contextmanager
+def a_full_disk_is_named(folder: Path) -> Iterator[None]:
+    """Libraries that write large files say that one was not written, not why: an OSError says that the disk is full."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, OSError) and shutil.disk_usage(folder).free < LEAST_FREE_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
+        raise
 
 
 def fsync(path: Path) -> None:

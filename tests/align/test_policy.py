@@ -14,11 +14,12 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from align.config import ObjectiveConfig, TrainerConfig
-from align.policy import Rows, deepspeed_config
+from align.config import LoRAConfig, ObjectiveConfig, TrainerConfig
+from align.policy import Rows, deepspeed_config, layers_to_adapt
 from align.samples import Sample, SampleLog, Text
 from llm.config import LMRecConfig
 from llm.lmrec import build_lmrec
+from rec.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 ALPHA, LR, CLIP = 0.3, 1e-2, 0.5
@@ -213,3 +214,11 @@ def test_a_text_in_two_histories_is_one_row_and_equal_texts_of_two_draws_are_two
 def test_a_text_that_a_history_holds_twice_counts_once():
     twice = replace(make_sample(0, [[5], [5]], []), draws=[[Text(1, [8], [-0.5], "x")] * 2])
     assert Rows.of([twice], torch.device("cpu")).texts.tolist() == [0]
+
+
+def test_layers_to_adapt_are_named_without_weights_or_refused(llama):
+    assert len(layers_to_adapt(str(llama), LoRAConfig())) == 2 * 7
+    assert all("q_proj" in name for name in layers_to_adapt(str(llama), LoRAConfig(target_modules=["q_proj"])))
+    for none in (["nope"], []):
+        with pytest.raises(UserError, match=r"align\.trainer\.lora"):
+            layers_to_adapt(str(llama), LoRAConfig(target_modules=none))

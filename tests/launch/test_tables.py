@@ -42,3 +42,27 @@ def test_a_run_without_a_better_epoch_says_so():
     assert tables._best_epoch(training) == "none: the model as it came"
     assert tables._best_epoch({**training, "trained_on": "train+valid"}) == "the last"
     assert tables._best_epoch({**training, "best_epoch": 4}) == "5"
+
+
+def test_a_study_of_worlds_shows_means_worlds_and_claims(capsys):
+    world = {
+        "variant": "SeRALM", "seed": 3, "relevant_before": 0.25, "relevant_after": 0.985, "true_after": 0.99,
+        "steps_to_relevant": None, "base": 0.08, "na": 0.1, "aligned": 0.28, "oracle": 0.3, "gap_closed": 0.9,
+        "wall_s": 330.0,
+        "precondition": {
+            "gap": 0.06, "gap_se": 0.004, "signal_to_noise": 0.39, "pairs": 1250,
+            "best_share": {"1.0": 0.43, "11.3137": 1.0},
+        },
+    }  # fmt: skip
+    mean = {"variant": "SeRALM", "model": "SASRec", "method": "Base", "seeds": 1, "HR@10": 0.08, "HR@10_se": None}
+    claims = [{"id": "it works", "holds": True, "figure": 0.9}, {"id": "it flies", "holds": False, "figure": 0.1}]
+    tables.print_study({"means": [mean], "world": [world], "claims": claims})
+    said = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in said.splitlines() if line.startswith("│")]
+    assert rows[0] == ["SeRALM", "SASRec Base", "1", "0.0800"]
+    assert rows[1] == [
+        "SeRALM", "3", "0.25 → 0.98", "0.99", "never", "0.080", "0.100", "0.280", "0.300", "90%", "5.5",
+    ]  # fmt: skip
+    assert "43% at temperature 1, 100% at temperature 11.3" in said
+    assert "holds  it works: 0.900" in said
+    assert "MISSED  it flies: 0.100" in said

@@ -1,5 +1,6 @@
 """The real vLLM: what it computes is what transformers computes, before and after a change of weights."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from llm.config import EngineConfig, LMRecConfig
-from llm.engine import BATCHED_TOKENS_ON_CPU, Engine, adapted, check_model
+from llm.engine import BATCHED_TOKENS_ON_CPU, Engine, adapted, check_adaptable, check_model
 from llm.knowledge import fingerprint
 from llm.lmrec import build_lmrec
 from llm.tokenizer import load_tokenizer, train_tokenizer
@@ -114,7 +115,18 @@ def test_an_adapter_has_the_fingerprint_of_itself_and_of_its_model(llama):
     base, adapters = llama
     found = {fingerprint(folder) for folder in (base, *adapters)}
     assert len(found) == 3
+    settings = json.loads((adapters[0] / "adapter_config.json").read_text())
+    settings["target_modules"] = sorted(settings["target_modules"], reverse=True)  # peft writes them in any order
+    (adapters[0] / "adapter_config.json").write_text(json.dumps(settings))
+    assert fingerprint(adapters[0]) in found
     assert adapted(adapters[0]) == str(base)
+
+
+@pytest.mark.vllm
+def test_models_whose_adapters_vllm_cannot_read_are_refused_by_name(llama, engine):
+    check_adaptable(llama[0])
+    with pytest.raises(UserError, match="reads no adapters of GPT2LMHeadModel"):
+        check_adaptable(engine[1])
 
 
 @pytest.mark.vllm

@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import os
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -253,3 +254,19 @@ def test_a_disk_that_cannot_be_written_is_one_line_and_any_other_failure_a_trace
         assert caught.value.code == ends
         line = capsys.readouterr().err.strip().splitlines()[-1]
         assert line == f"error: runs/x/file: {os.strerror(number)}; once that is mended, start the same command again"
+
+
+@pytest.mark.parametrize(("free", "raised"), [(0, OSError), (2**30, RuntimeError)])
+def test_a_checkpoint_that_torch_could_not_write_says_whether_the_disk_is_full(tmp_path, monkeypatch, free, raised):
+    """torch.save on a full disk raises a RuntimeError about its archive."""
+
+    def full(*_: object) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**40, 2**40 - free, free))
+    with pytest.raises(raised) as caught:
+        Checkpoints(tmp_path).save(1, {})
+    if raised is OSError:
+        assert caught.value.errno == errno.ENOSPC
+    assert Checkpoints(tmp_path).newest() is None
