@@ -101,7 +101,7 @@ class StudyRun:
             # The built-in one has one seed.
             self.worlds.add((seed, name))
             job = load_job(recipe, [*content, f"data={json.dumps(str(here / WORLD_FOLDER))}"])
-            if missing := [name for name in world.ATTRIBUTES if name not in job.align.watch]:
+            if missing := [fact for fact in world.ATTRIBUTES if fact not in job.align.watch]:
                 raise UserError(f"a closed world's align.watch needs all of its facts, {missing[0]!r} is missing")
             self.jobs[seed, name] = job
 

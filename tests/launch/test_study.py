@@ -18,6 +18,7 @@ from rec.runtime.arrow_files import write_table
 from rec.runtime.errors import UserError
 from rec.runtime.runfolder import RunFolder
 
+ROOT = Path(__file__).parents[2]
 BEFORE = ("base", "llm", "na")
 
 
@@ -165,3 +166,10 @@ def test_the_curve_is_drawn_of_runs_that_have_gaps_unknown(recipe, small_world, 
         RunFolder(job.run).log("train", step=step, **row)
     path = closed_world.draw(tmp_path, {(3, "plain"): job})
     assert path.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "launch/recipes/reproduce").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_study_is_in_order_and_says_how_it_is_run(path, tmp_path):
+    found = StudyRun(path, [f"run={tmp_path}"])
+    assert len(found.jobs) == len(found.study.seeds) * len(found.study.variants)
+    assert path.read_text().startswith(f"# recalign reproduce {path.stem}\n")
