@@ -130,6 +130,10 @@ class SampleLog:
         written = {int(name[1]) for name in names if name}
         return next(step for step in itertools.count() if step not in written)
 
+    def ready_from(self, step: int) -> int:
+        """How many batches, ``step``'s and those after it, are there without a gap."""
+        return next(count for count in itertools.count() if not self._path(step + count).exists())
+
     def read(self, step: int) -> list[Sample]:
         """The batch of ``step``.
 

@@ -121,6 +121,7 @@ class Trainer:
         with progress("Align", align.trainer.steps, self.ranks.is_first) as advance:
             while step < align.trainer.steps:
                 waited = self._wait_for(step)
+                queued = self.log.ready_from(step + 1) if self.ranks.is_first else 0
                 started = time.monotonic()
                 row = self._update(step)
                 step += 1
@@ -131,7 +132,7 @@ class Trainer:
                     self.checkpoints.save(step, {"reader": self.reader.state()}, self.meta, self.policy.save)
                 if self.ranks.is_first:
                     busy = time.monotonic() - started
-                    row |= {"waited_s": round(waited, 4), "busy_s": round(busy, 4)}
+                    row |= {"waited_s": round(waited, 4), "busy_s": round(busy, 4), "queued": queued}
                     self.run.log("train", step=step - 1, publish_s=round(published_s, 4), **row)
                     advance(step, f"reward {row['reward']:.3f}  KL {row['kl']:.3f}  lag {row['lag_steps']}")
         log.info("rank %d: %d steps, %.0f s", self.ranks.rank, step, time.monotonic() - begin)

@@ -48,6 +48,8 @@ def asynchronous(run: RunFolder) -> dict[str, Any]:
         "refresh_s_mean": _round(sum(row["load_s"] for row in refreshed) / len(refreshed)),
         "canary_s_mean": _round(sum(row["canary_s"] for row in refreshed) / len(refreshed)),
         "lag_versions_max": max(row["lag_versions"] for row in train),
+        # Of the lag, so many steps are batches that lay ready; the rest passed while they were drawn.
+        "queued_mean": _round(sum(row["queued"] for row in train) / len(train)),
         "engine": started[-1]["engine"],
         "zero_stage": started[-1]["zero_stage"],
         "trainer_ranks": started[-1]["world_size"],
@@ -94,7 +96,8 @@ def print_result(result: dict[str, Any], console: Console | None = None) -> None
         f" samples of {a['versions_consumed']} versions trained on"
     )
     console.print(
-        f"Staleness: mean {a['lag_steps_mean']} steps, max {a['lag_steps_max']};"
+        f"Staleness: mean {a['lag_steps_mean']} steps ({a['queued_mean']} of them in the queue),"
+        f" max {a['lag_steps_max']};"
         f" generated {a['tokens_per_s']:,.0f} tokens/s;"
         f" waiting: trainer {a['trainer_waiting_share']:.0%}, generator {a['generator_waiting_share']:.0%} of its time"
     )

@@ -49,6 +49,9 @@ def test_a_sample_comes_back_as_it_went_in(tmp_path):
     log.append(0, [SAMPLE, replace(SAMPLE, ordinal=4)])
     assert log.read(0) == [SAMPLE, replace(SAMPLE, ordinal=4)]
     assert log.next_step() == 1
+    log.append(1, [SAMPLE])
+    log.append(3, [SAMPLE])
+    assert [log.ready_from(step) for step in range(5)] == [2, 1, 0, 1, 0]
 
 
 def test_a_batch_is_never_replaced(tmp_path):
