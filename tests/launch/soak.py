@@ -20,10 +20,10 @@ import yaml
 from tiny_job import (
     RECIPE,
     ROOT,
+    assert_dead,
     assert_no_sample_lost_or_repeated,
     final_weights,
     finish,
-    is_alive,
     start,
 )
 
@@ -92,10 +92,7 @@ def kill(target: str, run: Path, process: subprocess.Popen, rng: random.Random) 
         jobs = pids(run, "align.")
         process.kill()
         process.wait()
-        end = time.monotonic() + 10
-        while any(map(is_alive, jobs)) and time.monotonic() < end:
-            time.sleep(0.05)
-        assert not any(map(is_alive, jobs)), "a job outlived its launcher"
+        assert_dead(jobs)
         return True
     if target in ("checkpoint", "snapshot"):
         folder, end = run / f"{target}s", time.monotonic() + ATTEMPT_S

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,11 +19,11 @@ from tiny_job import (
     RECIPE,
     ROOT,
     STEPS,
+    assert_dead,
     assert_no_sample_lost_or_repeated,
     before_alignment,
     final_weights,
     finish,
-    is_alive,
     start,
     wait_until,
 )
@@ -223,10 +222,7 @@ def test_kill_nine_of_generator_rank_and_everything_changes_nothing(finished, tm
     jobs = {row["pid"] for row in run.events() if row["event"] in ("train", "generated")}
     process.kill()
     process.wait()
-    end = time.monotonic() + 10
-    while any(map(is_alive, jobs)) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert not any(map(is_alive, jobs)), "a job outlived its launcher"
+    assert_dead(jobs)
     assert Checkpoints(run.path / "checkpoints").newest().step >= 18
     # What a kill in the middle of a publication leaves behind.
     broken = run.path / "snapshots" / "v000099"

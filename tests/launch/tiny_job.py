@@ -4,7 +4,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -69,6 +69,14 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen, timeout
 def is_alive(pid: int) -> bool:
     status = Path(f"/proc/{pid}/status")
     return status.exists() and "\nState:\tZ" not in status.read_text()
+
+
+def assert_dead(jobs: Collection[int]) -> None:
+    """That processes whose launcher was killed die with it."""
+    end = time.monotonic() + 10
+    while any(map(is_alive, jobs)) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not any(map(is_alive, jobs)), "a job outlived its launcher"
 
 
 def before_alignment(finished: RunFolder, folder: Path) -> RunFolder:
