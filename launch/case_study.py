@@ -1,15 +1,14 @@
 """Fig. 6 of SeRALM: one user's history, what the LLM says of it before and after alignment, and what becomes of y."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
-from pyarrow import parquet
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from align.config import MainJob, Stages
+from llm.knowledge import first_texts
 from llm.prompts import item_texts
 from rec.data.prepared import Prepared
 from rec.evaluation import evaluate
@@ -26,8 +25,8 @@ def case_study(job: MainJob, data: Prepared) -> dict[str, Any]:
     stages = Stages(job.run)
     before, after = (SequenceRecommender.from_pretrained(folder / MODEL) for folder in (stages.na, stages.final))
     protocol = job.rec.evaluate
-    ranks = torch.stack([evaluate(model, data, "test", protocol).ranks for model in (before, after)])
-    instances = evaluate(after, data, "test", protocol).instances
+    found = [evaluate(model, data, "test", protocol) for model in (before, after)]
+    ranks, instances = torch.stack([metrics.ranks for metrics in found]), found[0].instances
     gain = ranks[0].log() - ranks[1].log()
     shown = ranks[1] <= 10
     chosen = int((gain if not shown.any() else gain.masked_fill(~shown, float("-inf"))).argmax())
@@ -39,7 +38,7 @@ def case_study(job: MainJob, data: Prepared) -> dict[str, Any]:
             float(model.log_likelihood(items, lengths, torch.tensor([target])).exp()) for model in (before, after)
         ]
     names = item_texts(data.items, job.llm.item_text)
-    texts = [_first_texts(path) for path in (stages.na_knowledge, stages.final_knowledge)]
+    texts = [first_texts(path) for path in (stages.na_knowledge, stages.final_knowledge)]
     history = items[0, max(0, int(lengths[0]) - SHOWN) : int(lengths[0])].tolist()
     return {
         "user": data.user_ids[int(data.instances("test")[0][instance])],
@@ -67,8 +66,3 @@ def print_case(case: dict[str, Any], console: Console) -> None:
     for entry in case["history"]:
         table.add_row(*(escape(text) for text in (entry["item"], *entry["texts"])))
     console.print(table)
-
-
-def _first_texts(path: Path) -> list[str]:
-    table = parquet.read_table(path, columns=["text", "draw"]).to_pydict()
-    return [text for text, draw in zip(table["text"], table["draw"], strict=True) if draw == 0]

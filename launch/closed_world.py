@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from pyarrow import parquet
 
 from align.config import MainJob, Stages
 from align.order import training_data
 from launch.main_job import train_reading
 from launch.precondition import precondition
+from launch.summary import moving_mean
+from llm.knowledge import first_texts
 from llm.text_encoder import TextEncoder
 from rec.data.prepared import Prepared
 from rec.data.readers.closed_world import ATTRIBUTES
@@ -61,8 +62,7 @@ def figures(job: MainJob) -> dict[str, Any]:
 
 def shares(data: Prepared, texts: Path) -> dict[str, float]:
     """Of each attribute, the share of items whose first text states it truly."""
-    table = parquet.read_table(texts, columns=["text", "draw"]).to_pydict()
-    said = [text for text, draw in zip(table["text"], table["draw"], strict=True) if draw == 0]
+    said = first_texts(texts)
     return {
         attribute: sum(text == fact for text, fact in zip(said, data.items[attribute].to_pylist(), strict=True))
         / data.n_items
@@ -128,6 +128,4 @@ def _oracle(job: MainJob, stages: Stages, data: Prepared, facts: list[str]) -> d
 def _smooth(rows: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
     """Means of up to ``WINDOW`` steps that have the figure."""
     known = [(row["step"], row[name]) for row in rows if row[name] is not None]
-    values = [value for _, value in known]
-    means = [sum(own := values[max(0, end - WINDOW) : end]) / len(own) for end in range(1, len(values) + 1)]
-    return [step for step, _ in known], means
+    return [step for step, _ in known], moving_mean([value for _, value in known], WINDOW)

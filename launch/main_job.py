@@ -105,14 +105,15 @@ class MainJobRun:
 
     def train_na(self) -> None:
         """Base+NA_LLM: the recommender that reads those texts; and both again without the users that are set aside."""
-        self._train_na(self.data, self.stages.na, "Base+NA_LLM")
+        vectors = self._encode(self.stages.na_knowledge)
+        train_reading(self.job, self.data, vectors, self.stages.na, "Base+NA_LLM")
         align = self.job.align
         if align.reward_users:
             base, na = self.stages.aligning(align)
             kept = self.data.without(set_aside(self.data, align.reward_users, align.trainer.seed))
             title = f"without {align.reward_users:.0%} of the users"
             train(build_model(self.job.rec, kept), kept, self.job.rec, RunFolder(base), f"Base {title}")
-            self._train_na(kept, na, f"Base+NA_LLM {title}")
+            train_reading(self.job, kept, vectors, na, f"Base+NA_LLM {title}")
         self._calibrate()
 
     def _calibrate(self) -> None:
@@ -124,9 +125,6 @@ class MainJobRun:
             if not (folder / TEMPERATURE).exists():
                 model = SequenceRecommender.from_pretrained(folder / MODEL)
                 files.write_json(folder / TEMPERATURE, {"temperature": fit_temperature(model, data)})
-
-    def _train_na(self, data: Prepared, folder: Path, title: str) -> None:
-        train_reading(self.job, data, self._encode(self.stages.na_knowledge), folder, title)
 
     def align(self) -> None:
         """Algorithm 1, asynchronously: trainer and generator as processes of their own."""

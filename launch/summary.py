@@ -131,7 +131,7 @@ def draw(run: RunFolder, stages: Stages) -> None:
             smooth = len(train) >= 40 and not name.startswith("lag")
             axis.plot(steps, values, alpha=0.3 if smooth else 1, linewidth=1, label=name)
             if smooth:
-                axis.plot(steps, _moving_mean(values, 20), linewidth=1.6, label=f"{name}, mean of 20 steps")
+                axis.plot(steps, moving_mean(values, 20), linewidth=1.6, label=f"{name}, mean of 20 steps")
         _dress(axis, title, "trainer step", unit)
     twin = axes[0, 0].twinx()
     twin.plot(steps, [row["policy_loss"] for row in train], color="tab:green", alpha=0.4, linewidth=1)
@@ -157,7 +157,8 @@ def _dress(axis: Axes, title: str, x: str, y: str) -> None:
     axis.legend(fontsize=8)
 
 
-def _moving_mean(values: list[float], width: int) -> list[float]:
+def moving_mean(values: list[float], width: int) -> list[float]:
+    """The mean of up to ``width`` values that end at each place."""
     return [sum(values[max(0, i - width + 1) : i + 1]) / (i + 1 - max(0, i - width + 1)) for i in range(len(values))]
 
 

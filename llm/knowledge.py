@@ -129,6 +129,12 @@ def generate_knowledge(data: Prepared, model: str | Path, settings: LLMConfig, o
         log.warning("%d of %d rows have an empty text; these are encoded as zeros", empty, len(keys))
 
 
+def first_texts(path: Path) -> list[str]:
+    """The first text of every item in a knowledge file, in item order."""
+    table = parquet.read_table(path, columns=["text", "draw"]).to_pydict()
+    return [text for text, draw in zip(table["text"], table["draw"], strict=True) if draw == 0]
+
+
 def _engine(model: str | Path, config: EngineConfig, longest: int, seed: int) -> Engine:
     """An engine of a whole model, or of an adapter and the model that it adapts."""
     if not (Path(model) / ADAPTER).exists():

@@ -19,7 +19,7 @@ def a_full_disk_is_named(folder: Path) -> Iterator[None]:
     """Libraries that write large files say that one was not written, not why: an OSError says that the disk is full."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # torch raises a RuntimeError, safetensors its own; it goes on as it is, or named
         if not isinstance(error, OSError) and shutil.disk_usage(folder).free < LEAST_FREE_BYTES:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
         raise
