@@ -1,22 +1,48 @@
 """The ``llm`` section of a recipe."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from rec.runtime.config import Section
 
+PRESETS: dict[str, dict[str, int]] = {
+    "1.7M": {"layers": 4, "dim": 32, "heads": 4, "ffn": 128},
+    "7M": {"layers": 4, "dim": 128, "heads": 4, "ffn": 512},
+    "20M": {"layers": 8, "dim": 256, "heads": 8, "ffn": 1024},
+    "64M": {"layers": 12, "dim": 512, "heads": 8, "ffn": 2048},
+    "125M": {"layers": 12, "dim": 768, "heads": 12, "ffn": 3072},
+    "210M": {"layers": 24, "dim": 768, "heads": 16, "ffn": 3072},
+    "125M-printed": {"layers": 12, "dim": 768, "heads": 12, "ffn": 2048},
+    "210M-printed": {"layers": 24, "dim": 768, "heads": 16, "ffn": 2048},
+}
+"""Table 9 of LMRec. The table prints d_ffn 2048 for the last two, which then count 106M and 173M parameters; with 4 x
+d_emb, as in all its other rows, they are what their names say."""
+PRESET_VOCABULARY, PRESET_CONTEXT = 50_258, 2048
+
 
 class LMRecConfig(Section):
     """Size of an LM that is trained from scratch on behaviour histories (LMRec architecture)."""
 
+    preset: Literal["1.7M", "7M", "20M", "64M", "125M", "210M", "125M-printed", "210M-printed"] | None = None
+    """A row of LMRec's Table 9: what the keys below are where the recipe does not give them."""
     vocabulary: int = Field(4096, ge=300)
-    """Byte-level BPE tokens, special ones included."""
+    """Byte-level BPE tokens at most, special ones included; a preset's is 50,258."""
     context: int = Field(128, ge=16)
-    """Positions; also the length of a training row, in tokens."""
+    """Positions; also the length of a training row, in tokens. A preset's is 2,048."""
     dim: int = Field(128, ge=8)
     layers: int = Field(4, ge=1)
     heads: int = Field(4, ge=1)
+    ffn: int | None = Field(None, ge=1)
+    """Width of the MLP's inner layer; null for 4 x ``dim``."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset_fills_in(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or given.get("preset") not in PRESETS:
+            return given
+        sizes = {**PRESETS[given["preset"]], "vocabulary": PRESET_VOCABULARY, "context": PRESET_CONTEXT}
+        return sizes | given
 
     @model_validator(mode="after")
     def _heads_divide_dim(self) -> Self:

@@ -6,7 +6,7 @@ from llm.config import LMRecConfig
 
 
 def build_lmrec(config: LMRecConfig, vocabulary: int, eos: int) -> GPT2LMHeadModel:
-    """An untrained decoder with tied embeddings, learned positions and a 2-matrix MLP of 4 x dim (LMRec, Table 9)."""
+    """An untrained decoder with tied embeddings, learned positions and a 2-matrix MLP (LMRec, Table 9)."""
     return GPT2LMHeadModel(
         GPT2Config(
             vocab_size=vocabulary,
@@ -14,7 +14,7 @@ def build_lmrec(config: LMRecConfig, vocabulary: int, eos: int) -> GPT2LMHeadMod
             n_embd=config.dim,
             n_layer=config.layers,
             n_head=config.heads,
-            n_inner=4 * config.dim,
+            n_inner=config.ffn or 4 * config.dim,
             # The same function as GPT-2's "gelu_new" in one kernel instead of eight.
             activation_function="gelu_pytorch_tanh",
             # Dropout off: sampling, scoring and training must be the same distribution during alignment.

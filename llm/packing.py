@@ -1,0 +1,209 @@
+"""Several documents in one row, none of which sees another.
+
+The rule of attention is one line: a token sees itself and the earlier places of its own document. It also lets a
+document end in several places at once: a *branch* is an [EOS] token that stands after the first p tokens of its
+document and that no other token sees, so that one pass over a history gives the state of [EOS] after every prefix that
+is asked for, each exactly what a pass over that prefix alone would give.
+
+transformers builds such a mask from ``position_ids`` only if it is given neither a mask nor a cache; with its default
+arguments documents see each other. Here the mask is always explicit.
+"""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+
+PADDING = -1
+VARLEN = "recalign_varlen"
+# Up to this length plain products beat the CPU's fused attention, which is slow backwards; beyond it they need too
+# much memory.
+LONGEST_EAGER = 1024
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Rows of documents.
+
+    Attributes:
+        ids: [B, T] tokens.
+        documents: [B, T] number of the document within its row, ``PADDING`` where there is none.
+        positions: [B, T] place within the document; of a branch, how many tokens stand before it.
+        branches: [B, T] bool, [EOS] tokens that no other token sees; None if there are none.
+    """
+
+    ids: Tensor
+    documents: Tensor
+    positions: Tensor
+    branches: Tensor | None = None
+
+    def mask(self) -> Tensor:
+        """[B, 1, T, T] bool, which key (last) each query sees; padding sees itself."""
+        same = self.documents[:, :, None] == self.documents[:, None, :]
+        visible = same & (self.positions[:, None, :] < self.positions[:, :, None])
+        if self.branches is not None:
+            visible &= ~self.branches[:, None, :]
+        visible |= torch.eye(self.ids.shape[1], dtype=torch.bool, device=self.ids.device)
+        return visible[:, None]
+
+    def bounds(self) -> Tensor:
+        """[documents + 1] int32 where the documents of all rows begin, in rows laid end to end; padding is one too."""
+        first = torch.ones_like(self.documents, dtype=torch.bool)
+        first[:, 1:] = self.documents[:, 1:] != self.documents[:, :-1]
+        begins = torch.nonzero(first.flatten()).squeeze(1)
+        return torch.cat([begins, begins.new_tensor([self.ids.numel()])]).int()
+
+    def to(self, device: torch.device) -> "Packed":
+        """The same on ``device``."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if value is not None}
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text to be packed.
+
+    Attributes:
+        ids: [n] tokens.
+        branches: how many tokens stand before each branch.
+    """
+
+    ids: Sequence[int]
+    branches: Sequence[int] = ()
+
+    def __len__(self) -> int:
+        return len(self.ids) + len(self.branches)
+
+
+def best_fit(lengths: Sequence[int] | np.ndarray, capacity: int, window: int = 4096) -> list[list[int]]:
+    """Which documents share a row: the longest first, each into the fullest row that still has room.
+
+    Args:
+        lengths: of documents, none above ``capacity``.
+        capacity: of a row.
+        window: documents that are packed together, so that the time stays linear in their number.
+    """
+    rows: list[list[int]] = []
+    for begin in range(0, len(lengths), window):
+        by_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # rows of this window, by the room that is left
+        order = sorted(range(begin, min(begin + window, len(lengths))), key=lambda number: -lengths[number])
+        for number in order:
+            size = int(lengths[number])
+            room = next((left for left in range(size, capacity + 1) if by_room[left]), None)
+            if room is None:
+                room = capacity
+                by_room[room].append(len(rows))
+                rows.append([])
+            row = by_room[room].pop()
+            rows[row].append(number)
+            by_room[room - size].append(row)
+    return rows
+
+
+def pack(documents: Sequence[Document], rows: Sequence[Sequence[int]], eos: int, length: int | None = None) -> Packed:
+    """Lay documents out in rows.
+
+    Args:
+        documents: all of them.
+        rows: which of them are in each row, as ``best_fit`` returns.
+        eos: the token of branches and of padding.
+        length: of a row; by default the longest one's.
+    """
+    longest = max((sum(len(documents[number]) for number in row) for row in rows), default=1)
+    shape = len(rows), length or max(1, longest)
+    ids, numbers = np.full(shape, eos, dtype=np.int64), np.full(shape, PADDING, dtype=np.int64)
+    positions, branches = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=bool)
+    for row, own in enumerate(rows):
+        place = 0
+        for nth, number in enumerate(own):
+            document = documents[number]
+            middle, end = place + len(document.ids), place + len(document)
+            ids[row, place:middle] = document.ids
+            positions[row, place:middle] = np.arange(middle - place)
+            positions[row, middle:end], branches[row, middle:end] = document.branches, True
+            numbers[row, place:end] = nth
+            place = end
+    given = torch.from_numpy(branches) if branches.any() else None
+    return Packed(torch.from_numpy(ids), torch.from_numpy(numbers), torch.from_numpy(positions), given)
+
+
+def places_of_branches(documents: Sequence[Document], rows: Sequence[Sequence[int]], length: int) -> Tensor:
+    """[branches] where the branches of all documents stand in rows of ``length`` laid end to end, document by document
+    in the order of ``documents``."""
+    starts = {}
+    for row, own in enumerate(rows):
+        place = row * length
+        for number in own:
+            starts[number] = place
+            place += len(documents[number])
+    found = [
+        starts[number] + len(document.ids) + nth
+        for number, document in enumerate(documents)
+        for nth in range(len(document.branches))
+    ]
+    return torch.tensor(found, dtype=torch.long)
+
+
+def hidden_states(model: PreTrainedModel, packed: Packed) -> Tensor:
+    """[B, T, D] states of the last layer, each of them what its document alone would give."""
+    options: dict[str, object] = {"use_cache": False, "position_ids": packed.positions}
+    device = packed.ids.device
+    if device.type == "cuda" and packed.branches is None and _has_varlen(model):
+        bounds = packed.bounds()
+        options |= {"document_bounds": bounds, "longest_document": packed.ids.shape[1]}
+        _use(model, VARLEN)
+    elif device.type == "cpu" and packed.ids.shape[1] <= LONGEST_EAGER:
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else model.dtype
+        mask = torch.zeros(packed.mask().shape, dtype=dtype)
+        options["attention_mask"] = mask.masked_fill_(~packed.mask(), torch.finfo(dtype).min)
+        _use(model, "eager")
+    else:
+        options["attention_mask"] = packed.mask()
+        _use(model, "sdpa")
+    return model.base_model(packed.ids, **options).last_hidden_state
+
+
+def _use(model: PreTrainedModel, implementation: str) -> None:
+    if model.config._attn_implementation != implementation:
+        model.set_attn_implementation(implementation)
+
+
+def _has_varlen(model: PreTrainedModel) -> bool:
+    """Whether torch's variable-length flash attention is there and takes what the model computes in."""
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else model.dtype
+    return _VARLEN is not None and dtype in (torch.bfloat16, torch.float16)
+
+
+def _find_varlen():
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn if "window_size" in inspect.signature(varlen_attn).parameters else None
+
+
+_VARLEN = _find_varlen()
+
+
+def _varlen_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    document_bounds: Tensor,
+    longest_document: int,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """Flash attention over documents laid end to end: query, key and value are [B, H, T, D]."""
+    flat = (part.transpose(1, 2).flatten(0, 1).contiguous() for part in (query, key, value))
+    sizes = (document_bounds, document_bounds, longest_document, longest_document)
+    found = _VARLEN(*flat, *sizes, window_size=(-1, 0))  # causal: all before, nothing after
+    return found.unflatten(0, (query.shape[0], query.shape[2])), None
+
+
+AttentionInterface.register(VARLEN, _varlen_attention)
