@@ -2,19 +2,21 @@
 a prompt about an item and a text that is known of it.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from llm.order import Order, dealt, mixed_length_order
+from llm.packing import PADDING, Document, Packed, best_fit, pack
 from llm.tokenizer import ARROW
 from rec.data.prepared import Prepared
 
 IGNORED = -100
-POOL = 16
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,32 @@ class Row:
     given: int = 0
 
 
+@dataclass(frozen=True)
+class LanguageBatch:
+    """What one language modelling step sees.
+
+    Attributes:
+        ids: [B, T] tokens.
+        labels: [B, T] the token that stands at each place if it is to be learnt, or ``IGNORED``.
+        packed: the documents of packed rows; None where a row is one text, right-padded, whose padding no causal model
+            sees.
+    """
+
+    ids: Tensor
+    labels: Tensor
+    packed: Packed | None = None
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens are learnt."""
+        return int((self.labels[:, 1:] != IGNORED).sum())
+
+    def to(self, device: torch.device) -> "LanguageBatch":
+        """The same on ``device``."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if value is not None}
+        return replace(self, **moved)
+
+
 class Corpus:
     """Rows, and batches of them.
 
@@ -43,25 +71,87 @@ class Corpus:
         """All rows of one epoch."""
         raise NotImplementedError
 
-    def batches(self, seed: int, epoch: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Input ids [B, T], right-padded with [EOS], and labels [B, T], where padding and what is given are ignored.
 
-        Like lengths are together, but rows are mixed anew each epoch: a batch of neighbours, of one kind of text or of
-        one user's time, would pull the weights its own way.
-        """
-        rows, rng = self.rows(seed, epoch), np.random.default_rng([seed, epoch, 1])
-        lengths, mixed, pool = np.array([len(row.ids) for row in rows]), rng.permutation(len(rows)), POOL * batch_size
-        batches = []
-        for begin in range(0, len(rows), pool):
-            own = mixed[begin : begin + pool]
-            by_length = own[np.argsort(lengths[own], kind="stable")]
-            batches += [by_length[start : start + batch_size] for start in range(0, len(own), batch_size)]
-        for index in rng.permutation(len(batches)):
-            chosen = [rows[row] for row in batches[index]]
-            ids = [torch.tensor(row.ids) for row in chosen]
-            labels = [torch.tensor([IGNORED] * row.given + row.ids[row.given :]) for row in chosen]
-            pad = torch.nn.utils.rnn.pad_sequence
-            yield pad(ids, True, self.eos), pad(labels, True, IGNORED)
+class PaddedBatches:
+    """Some epochs over a corpus, a row a text, right-padded with [EOS].
+
+    Args:
+        corpus: cuts its rows anew each epoch.
+        seed: of cutting and shuffling.
+        epochs: how many.
+        batch_size: rows a step.
+
+    Attributes:
+        steps: of all epochs.
+    """
+
+    def __init__(self, corpus: Corpus, seed: int, epochs: int, batch_size: int) -> None:
+        self.corpus, self.seed, self.batch_size = corpus, seed, batch_size
+        # Rows are cut anew each epoch, so epochs differ a little in length.
+        lengths = [-(-len(corpus.rows(seed, epoch)) // batch_size) for epoch in range(epochs)]
+        self.ends = np.cumsum(lengths)
+        self.steps = int(self.ends[-1])
+        self._epoch = lru_cache(maxsize=1)(self._order)
+
+    def parts(self, step: int) -> list[LanguageBatch]:
+        """The one batch of ``step``."""
+        epoch = int(np.searchsorted(self.ends, step, side="right"))
+        rows, batches = self._epoch(epoch)
+        chosen = [rows[row] for row in batches[step - (self.ends[epoch - 1] if epoch else 0)]]
+        ids = [torch.tensor(row.ids) for row in chosen]
+        labels = [torch.tensor([IGNORED] * row.given + row.ids[row.given :]) for row in chosen]
+        pad = torch.nn.utils.rnn.pad_sequence
+        return [LanguageBatch(pad(ids, True, self.corpus.eos), pad(labels, True, IGNORED))]
+
+    def _order(self, epoch: int) -> tuple[list[Row], list[np.ndarray]]:
+        rows = self.corpus.rows(self.seed, epoch)
+        lengths = np.array([len(row.ids) for row in rows])
+        return rows, mixed_length_order(lengths, self.seed, epoch, self.batch_size)
+
+
+class PackedBatches:
+    """Documents packed into rows of ``context`` tokens, once; every epoch shuffles the rows.
+
+    Args:
+        documents: token ids, at most ``context`` each.
+        context: tokens in a row.
+        eos: of padding.
+        rows: a step, over all ranks.
+        micro: rows a forward pass, on one rank.
+        seed: of packing and shuffling.
+        rank: whose share ``parts`` returns.
+        world: how many ranks share a step's rows.
+    """
+
+    def __init__(
+        self, documents: Sequence[list[int]], context: int, eos: int, rows: int, micro: int, seed: int,
+        rank: int = 0, world: int = 1,
+    ) -> None:  # fmt: skip
+        mixed = np.random.default_rng([seed, 3]).permutation(len(documents))
+        self.documents = [Document(documents[number]) for number in mixed]
+        self.rows = best_fit([len(document) for document in self.documents], context)
+        self.context, self.eos, self.micro, self.rank, self.world = context, eos, micro, rank, world
+        self.order = Order(len(self.rows), rows, seed)
+        lengths = [len(document) for document in self.documents]
+        # A document's first token is given.
+        self.learnt = np.array([sum(lengths[number] - 1 for number in row) for row in self.rows])
+        self.fill = sum(lengths) / (context * len(self.rows))
+
+    def learnt_tokens(self, step: int) -> int:
+        """Tokens that step ``step`` learns, over all ranks."""
+        return int(self.learnt[self.order.samples(step)].sum())
+
+    def parts(self, step: int) -> list[LanguageBatch]:
+        """This rank's share of step ``step``, a batch a forward pass."""
+        own = dealt(self.order.samples(step), self.rank, self.world)
+        return [self._batch(own[begin : begin + self.micro]) for begin in range(0, len(own), self.micro)]
+
+    def _batch(self, rows: np.ndarray) -> LanguageBatch:
+        packed = pack(self.documents, [self.rows[row] for row in rows], self.eos, self.context)
+        follows = torch.zeros_like(packed.ids, dtype=torch.bool)
+        follows[:, 1:] = packed.documents[:, 1:] == packed.documents[:, :-1]
+        follows &= packed.documents != PADDING
+        return LanguageBatch(packed.ids, packed.ids.masked_fill(~follows, IGNORED), packed)
 
 
 class KnowledgeCorpus(Corpus):
@@ -90,6 +180,42 @@ class KnowledgeCorpus(Corpus):
         return self.all_rows
 
 
+class ItemTokens:
+    """The tokens of every item, at the head of a text and, with a space before it, after an arrow.
+
+    Args:
+        tokenizer: with an arrow token.
+        texts: [items] one text each.
+        longest: tokens of an item, at most.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: list[str], longest: int) -> None:
+        self.arrow, self.eos = tokenizer.convert_tokens_to_ids(ARROW), tokenizer.eos_token_id
+        self.head = [ids[:longest] for ids in tokenizer(texts)["input_ids"]]
+        self.inner = [ids[:longest] for ids in tokenizer([f" {text}" for text in texts])["input_ids"]]
+        self.head_lengths, self.inner_lengths = (np.array([len(ids) for ids in own]) for own in (self.head, self.inner))
+
+    def joined(self, items: np.ndarray) -> tuple[list[int], list[int]]:
+        """Tokens of a history, items joined by arrows, and how many stand before the end of each item.
+
+        Args:
+            items: [n] numbers from 0.
+        """
+        ids: list[int] = []
+        ends = []
+        for item in items.tolist():
+            ids += [self.arrow, *self.inner[item]] if ids else self.head[item]
+            ends.append(len(ids))
+        return ids, ends
+
+    def that_fit(self, items: np.ndarray, room: int) -> np.ndarray:
+        """The last of ``items`` [n], as many as ``joined`` makes at most ``room`` tokens of; one at least."""
+        after = np.cumsum((self.inner_lengths[items] + 1)[::-1])[::-1]
+        whole = np.append(after[1:], 0) + self.head_lengths[items]
+        begin = int(np.argmax(whole <= room)) if (whole <= room).any() else len(items) - 1
+        return items[begin:]
+
+
 class HistoryCorpus(Corpus):
     """The training part of every user's history, cut at item boundaries into rows of at most ``context`` tokens.
 
@@ -105,10 +231,8 @@ class HistoryCorpus(Corpus):
 
     def __init__(self, data: Prepared, texts: list[str], tokenizer: PreTrainedTokenizerBase, context: int) -> None:
         self.context = context
-        self.arrow, self.eos = tokenizer.convert_tokens_to_ids(ARROW), tokenizer.eos_token_id
-        longest = context - 1
-        self.head = [ids[:longest] for ids in tokenizer(texts)["input_ids"]]
-        self.inner = [ids[:longest] for ids in tokenizer([f" {text}" for text in texts])["input_ids"]]
+        self.tokens = ItemTokens(tokenizer, texts, context - 1)
+        self.eos = self.tokens.eos
         numbers = (data.sequence - 1).numpy()
         bounds = zip(data.offsets[:-1].tolist(), data.train_ends.tolist(), strict=True)
         # A split by time or by users leaves some users nothing to train on.
@@ -128,10 +252,10 @@ class HistoryCorpus(Corpus):
     def _cut(self, history: np.ndarray) -> list[list[int]]:
         rows: list[list[int]] = []
         for item in history.tolist():
-            tokens = self.inner[item]
+            tokens = self.tokens.inner[item]
             # One place is kept for the arrow, one for [EOS].
             if rows and len(rows[-1]) + len(tokens) + 2 <= self.context:
-                rows[-1] += [self.arrow, *tokens]
+                rows[-1] += [self.tokens.arrow, *tokens]
             else:
-                rows.append(list(self.head[item]))
+                rows.append(list(self.tokens.head[item]))
         return rows

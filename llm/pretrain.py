@@ -1,74 +1,70 @@
-"""Train the small LM from scratch, on behaviour histories or on what is known of items, with exact resume."""
+"""Train a language model from scratch: LMRec, or the small LM of the main job; with exact resume.
 
-import logging
-import math
-import time
+``accelerate launch --config_file launch/accelerate/cpu.yaml -m llm.pretrain --config recipe.yaml key=value``
+
+A recipe with a section ``llm.recformer`` means RECFORMER.
+"""
+
+import argparse
+import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from llm.config import LLMConfig, PretrainConfig
-from llm.corpus import IGNORED, Corpus, HistoryCorpus, KnowledgeCorpus
+from llm import lmrec_job, lmrec_run
+from llm.config import LLMConfig
+from llm.corpus import Corpus, HistoryCorpus, KnowledgeCorpus, PaddedBatches
+from llm.joint import JointModel
 from llm.lmrec import build_lmrec
+from llm.lmrec_evaluation import save_model
+from llm.lmrec_run import FINISHED, MODEL
 from llm.prompts import item_texts, prompt_tokens, require_column
+from llm.schedules import learning_rate
 from llm.tokenizer import train_tokenizer
+from llm.training import Plan, Training
+from llm.update import PlainEngine
 from rec.data.prepared import Prepared
-from rec.linear_cross_entropy import linear_cross_entropy
 from rec.runtime import files
-from rec.runtime.checkpoint import Checkpoints
 from rec.runtime.config import hash_of
-from rec.runtime.progress import progress
+from rec.runtime.errors import UserError
+from rec.runtime.logs import run_main
 from rec.runtime.runfolder import RunFolder
-
-log = logging.getLogger(__name__)
-
-MODEL = "model"
-
-
-def learning_rate(step: int, total: int, config: PretrainConfig) -> float:
-    """Linear warm-up to ``config.lr``, then cosine decay to a tenth of it; a pure function of the step."""
-    warmup = max(1, round(config.warmup_fraction * total))
-    if step < warmup:
-        return config.lr * (step + 1) / warmup
-    done = (step - warmup) / max(1, total - warmup)
-    return config.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
 
 
 def pretrain(data: Prepared, config: LLMConfig, run: RunFolder, title: str = "LLM") -> Path:
-    """Train, save in Hugging Face format under ``model`` in the run folder, and return that folder.
+    """Train the small LM of a main job, in this process: L1 alone, on histories or on what is known of items.
 
     Called again on the same folder it goes on from the last checkpoint, or returns at once when finished.
+
+    Returns:
+        The folder of the model in Hugging Face format, ``model`` in the run folder.
     """
     final, train = run.path / MODEL, config.train
-    if (run.path / "finished.json").exists():
+    if (run.path / FINISHED).exists():
         return final
     tokenizer = make_tokenizer(data, config)
-    corpus = _corpus(data, config, tokenizer)
-    state = _State(config, len(tokenizer), tokenizer.eos_token_id, run, data.meta["content_hash"])
-    done = state.resume()
-    # Rows are cut anew each epoch, so epochs differ a little in length; the schedule ends with the last of them.
-    lengths = [-(-len(corpus.rows(train.seed, epoch)) // train.batch_size) for epoch in range(train.epochs)]
-    total = sum(lengths)
-    with progress(title, total) as advance:
-        for epoch in range(train.epochs):
-            first = sum(lengths[:epoch])
-            if first + lengths[epoch] <= done:
-                continue
-            for step, (ids, labels) in enumerate(corpus.batches(train.seed, epoch, train.batch_size), start=first):
-                if step < done:
-                    continue
-                begin = time.monotonic()
-                loss = state.update(ids, labels, learning_rate(step, total, train))
-                seconds, tokens = time.monotonic() - begin, int((labels != IGNORED).sum())
-                run.log("lm_step", step=step, loss=loss, tokens=tokens, seconds=seconds)
-                advance(step + 1, f"loss {loss:.3f}  {tokens / seconds:,.0f} tokens/s")
-                if (step + 1) % train.checkpoint_every == 0:
-                    state.save(step + 1)
-    state.model.save_pretrained(final)
-    tokenizer.save_pretrained(final)
-    files.write_json(run.path / "finished.json", {"steps": total})
+    batches = PaddedBatches(_corpus(data, config, tokenizer), train.seed, train.epochs, train.batch_size)
+    torch.manual_seed(train.seed)
+    decoder = build_lmrec(config.lmrec, len(tokenizer), tokenizer.eos_token_id)
+    if not torch.cuda.is_available():
+        # The CPU's fused attention is slow backwards; at these lengths the plain products win.
+        decoder.set_attn_implementation("eager")
+    model = JointModel(decoder, bf16=train.bf16, exact_head=True)
+    engine = PlainEngine(model, train.lr, train.weight_decay, (0.9, 0.95), 1e-8, train.clip_norm)
+    plan = Plan(
+        batches.steps,
+        lambda step: learning_rate(step, batches.steps, train.lr, train.warmup_fraction),
+        batches,
+        train.checkpoint_every,
+    )
+    meta = {"config_hash": hash_of(config), "data_hash": data.meta["content_hash"]}
+    training = Training(plan, engine, run, meta, title)
+    training.loop()
+    save_model(run.path, model, training.best_or_last(), tokenizer, MODEL)
+    files.write_json(run.path / FINISHED, {"steps": batches.steps})
     return final
 
 
@@ -102,59 +98,17 @@ def _known(data: Prepared, config: LLMConfig) -> list[list[str]]:
     return [[texts[item] for texts in columns if texts[item] and item in chosen] for item in range(data.n_items)]
 
 
-class _State:
-    """What the LM's training is made of, between two steps."""
-
-    def __init__(self, config: LLMConfig, vocabulary: int, eos: int, run: RunFolder, data_hash: str) -> None:
-        self.config = train = config.train
-        torch.manual_seed(train.seed)
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = build_lmrec(config.lmrec, vocabulary, eos).to(self.device).train()
-        if self.device == "cpu":
-            # The CPU's fused attention is slow backwards; at these lengths the plain products win.
-            self.model.set_attn_implementation("eager")
-        matrices = [p for p in self.model.parameters() if p.dim() > 1]
-        vectors = [p for p in self.model.parameters() if p.dim() <= 1]
-        groups = [
-            {"params": matrices, "weight_decay": train.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(groups, lr=train.lr, betas=(0.9, 0.95))
-        self.checkpoints = Checkpoints(run.path / "checkpoints", keep_last=1)
-        self.meta = {"config_hash": hash_of(config), "data_hash": data_hash}
-
-    def update(self, ids: torch.Tensor, labels: torch.Tensor, lr: float) -> float:
-        """One optimizer step; returns the loss before it."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        loss = _loss(self.model, ids.to(self.device), labels.to(self.device), self.config.bf16)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
-        self.optimizer.step()
-        return loss.item()
-
-    def save(self, step: int) -> None:
-        """Write the checkpoint of ``step`` finished steps."""
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        self.checkpoints.save(step, state, self.meta)
-
-    def resume(self) -> int:
-        """Restore the newest checkpoint if there is one; returns the steps that it had finished."""
-        found = self.checkpoints.resume(self.meta)
-        if found is None:
-            return 0
-        checkpoint, saved = found
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        log.info("resuming %s after step %d", checkpoint.folder.parent.parent, checkpoint.step)
-        return checkpoint.step
+def main() -> None:
+    """Entry of every rank."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="a recipe, or the config.yaml of a run folder")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. llm.train.lr=1e-3")
+    arguments = parser.parse_args()
+    if lmrec_job.is_recformer(lmrec_job.read(arguments.config, arguments.overrides)):
+        raise UserError(f"{arguments.config} is a recipe of RECFORMER: start -m llm.recformer.pretrain with it")
+    job = lmrec_job.load_job(arguments.config, arguments.overrides)
+    lmrec_run.run(job, shlex.join(["python", "-m", "llm.pretrain", *sys.argv[1:]]))
 
 
-def _loss(model: PreTrainedModel, ids: torch.Tensor, labels: torch.Tensor, bf16: bool) -> torch.Tensor:
-    """Mean next-token cross-entropy. Right padding under a causal mask is never seen, so no mask is passed."""
-    with torch.autocast(ids.device.type, torch.bfloat16, enabled=bf16):
-        hidden = model.base_model(ids[:, :-1], use_cache=False).last_hidden_state
-    wanted = labels[:, 1:] != IGNORED
-    table = model.get_output_embeddings().weight
-    return linear_cross_entropy(hidden[wanted].to(table.dtype), table, labels[:, 1:][wanted])
+if __name__ == "__main__":
+    run_main(main, "pretrain")

@@ -2,8 +2,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from llm.config import LLMConfig, PretrainConfig
-from llm.pretrain import _known, learning_rate, make_tokenizer, pretrain
+from llm.config import LLMConfig
+from llm.pretrain import _known, make_tokenizer, pretrain
 from llm.prompts import item_texts, prompt_tokens
 from llm.tokenizer import load_tokenizer
 from rec.runtime.checkpoint import Checkpoints
@@ -19,14 +19,6 @@ CONFIG = build(
         "train": {"epochs": 3, "batch_size": 16, "lr": 5e-3, "checkpoint_every": 4},
     },
 )
-
-
-def test_the_schedule_is_a_function_of_the_step():
-    config = PretrainConfig(lr=1.0, warmup_fraction=0.1)
-    assert learning_rate(0, 100, config) == pytest.approx(0.1)
-    assert learning_rate(9, 100, config) == pytest.approx(1.0)
-    assert learning_rate(55, 100, config) == pytest.approx(0.55)
-    assert learning_rate(100, 100, config) == pytest.approx(0.1)
 
 
 def test_a_killed_and_resumed_pretraining_equals_an_undisturbed_one(small_data, tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from llm.config import EncoderConfig, LMRecConfig
-from llm.corpus import IGNORED, HistoryCorpus, KnowledgeCorpus
+from llm.corpus import IGNORED, HistoryCorpus, KnowledgeCorpus, PaddedBatches
 from llm.lmrec import build_lmrec
 from llm.prompts import NO_TEXT, TEMPLATES, item_texts, prompt_tokens
 from llm.text_encoder import TextEncoder
@@ -81,9 +81,14 @@ def test_corpus_batches_depend_on_seed_and_epoch_alone(small_data):
     tokenizer = train_tokenizer(texts, 400, 48)
     corpus = HistoryCorpus(small_data, texts, tokenizer, 48)
     again = HistoryCorpus(small_data, texts, tokenizer, 48)
-    first, second = list(corpus.batches(1, 2, 16)), list(again.batches(1, 2, 16))
-    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(first, second, strict=True))
-    for ids, labels in first:
+    batches = PaddedBatches(corpus, seed=1, epochs=3, batch_size=16)
+    # The other one begins in the middle of an epoch, as a resumed run does.
+    second = PaddedBatches(again, seed=1, epochs=3, batch_size=16)
+    for step in range(batches.steps // 2, batches.steps):
+        [one], [other] = batches.parts(step), second.parts(step)
+        ids, labels = one.ids, one.labels
+        assert torch.equal(ids, other.ids)
+        assert torch.equal(labels, other.labels)
         assert torch.equal(ids[labels != IGNORED], labels[labels != IGNORED])
 
 
@@ -92,8 +97,10 @@ def test_every_text_follows_its_prompt_which_is_given_and_not_learnt(tokenizer):
     texts = [["made of plastic", "for children"], [], ["a spy"]]
     corpus = KnowledgeCorpus(prompts, texts, tokenizer, 64)
     told = []
-    for ids, labels in corpus.batches(seed=0, epoch=0, batch_size=2):
-        for row, label in zip(ids, labels, strict=True):
+    batches = PaddedBatches(corpus, seed=0, epochs=1, batch_size=2)
+    for step in range(batches.steps):
+        [batch] = batches.parts(step)
+        for row, label in zip(batch.ids, batch.labels, strict=True):
             learnt = label != IGNORED
             assert torch.equal(row[learnt], label[learnt])
             begin = int(learnt.nonzero()[0])

@@ -1,0 +1,175 @@
+"""LMRec's joint objective, L = Σ L1 + λ Σ L2 (Eq. 1 to 7): the losses as pure functions, and the module that holds
+what is trained.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from llm.corpus import IGNORED, LanguageBatch
+from llm.packing import PADDING, Packed, hidden_states
+from rec.linear_cross_entropy import linear_cross_entropy
+
+LANGUAGE = "language"
+PairLoss = Literal["bce", "softmax"]
+CrossEntropy = Literal["chunked", "liger"]
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """Pairs of a user and an item, and items that the user has nothing to do with.
+
+    Attributes:
+        task: name of the recommendation task.
+        histories: packed histories, with a branch for every user vector that is asked for.
+        users: [P] places of these branches in the rows laid end to end.
+        items: packed item texts, each with one branch at its end.
+        vectors: [I] places of these.
+        positives: [P] which of the I items each user took next.
+        negatives: [n] which of them are the random negatives, shared by all pairs.
+        allowed: [P, n] bool, False where a negative is an item that the user did take.
+    """
+
+    task: str
+    histories: Packed
+    users: Tensor
+    items: Packed
+    vectors: Tensor
+    positives: Tensor
+    negatives: Tensor
+    allowed: Tensor
+
+    def to(self, device: torch.device) -> "PairBatch":
+        """The same on ``device``."""
+        return PairBatch(self.task, *(value.to(device) for name, value in vars(self).items() if name != "task"))
+
+    @property
+    def tokens(self) -> int:
+        """Without padding."""
+        return sum(int((packed.documents != PADDING).sum()) for packed in (self.histories, self.items))
+
+
+def pair_loss(positive: Tensor, negative: Tensor, allowed: Tensor) -> Tensor:
+    """L2 of Eq. 4 and 5: the binary cross-entropy of p = 1 / (1 + exp(-<W_u z_u, W_i z_i>)), averaged over pairs.
+
+    The paper draws negatives at random and does not say how many. Here as many pairs count with y = 0 as with y = 1; of
+    the former, each is the mean over the n random items, which has the same expectation as one of them and less noise.
+
+    Args:
+        positive: [P] dot products with y = 1.
+        negative: [P, n] dot products with y = 0.
+        allowed: [P, n] bool, the negatives that count.
+    """
+    y1 = F.softplus(-positive)
+    y0 = (F.softplus(negative) * allowed).sum(1) / allowed.sum(1).clamp(min=1)
+    return 0.5 * (y1 + y0).mean()
+
+
+def softmax_loss(positive: Tensor, negative: Tensor, allowed: Tensor) -> Tensor:
+    """Instead of Eq. 5: -log softmax of the positive among itself and the negatives; shapes as in ``pair_loss``."""
+    negative = negative.masked_fill(~allowed, float("-inf"))
+    return (torch.cat([positive[:, None], negative], 1).logsumexp(1) - positive).mean()
+
+
+def language_loss(hidden: Tensor, table: Tensor, targets: Tensor, kind: CrossEntropy = "chunked") -> Tensor:
+    """L1 of Eq. 1, a mean over tokens, without ever holding all logits.
+
+    Args:
+        hidden: [M, D] states before the tokens to predict.
+        table: [V, D] tied embeddings.
+        targets: [M] these tokens.
+        kind: ``liger`` for Liger's kernel (NVIDIA GPUs; an extra).
+    """
+    if kind == "liger":
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        return LigerFusedLinearCrossEntropyLoss()(table, hidden.to(table.dtype), targets)
+    return linear_cross_entropy(hidden, table, targets)
+
+
+class Heads(nn.Module):
+    """W_u and W_i of one task (Eq. 4); every task has its own (Fig. 1).
+
+    Args:
+        width: d of W ∈ R^(d x d).
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.user, self.item = (nn.Linear(width, width, bias=False) for _ in range(2))
+
+
+class JointModel(nn.Module):
+    """A decoder that all tasks share, and a pair of linear maps for each.
+
+    Everything is computed inside ``forward``, so that engines which shard parameters see every use of one.
+
+    Args:
+        decoder: a causal LM with tied embeddings.
+        tasks: names of the recommendation tasks.
+        pairs: which L2.
+        bf16: autocast the decoder to bfloat16.
+        exact_head: compute the LM's cross-entropy in float32 even so.
+        cross_entropy: which kernel does.
+    """
+
+    def __init__(
+        self,
+        decoder: PreTrainedModel,
+        tasks: Sequence[str] = (),
+        pairs: PairLoss = "bce",
+        bf16: bool = False,
+        exact_head: bool = False,
+        cross_entropy: CrossEntropy = "chunked",
+    ) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.heads = nn.ModuleDict({task: Heads(decoder.config.hidden_size) for task in tasks})
+        self.pairs, self.bf16, self.exact_head, self.cross_entropy = pairs, bf16, exact_head, cross_entropy
+
+    def forward(self, batch: LanguageBatch | PairBatch) -> Tensor:
+        """L1 of a language batch, L2 of a batch of pairs: a mean over its tokens, or pairs."""
+        return self._language(batch) if isinstance(batch, LanguageBatch) else self._pairs(batch)
+
+    def user_vectors(self, task: str, histories: Packed, places: Tensor) -> Tensor:
+        """[P, D] W_u z_u (Eq. 2)."""
+        return self.heads[task].user(self.features(histories, places))
+
+    def item_vectors(self, task: str, items: Packed, places: Tensor) -> Tensor:
+        """[I, D] W_i z_i (Eq. 3)."""
+        return self.heads[task].item(self.features(items, places))
+
+    def features(self, packed: Packed, places: Tensor) -> Tensor:
+        """[P, D] z: the last layer's state of the [EOS] tokens at ``places`` [P], in the heads' precision."""
+        with self._autocast(packed.ids):
+            hidden = hidden_states(self.decoder, packed)
+        return hidden.flatten(0, 1)[places].to(self.decoder.dtype)
+
+    def _language(self, batch: LanguageBatch) -> Tensor:
+        table = self.decoder.get_output_embeddings().weight
+        with self._autocast(batch.ids):
+            if batch.packed is None:
+                hidden = self.decoder.base_model(batch.ids[:, :-1], use_cache=False).last_hidden_state
+            else:
+                hidden = hidden_states(self.decoder, batch.packed)[:, :-1]
+            wanted = batch.labels[:, 1:] != IGNORED
+            hidden, targets = hidden[wanted], batch.labels[:, 1:][wanted]
+            if not self.exact_head:
+                return language_loss(hidden, table, targets, self.cross_entropy)
+        return language_loss(hidden.float(), table.float(), targets, self.cross_entropy)
+
+    def _pairs(self, batch: PairBatch) -> Tensor:
+        users = self.user_vectors(batch.task, batch.histories, batch.users).float()
+        items = self.item_vectors(batch.task, batch.items, batch.vectors).float()
+        positive = (users * items[batch.positives]).sum(1)
+        negative = users @ items[batch.negatives].T
+        loss = pair_loss if self.pairs == "bce" else softmax_loss
+        return loss(positive, negative, batch.allowed)
+
+    def _autocast(self, ids: Tensor) -> torch.autocast:
+        return torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16)

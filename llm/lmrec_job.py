@@ -1,0 +1,234 @@
+"""The recipe of ``recalign pretrain``: LMRec."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from llm.config import LMRecConfig
+from rec.config import EvaluateConfig
+from rec.runtime.config import Section, apply_overrides, build, hash_of, read_recipe
+from rec.runtime.errors import UserError
+from rec.runtime.runfolder import is_run_config
+
+TARGET = "target"
+# Table 9, the columns that are not sizes.
+TABLE_9 = {
+    "1.7M": {"recommendation_weight": 1e-2, "pairs": 256, "lr": 5e-3, "weight_decay": 1e-2},
+    "7M": {"recommendation_weight": 1e-2, "pairs": 512, "lr": 2e-3, "weight_decay": 1e-2},
+    "20M": {"recommendation_weight": 8e-3, "pairs": 1024, "lr": 1e-3, "weight_decay": 5e-2},
+    "64M": {"recommendation_weight": 8e-3, "pairs": 1024, "lr": 8e-4, "weight_decay": 1e-1},
+    "125M": {"recommendation_weight": 3e-3, "pairs": 1024, "lr": 2e-4, "weight_decay": 1e-1},
+    "210M": {"recommendation_weight": 3e-3, "pairs": 1024, "lr": 2e-4, "weight_decay": 1e-1},
+}
+
+
+class SourceConfig(Section):
+    """One source of task-agnostic text; exactly one of ``data``, ``items`` and ``text``."""
+
+    data: str | None = None
+    """A prepared folder, whose training histories are read."""
+    items: Path | None = None
+    """A csv or parquet table of items (.gz too), every item a text of its own."""
+    text: Path | None = None
+    """Plain text, a file or a folder of them (.txt, .txt.gz), every paragraph a text of its own."""
+    item_text: str = "{title}"
+    """Template of an item's text, for ``data`` and ``items``."""
+    share: float | None = Field(None, gt=0)
+    """How much of it is read, in multiples of the tokens of the whole task-specific corpus (Table 5); null for all."""
+
+    @model_validator(mode="after")
+    def _is_one_source(self) -> Self:
+        if sum(value is not None for value in (self.data, self.items, self.text)) != 1:
+            raise ValueError("a source has exactly one of data, items and text")
+        return self
+
+
+class CorpusConfig(Section):
+    """What is language modelled."""
+
+    specific: float = Field(1.0, ge=0, le=1)
+    """Share of the tasks' own training histories that is read."""
+    agnostic: list[SourceConfig] = Field(default_factory=list)
+    """Task-agnostic sources (LMRec +agnostic)."""
+
+
+class TaskConfig(Section):
+    """A further recommendation task that is trained at the same time (Eq. 7)."""
+
+    data: str
+    """A prepared folder."""
+    item_text: str = "{title}"
+
+
+class RecommendConfig(Section):
+    """L2: pairs of users and items."""
+
+    loss: Literal["bce", "softmax"] = "bce"
+    """Eq. 5, or the softmax over the positive and the negatives."""
+    pairs: int = Field(512, ge=1)
+    """Positive pairs a step and task, over all ranks: Table 9's batch size."""
+    prefixes: int = Field(8, ge=1)
+    """Pairs that one history gives a step, each after a random prefix of it; all are read in one pass."""
+    negatives: int = Field(128, ge=1)
+    """Random items a step, shared by its pairs; a pair leaves out those that its user took."""
+    recommendation_weight: float = Field(1e-2, gt=0)
+    """λ of Eq. 6 at the first step."""
+    micro_histories: int = Field(64, ge=1)
+    """Histories a forward pass, on one rank."""
+
+
+class LMRecTrainConfig(Section):
+    """How LMRec is trained (appendix A)."""
+
+    processes: int = Field(1, ge=1)
+    """Ranks, over all machines."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """Of DeepSpeed; 0 is one process without it."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """bf16: autocast, weights and their states stay float32. fp16: DeepSpeed's, with dynamic loss scaling."""
+    activation_checkpointing: bool = False
+    """Compute a layer's activations again in the backward pass instead of keeping them."""
+    compile: bool = False
+    """Through torch.compile."""
+    cross_entropy: Literal["chunked", "liger"] = "chunked"
+    """Kernel of the LM's loss: plain torch, or Liger's (NVIDIA GPUs, pip install liger-kernel)."""
+
+    steps: int = Field(2000, ge=1)
+    rows: int = Field(64, ge=1)
+    """Packed rows of ``llm.lmrec.context`` tokens a language modelling step, over all ranks."""
+    micro_rows: int = Field(8, ge=1)
+    """Rows a forward pass, on one rank; more are accumulated."""
+    lr: float = Field(2e-3, gt=0)
+    weight_decay: float = Field(1e-2, ge=0)
+    """Of matrices alone."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = Field(1e-6, gt=0)
+    warmup_fraction: float = Field(0.01, ge=0, le=1)
+    final_fraction: float = Field(0.1, ge=0, le=1)
+    """What learning rate and λ decay to, as a share of their highest value."""
+    clip_norm: float = Field(0.1, gt=0)
+
+    validate_every: int = Field(20, ge=1)
+    """Steps between validations of the recommendation loss."""
+    validation_users: int = Field(1024, ge=1)
+    """Validation pairs that it is computed on, at most, the same every time."""
+    patience: int = Field(100, ge=1)
+    """Steps without a better one before training stops."""
+    checkpoint_every: int = Field(200, ge=1)
+    """Steps."""
+    keep_checkpoints: int = Field(2, ge=1)
+    seed: int = 42
+
+    @model_validator(mode="after")
+    def _ranks_share_evenly(self) -> Self:
+        if self.rows % self.processes:
+            raise ValueError(f"rows {self.rows} is not divisible by processes {self.processes}")
+        if self.zero_stage == 0 and self.processes > 1:
+            raise ValueError(f"zero_stage=0 is one process, processes is {self.processes}")
+        if self.zero_stage == 0 and self.precision == "fp16":
+            raise ValueError("precision=fp16 needs DeepSpeed's loss scaling: set zero_stage to 1, 2 or 3")
+        return self
+
+
+class LMRecLLM(Section):
+    """The ``llm`` section of such a recipe."""
+
+    item_text: str = "{title}"
+    """Template of an item's text; names in braces are columns of the prepared ``items.parquet``."""
+    model: str | None = None
+    """Weights and tokenizer to start from: a folder, or the run folder of another pretraining (SelfPretrain); null
+    trains from scratch."""
+    lmrec: LMRecConfig = LMRecConfig()
+    language: bool = True
+    """L1; without it this is LMRec -lm."""
+    corpus: CorpusConfig = CorpusConfig()
+    recommend: RecommendConfig | None = RecommendConfig()
+    """L2; null trains a language model alone."""
+    tasks: dict[str, TaskConfig] = Field(default_factory=dict)
+    """Recommendation tasks beside the one on the recipe's ``data``."""
+    train: LMRecTrainConfig = LMRecTrainConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _table_9_fills_in(cls, given: Any) -> Any:
+        """The hyperparameters of the preset, where the recipe does not give them."""
+        preset = (
+            given["lmrec"].get("preset") if isinstance(given, dict) and isinstance(given.get("lmrec"), dict) else None
+        )
+        row = TABLE_9.get(str(preset).removesuffix("-printed"))
+        if row is None:
+            return given
+        filled = dict(given)
+        for section, keys in (("recommend", ("recommendation_weight", "pairs")), ("train", ("lr", "weight_decay"))):
+            own = given.get(section, {})
+            if isinstance(own, dict):
+                filled[section] = {key: row[key] for key in keys} | own
+        return filled
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not self.language and self.recommend is None:
+            raise ValueError("language=false and recommend=null leave nothing to train")
+        if not self.language and self.corpus != CorpusConfig():
+            raise ValueError("corpus is for language modelling, which language=false leaves out")
+        if self.recommend is None and self.tasks:
+            raise ValueError("tasks are recommendation tasks, which recommend=null leaves out")
+        if TARGET in self.tasks or any(not name.isidentifier() for name in self.tasks):
+            raise ValueError(f"names of tasks are letters, digits and underscores, and not {TARGET!r}")
+        if self.recommend is not None:
+            histories, ranks = self.recommend.pairs // self.recommend.prefixes, self.train.processes
+            if self.recommend.pairs % self.recommend.prefixes or histories % ranks:
+                raise ValueError(
+                    f"recommend.pairs {self.recommend.pairs} is not divisible by recommend.prefixes"
+                    f" {self.recommend.prefixes} x train.processes {ranks}"
+                )
+        return self
+
+
+class LMRecEvaluation(Section):
+    """The ``rec`` section of such a recipe."""
+
+    evaluate: EvaluateConfig = EvaluateConfig(batch_size=128)
+    """Protocol of the test figures; full ranking by default."""
+
+
+class LMRecJob(Section):
+    """A recipe of LMRec."""
+
+    data: str
+    """A prepared folder, or the name of a built-in data set: the task that is evaluated."""
+    run: Path
+    """The run folder."""
+    rec: LMRecEvaluation = LMRecEvaluation()
+    llm: LMRecLLM = LMRecLLM()
+
+    @property
+    def identity(self) -> str:
+        """Hash of everything that decides the result."""
+        return hash_of(self.model_dump(mode="json", exclude={"run"}))
+
+
+def read(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """A pretraining recipe's content; the ``config.yaml`` of a run folder means that folder, wherever it lies now."""
+    here = [f"run={path.parent}"] if is_run_config(path) else []
+    return apply_overrides(read_recipe(path), [*here, *overrides])
+
+
+def is_recformer(content: dict[str, Any]) -> bool:
+    """Whether a recipe means RECFORMER, not LMRec."""
+    llm = content.get("llm")
+    return isinstance(llm, dict) and llm.get("recformer") is not None
+
+
+def load_job(path: Path, overrides: Sequence[str] = ()) -> LMRecJob:
+    """Read a recipe of LMRec.
+
+    Raises:
+        UserError: on a missing file, an unknown key or an impossible value, or if it is RECFORMER's.
+    """
+    content = read(path, overrides)
+    if is_recformer(content):
+        raise UserError(f"{path} is a recipe of RECFORMER (it has llm.recformer), not of LMRec")
+    return build(LMRecJob, content)

@@ -1,0 +1,307 @@
+"""One LMRec run from its recipe: data, tokenizer, model, engine, loop, test figures."""
+
+import contextlib
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from llm.corpus import ItemTokens, PackedBatches
+from llm.joint import JointModel
+from llm.lmrec import build_lmrec
+from llm.lmrec_evaluation import LMRecRecommender, load_heads, save_model
+from llm.lmrec_job import TARGET, LMRecJob, LMRecTrainConfig, TaskConfig
+from llm.mixture import Source, TaskData, mix
+from llm.prompts import item_texts
+from llm.recommendation import RecommendationTask
+from llm.schedules import learning_rate, recommendation_weight
+from llm.speed import flops_per_token, peak_flops
+from llm.tokenizer import load_tokenizer, train_tokenizer
+from llm.training import STEP, Plan, Training
+from llm.update import Engine, PlainEngine
+from rec.evaluation import evaluate
+from rec.job import open_data
+from rec.runtime import files
+from rec.runtime.config import hash_of
+from rec.runtime.errors import UserError
+from rec.runtime.packages import require_packages
+from rec.runtime.ranks import Ranks
+from rec.runtime.runfolder import RunFolder
+
+MODEL, TOKENIZER, FINISHED = "model", "tokenizer", "finished.json"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads.
+
+    Attributes:
+        tasks: by name, the target first.
+        sources: of task-agnostic text.
+        tokenizer: of all of it.
+    """
+
+    tasks: dict[str, TaskData]
+    sources: list[Source]
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def data_hash(self) -> str:
+        """Of everything that is trained on."""
+        prepared = [task.data for task in self.tasks.values()] + [s.prepared for s in self.sources if s.prepared]
+        texts = [source.texts for source in self.sources if not source.prepared]
+        return hash_of([[data.meta["content_hash"] for data in prepared], texts])
+
+
+def run(job: LMRecJob, command: str) -> dict[str, Any] | None:
+    """Train, or go on with training; every rank calls it.
+
+    Returns:
+        The content of ``result.json`` on rank 0, None elsewhere.
+
+    Raises:
+        UserError: on whatever in the recipe cannot be done.
+    """
+    train = job.llm.train
+    _start_group(train)
+    ranks, folder = Ranks.current(), RunFolder(job.run)
+    # A predecessor that is being killed may hold the lock a little longer.
+    with folder.lock("trainer", wait_s=30) if ranks.is_first else contextlib.nullcontext():
+        if ranks.is_first:
+            folder.claim(job)
+        result = ranks.broadcast(folder.result() if ranks.is_first else None)
+        if result is not None:
+            return result if ranks.is_first else None
+        begin = time.monotonic()
+        inputs = read_inputs(job, folder, ranks)
+        if not (folder.path / FINISHED).exists():
+            _train(job, inputs, folder, ranks)
+        ranks.barrier()
+        if train.zero_stage and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # the others are done; rank 0 alone ranks the test items
+        if not ranks.is_first:
+            return None
+        folder.log("attempt", seconds=round(time.monotonic() - begin, 1))
+        return _conclude(job, inputs, folder, command)
+
+
+def read_inputs(job: LMRecJob, folder: RunFolder, ranks: Ranks) -> Inputs:
+    """Open everything that the recipe names; rank 0 makes the tokenizer, once.
+
+    Raises:
+        UserError: if something is missing, or belongs to another recipe.
+    """
+    llm = job.llm
+    if ranks.is_first:
+        open_data(job.data, folder.path / "data")
+    ranks.barrier()
+    own = {TARGET: TaskConfig(data=job.data, item_text=llm.item_text), **llm.tasks}
+    tasks = {}
+    for name, task in own.items():
+        data = open_data(task.data, folder.path / "data")
+        tasks[name] = TaskData(data, item_texts(data.items, task.item_text))
+    sources = [Source(source) for source in llm.corpus.agnostic]
+    path = folder.path / TOKENIZER
+    if llm.model is not None:
+        path = starting_model(llm.model)
+    elif ranks.is_first and not path.exists():
+        texts = [text for task in tasks.values() for text in task.texts]
+        texts += [text for source in sources for text in source.texts]
+        made, temporary = train_tokenizer(texts, llm.lmrec.vocabulary, llm.lmrec.context), files.beside(path)
+        made.save_pretrained(temporary)
+        files.publish_folder(temporary, path)
+    ranks.barrier()
+    tokenizer = load_tokenizer(path)
+    if llm.model is None and len(tokenizer) > llm.lmrec.vocabulary:
+        raise UserError(
+            f"{path} has {len(tokenizer)} tokens, llm.lmrec.vocabulary is {llm.lmrec.vocabulary}: use a new run folder"
+        )
+    return Inputs(tasks, sources, tokenizer)
+
+
+def starting_model(name: str) -> Path | str:
+    """Where the weights are that ``llm.model`` names: itself, or what a run folder's training left."""
+    inside = Path(name) / MODEL
+    if inside.is_dir():
+        return inside
+    if (Path(name) / "metrics.jsonl").exists():
+        raise UserError(f"llm.model: {name} is a run folder without a {MODEL} yet; finish that run first")
+    return name
+
+
+def build_decoder(job: LMRecJob, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The untrained decoder, or the one that the recipe starts from.
+
+    Raises:
+        UserError: if it has too few positions or tokens.
+    """
+    llm = job.llm
+    torch.manual_seed(llm.train.seed)
+    if llm.model is None:
+        return build_lmrec(llm.lmrec, len(tokenizer), tokenizer.eos_token_id)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(str(starting_model(llm.model)), dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise UserError(f"llm.model: {llm.model} is no causal LM: {str(error).strip().splitlines()[0]}") from error
+    if model.config.max_position_embeddings < llm.lmrec.context:
+        raise UserError(
+            f"llm.lmrec.context is {llm.lmrec.context}, but {llm.model} has"
+            f" {model.config.max_position_embeddings} positions"
+        )
+    if model.config.vocab_size < len(tokenizer):
+        raise UserError(
+            f"{llm.model} has a vocabulary of {model.config.vocab_size}, its tokenizer one of {len(tokenizer)}"
+        )
+    return model
+
+
+def build_model(job: LMRecJob, tokenizer: PreTrainedTokenizerBase) -> JointModel:
+    """The module that is trained, as the recipe wants it computed."""
+    llm, train = job.llm, job.llm.train
+    if train.precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("llm.train.precision=fp16 needs a GPU; bf16 works on a CPU too")
+    if train.cross_entropy == "liger":
+        require_packages("llm.train.cross_entropy=liger", {"liger_kernel": "liger-kernel"})
+    decoder = build_decoder(job, tokenizer)
+    if train.activation_checkpointing:
+        decoder.gradient_checkpointing_enable({"use_reentrant": False})
+    if train.compile:
+        decoder.base_model.compile()
+    names = [TARGET, *llm.tasks] if llm.recommend else []
+    pairs = llm.recommend.loss if llm.recommend else "bce"
+    # Loss scaling has to reach the head's gradients before they are rounded to float16.
+    exact = train.precision == "fp16"
+    return JointModel(decoder, names, pairs, train.precision == "bf16", exact, train.cross_entropy)
+
+
+def make_plan(job: LMRecJob, inputs: Inputs, ranks: Ranks, model: JointModel, device: torch.device) -> Plan:
+    """Batches and schedules of a recipe, for one rank."""
+    llm, train, context, eos = job.llm, job.llm.train, job.llm.lmrec.context, inputs.tokenizer.eos_token_id
+    language, tasks = None, []
+    if llm.language:
+        documents = mix(list(inputs.tasks.values()), inputs.sources, llm.corpus, inputs.tokenizer, context, train.seed)
+        language = PackedBatches(
+            documents, context, eos, train.rows, train.micro_rows, train.seed, ranks.rank, ranks.size
+        )
+    if llm.recommend is not None:
+        tasks = [
+            RecommendationTask(
+                name, number, task.data, ItemTokens(inputs.tokenizer, task.texts, context - 1), llm.recommend,
+                context, train.seed, ranks.rank, ranks.size,
+            )
+            for number, (name, task) in enumerate(inputs.tasks.items())
+        ]  # fmt: skip
+    first, final = llm.recommend.recommendation_weight if llm.recommend else 0.0, train.final_fraction
+    parameters = sum(parameter.numel() for parameter in model.decoder.parameters())
+    return Plan(
+        train.steps,
+        lambda step: learning_rate(step, train.steps, train.lr, train.warmup_fraction, final),
+        language,
+        train.checkpoint_every,
+        tasks,
+        lambda step: recommendation_weight(step, train.steps, first, final),
+        train.validate_every,
+        train.validation_users,
+        train.patience,
+        flops_per_token(model.decoder.config, parameters, context),
+        peak_flops(device),
+    )
+
+
+def _start_group(train: LMRecTrainConfig) -> None:
+    """The process group, before the model: ranks exist then, and ZeRO-3 does not shard what is loaded yet."""
+    if not train.zero_stage:
+        return
+    if "ACCELERATE_USE_DEEPSPEED" not in os.environ:
+        raise UserError(
+            f"llm.train.zero_stage={train.zero_stage} is started by accelerate launch --config_file"
+            " launch/accelerate/cpu.yaml (or gpu.yaml), or by recalign pretrain; zero_stage=0 is one plain process"
+        )
+    from llm.zero import start_group
+
+    start_group(train)
+
+
+def _engine(model: JointModel, train: LMRecTrainConfig) -> Engine:
+    if not train.zero_stage:
+        return PlainEngine(model, train.lr, train.weight_decay, train.betas, train.eps, train.clip_norm)
+    from llm.zero import ZeroEngine, make_accelerator
+
+    return ZeroEngine(model, train, make_accelerator(train))
+
+
+def _train(job: LMRecJob, inputs: Inputs, folder: RunFolder, ranks: Ranks) -> None:
+    model = build_model(job, inputs.tokenizer)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    plan = make_plan(job, inputs, ranks, model, device)
+    train = job.llm.train
+    training = Training(
+        plan,
+        _engine(model, train),
+        folder,
+        {"config_hash": job.identity, "data_hash": inputs.data_hash},
+        "LMRec",
+        train.keep_checkpoints,
+    )
+    steps = training.loop()
+    weights = training.best_or_last()
+    if ranks.is_first:
+        save_model(folder.path, model, weights, inputs.tokenizer, MODEL)
+        facts = {"steps": steps, "best_step": training.best_step, "parameters": _count(model)}
+        if plan.tasks:
+            facts["valid_loss"] = training.best
+        if isinstance(plan.language, PackedBatches):
+            facts["packed_fill"] = round(plan.language.fill, 4)
+        files.write_json(folder.path / FINISHED, facts)
+
+
+def trained(job: LMRecJob, inputs: Inputs) -> LMRecRecommender:
+    """The recommender of a finished run, on its target task."""
+    decoder = AutoModelForCausalLM.from_pretrained(str(Path(job.run) / MODEL), dtype=torch.float32)
+    model = JointModel(decoder, [TARGET, *job.llm.tasks], bf16=job.llm.train.precision == "bf16")
+    model.heads.load_state_dict(load_heads(Path(job.run)))
+    context = job.llm.lmrec.context
+    tokens = ItemTokens(inputs.tokenizer, inputs.tasks[TARGET].texts, context - 1)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return LMRecRecommender(model, TARGET, tokens, context).eval()
+
+
+def _conclude(job: LMRecJob, inputs: Inputs, folder: RunFolder, command: str) -> dict[str, Any]:
+    """Rank the test items, and write ``result.json``."""
+    data, facts, rows = inputs.tasks[TARGET].data, files.read_json(folder.path / FINISHED), []
+    if job.llm.recommend is not None:
+        metrics = evaluate(trained(job, inputs), data, "test", job.rec.evaluate)
+        rows = [{"model": variant(job), "part": "test", **metrics.summary()}]
+    steps = folder.steps(STEP)
+    return folder.write_result(
+        command,
+        job.identity,
+        job.rec.evaluate.protocol.described(),
+        rows,
+        sum(row["seconds"] for row in folder.events("attempt")),
+        data={"name": job.data, "content_hash": data.meta["content_hash"], **data.meta["counts"]},
+        training={
+            **facts,
+            "seconds": round(sum(row["seconds"] for row in steps), 1),
+            "tokens": sum(row["tokens"] for row in steps),
+            "vocabulary": len(inputs.tokenizer),
+        },
+    )
+
+
+def variant(job: LMRecJob) -> str:
+    """What the paper calls such a run."""
+    llm = job.llm
+    if llm.recommend is None:
+        return "LM"
+    if not llm.language:
+        return "SelfPretrain" if llm.model else "LMRec -lm"
+    return "LMRec +agnostic" if llm.corpus.agnostic else "LMRec"
+
+
+def _count(model: JointModel) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,168 @@
+"""One recommendation task as pairs of a history and its next item: what L2 is computed on (LMRec, section 2.1)."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llm.corpus import ItemTokens
+from llm.joint import PairBatch
+from llm.lmrec_job import RecommendConfig
+from llm.order import Order, dealt
+from llm.packing import Document, Packed, best_fit, pack, places_of_branches
+from rec.data.prepared import Prepared
+from rec.runtime.errors import UserError
+
+ITEM_ROW = 128
+"""Items are short: in rows of the context most of the attention would be between texts that do not see each other."""
+VALIDATION = 2**31 - 1
+
+
+class TextRows:
+    """Histories and items of one data set as packed rows with [EOS] vectors.
+
+    Args:
+        tokens: of the items.
+        context: positions of the model, one of which is [EOS]'s.
+    """
+
+    def __init__(self, tokens: ItemTokens, context: int) -> None:
+        self.tokens, self.context = tokens, context
+
+    def items(self, numbers: np.ndarray) -> tuple[Packed, Tensor]:
+        """The texts of items ``numbers`` [I] (from 0), and the places [I] of their [EOS]."""
+        found = [self.tokens.head[number] for number in numbers.tolist()]
+        return self._rows([Document(ids, (len(ids),)) for ids in found], ITEM_ROW)
+
+    def histories(self, histories: list[np.ndarray]) -> tuple[Packed, Tensor]:
+        """The latest items of each history that the model reads, and the places [B] of [EOS] after them."""
+        ids = [self.tokens.joined(self.tokens.that_fit(own, self.context - 1))[0] for own in histories]
+        return self._rows([Document(own, (len(own),)) for own in ids], self.context)
+
+    def prefixes(self, windows: list[np.ndarray], cuts: list[np.ndarray]) -> tuple[Packed, Tensor]:
+        """Histories, and the places of [EOS] after the first ``cuts`` items of each, history by history."""
+        documents = []
+        for items, own in zip(windows, cuts, strict=True):
+            ids, ends = self.tokens.joined(items[: own[-1]])
+            documents.append(Document(ids, [ends[cut - 1] for cut in own]))
+        return self._rows(documents, self.context)
+
+    def _rows(self, documents: list[Document], least: int) -> tuple[Packed, Tensor]:
+        lengths = [len(document) for document in documents]
+        rows = best_fit(lengths, max(least, *lengths))
+        packed = pack(documents, rows, self.tokens.eos)
+        return packed, places_of_branches(documents, rows, packed.ids.shape[1])
+
+
+class RecommendationTask:
+    """The pairs of one task, a batch a step.
+
+    Args:
+        name: of the task.
+        number: of the task, so that tasks draw differently.
+        data: its prepared folder.
+        tokens: of its items.
+        config: sizes of batches.
+        context: positions of the model.
+        seed: of everything that is drawn.
+        rank: whose share ``parts`` returns.
+        world: how many ranks share a step's histories.
+
+    Raises:
+        UserError: if no user has two training interactions.
+    """
+
+    def __init__(
+        self, name: str, number: int, data: Prepared, tokens: ItemTokens, config: RecommendConfig, context: int,
+        seed: int, rank: int = 0, world: int = 1,
+    ) -> None:  # fmt: skip
+        self.name, self.number, self.data, self.config, self.seed = name, number, data, config, seed
+        self.rows, self.rank, self.world = TextRows(tokens, context), rank, world
+        self.items = (data.sequence - 1).numpy()
+        begins, ends = data.offsets[:-1].numpy(), data.train_ends.numpy()
+        users = np.flatnonzero(ends - begins >= 2)
+        if not len(users):
+            raise UserError(f"{data.folder}: no user has two training interactions, so there are no pairs to train on")
+        self.spans = np.stack([begins[users], ends[users]], 1)
+        self.order = Order(len(users), config.pairs // config.prefixes, seed + number)
+
+    def parts(self, step: int) -> tuple[list[PairBatch], int]:
+        """This rank's share of step ``step``, a batch a forward pass, and the step's pairs over all ranks.
+
+        Which prefixes and negatives there are is decided for the whole step by its own random generator.
+        """
+        rng = np.random.default_rng([self.seed, self.number, step])
+        chosen = self.order.samples(step)
+        spans, cuts = zip(*(self._window(history, rng) for history in chosen.tolist()), strict=True)
+        negatives = self._negatives(rng)
+        mine, size = dealt(np.arange(len(chosen)), self.rank, self.world), self.config.micro_histories
+        parts = [
+            self._batch([spans[nth] for nth in own], [cuts[nth] for nth in own], negatives)
+            for own in (mine[begin : begin + size] for begin in range(0, len(mine), size))
+        ]
+        return parts, sum(map(len, cuts))
+
+    def validation(self, most: int) -> list[tuple[PairBatch, float]]:
+        """This rank's batches of the validation pairs, ``most`` at most, each with its share of all of them.
+
+        Every rank has equally many batches, some with a share of 0: ranks compute together.
+        """
+        users, ends = self.data.instances("valid")
+        rng = np.random.default_rng([self.seed, self.number, VALIDATION])
+        chosen = np.sort(rng.permutation(len(ends))[:most])
+        if not len(chosen):
+            raise UserError(f"{self.data.folder} has no validation items to stop by")
+        negatives, size = self._negatives(rng), self.config.micro_histories
+        groups = [chosen[begin : begin + size] for begin in range(0, len(chosen), size)]
+        shares = [len(group) / len(chosen) for group in groups]
+        short = -len(groups) % self.world
+        groups, shares = groups + [groups[0]] * short, shares + [0.0] * short
+        found = []
+        for group, share in list(zip(groups, shares, strict=True))[self.rank :: self.world]:
+            own = [(int(self.data.offsets[users[row]]), int(ends[row])) for row in group]
+            histories, places = self.rows.histories([self.items[begin:end] for begin, end in own])
+            known = [self.items[begin : end + 1] for begin, end in own]
+            targets = self.items[[end for _, end in own]]
+            found.append((self._pairs(histories, places, targets, known, negatives), share))
+        return found
+
+    def _window(self, history: int, rng: np.random.Generator) -> tuple[tuple[int, int], np.ndarray]:
+        """A stretch of a training history that the model can read, and after how many of its items pairs are taken."""
+        begin, end = self.spans[history].tolist()
+        room = self.rows.context - self.config.prefixes
+        fits = len(self.rows.tokens.that_fit(self.items[begin : end - 1], room))
+        if fits < end - 1 - begin:  # too long: its inputs end at a random place
+            end = int(rng.integers(begin + 2, end + 1))
+            fits = len(self.rows.tokens.that_fit(self.items[begin : end - 1], room))
+            begin = end - 1 - fits
+        cuts = rng.permutation(np.arange(1, fits + 1))[: self.config.prefixes]
+        return (begin, end), np.sort(cuts)
+
+    def _batch(self, spans: list[tuple[int, int]], cuts: list[np.ndarray], negatives: np.ndarray) -> PairBatch:
+        windows = [self.items[begin:end] for begin, end in spans]
+        histories, places = self.rows.prefixes(windows, cuts)
+        targets = np.concatenate([items[own] for items, own in zip(windows, cuts, strict=True)])
+        whole = [self._known(begin) for begin, _ in spans]
+        known = [items for items, own in zip(whole, cuts, strict=True) for _ in own]
+        return self._pairs(histories, places, targets, known, negatives)
+
+    def _known(self, place: int) -> np.ndarray:
+        """All training items of the user who has the interaction at ``place``."""
+        begin, end = self.spans[np.searchsorted(self.spans[:, 0], place, side="right") - 1]
+        return self.items[begin:end]
+
+    def _pairs(
+        self, histories: Packed, places: Tensor, targets: np.ndarray, known: list[np.ndarray], negatives: np.ndarray
+    ) -> PairBatch:
+        numbers, where = np.unique(np.concatenate([targets, negatives]), return_inverse=True)
+        items, vectors = self.rows.items(numbers)
+        allowed = np.stack([~np.isin(negatives, own) for own in known])
+        allowed &= negatives != targets[:, None]
+        where = torch.from_numpy(where)
+        pairs = len(targets)
+        return PairBatch(
+            self.name, histories, places, items, vectors, where[:pairs], where[pairs:], torch.from_numpy(allowed)
+        )
+
+    def _negatives(self, rng: np.random.Generator) -> np.ndarray:
+        count = min(self.config.negatives, self.data.n_items)
+        return rng.choice(self.data.n_items, size=count, replace=False)

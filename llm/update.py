@@ -1,0 +1,112 @@
+"""One optimizer step on several losses: the door through which the training loop meets its engine, and the plain one."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from llm.corpus import LanguageBatch
+from llm.joint import JointModel, PairBatch
+
+
+@dataclass(frozen=True)
+class Part:
+    """One term of a step's loss.
+
+    Attributes:
+        batch: what it is computed on.
+        weight: of its mean loss, in this rank's loss; the mean over ranks is the step's.
+    """
+
+    batch: LanguageBatch | PairBatch
+    weight: float = 1.0
+
+
+class Engine(Protocol):
+    """What trains a ``JointModel``; every rank makes the same calls."""
+
+    device: torch.device
+
+    def step(self, parts: Sequence[Part], lr: float) -> list[float]:
+        """Sum the gradients of the weighted parts, clip, step; the parts' own losses before the step."""
+
+    def losses(self, batches: Sequence[LanguageBatch | PairBatch]) -> list[float]:
+        """Losses without gradients."""
+
+    def weights(self) -> dict[str, Tensor]:
+        """All weights as float32 on the CPU of rank 0, {} elsewhere."""
+
+    def state(self) -> dict[str, Any]:
+        """What of it goes into this rank's part of a checkpoint."""
+
+    def save(self, folder: Path) -> None:
+        """Write what does not, into a checkpoint's folder."""
+
+    def load(self, folder: Path, state: dict[str, Any]) -> None:
+        """Restore what ``state`` and ``save`` kept."""
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices with weight decay, biases and norms without."""
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+class PlainEngine:
+    """AdamW in one process.
+
+    Args:
+        model: moved to the GPU if there is one.
+        lr: any; every step brings its own.
+        weight_decay: of matrices.
+        betas: of AdamW.
+        eps: of AdamW.
+        clip_norm: largest norm of all gradients together.
+    """
+
+    def __init__(
+        self,
+        model: JointModel,
+        lr: float,
+        weight_decay: float,
+        betas: tuple[float, float],
+        eps: float,
+        clip_norm: float,
+    ) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model, self.clip_norm = model.to(self.device).train(), clip_norm
+        self.optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr, betas=betas, eps=eps)
+
+    def step(self, parts: Sequence[Part], lr: float) -> list[float]:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = []
+        for part in parts:
+            loss = self.model(part.batch.to(self.device))
+            (loss if part.weight == 1 else loss * part.weight).backward()
+            losses.append(loss.detach())
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+        self.optimizer.step()
+        return [loss.item() for loss in losses]
+
+    @torch.no_grad()
+    def losses(self, batches: Sequence[LanguageBatch | PairBatch]) -> list[float]:
+        return [self.model(batch.to(self.device)).item() for batch in batches]
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: value.detach().cpu().clone() for name, value in self.model.named_parameters()}
+
+    def state(self) -> dict[str, Any]:
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def save(self, folder: Path) -> None:
+        pass
+
+    def load(self, folder: Path, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])

@@ -1,0 +1,130 @@
+"""DeepSpeed ZeRO under ``accelerate launch``, as an engine of the pretraining loop."""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from accelerate import Accelerator, DeepSpeedPlugin, PartialState
+from torch import Tensor
+
+from llm.corpus import LanguageBatch
+from llm.joint import JointModel, PairBatch
+from llm.lmrec_job import LMRecTrainConfig
+from llm.update import Part, parameter_groups
+from rec.runtime.errors import UserError
+
+TAG, TIMEOUT = "engine", timedelta(hours=2)
+
+
+def deepspeed_config(train: LMRecTrainConfig) -> dict[str, Any]:
+    """The shipped DeepSpeed JSON of the recipe's stage, with what must be explicit filled in from the recipe.
+
+    bf16 is not DeepSpeed's here but autocast, as in LMRec: weights and reductions stay float32.
+    """
+    text = resources.files("ds_configs").joinpath(f"zero{train.zero_stage}.json").read_text()
+    content = json.loads(text)
+    content["gradient_clipping"] = train.clip_norm
+    if train.precision == "fp16":
+        content["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16}
+    return content
+
+
+def start_group(train: LMRecTrainConfig) -> None:
+    """The process group: gloo on CPU, NCCL on GPU.
+
+    Raises:
+        UserError: if another number of processes was started than the recipe says.
+    """
+    # DeepSpeed compiles with the first ninja it finds, and two versions of it rebuild each other's work every time.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    # Named on CPU: without it every process would believe that it is alone.
+    backend = {} if torch.cuda.is_available() else {"backend": "gloo"}
+    state = PartialState(timeout=TIMEOUT, **backend)
+    if state.num_processes != train.processes:
+        raise UserError(
+            f"llm.train.processes is {train.processes}, but {state.num_processes} were started; give accelerate"
+            " launch the same --num_processes"
+        )
+
+
+def make_accelerator(train: LMRecTrainConfig) -> Accelerator:
+    """DeepSpeed on the process group of ``start_group``."""
+    return Accelerator(
+        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed_config(train)),
+        mixed_precision="fp16" if train.precision == "fp16" else "no",
+    )
+
+
+class ZeroEngine:
+    """A ``JointModel`` under ZeRO.
+
+    Args:
+        model: made before the accelerator, which shards whatever is made after it under ZeRO-3.
+        train: of the recipe.
+        accelerator: from ``make_accelerator``.
+    """
+
+    def __init__(self, model: JointModel, train: LMRecTrainConfig, accelerator: Accelerator) -> None:
+        self.device = accelerator.device
+        # The loss reads the tied table outside of the layer that owns it; ZeRO-3 must be told to gather it there too.
+        deepspeed.zero.register_external_parameter(model, model.decoder.get_output_embeddings().weight)
+        optimizer = torch.optim.AdamW(
+            parameter_groups(model, train.weight_decay), lr=train.lr, betas=train.betas, eps=train.eps
+        )
+        self.engine = accelerator.prepare(model.train(), optimizer)[0]
+        # accelerate and DeepSpeed both fall back to other values without a word.
+        assert self.engine.gradient_clipping() == train.clip_norm
+        assert self.engine.zero_optimization_stage() == train.zero_stage
+
+    def step(self, parts: Sequence[Part], lr: float) -> list[float]:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        losses = []
+        for nth, part in enumerate(parts, start=1):
+            self.engine.set_gradient_accumulation_boundary(nth == len(parts))
+            loss = self.engine(part.batch.to(self.device))
+            self.engine.backward(loss * part.weight)
+            losses.append(loss.detach())
+        self.engine.step()
+        return [loss.item() for loss in losses]
+
+    @torch.no_grad()
+    def losses(self, batches: Sequence[LanguageBatch | PairBatch]) -> list[float]:
+        return [self.engine(batch.to(self.device)).item() for batch in batches]
+
+    def weights(self) -> dict[str, Tensor]:
+        found = {}
+        for name, parameter in self.engine.module.named_parameters():
+            with self._whole(parameter):
+                if self.engine.global_rank == 0:
+                    found[name] = parameter.detach().float().cpu().clone()
+        return found
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def save(self, folder: Path) -> None:
+        # DeepSpeed's own "latest" file is not atomic, and not needed: our manifest decides.
+        self.engine.save_checkpoint(str(folder / "zero"), tag=TAG, save_latest=False)
+
+    def load(self, folder: Path, state: dict[str, Any]) -> None:
+        loaded, _ = self.engine.load_checkpoint(str(folder / "zero"), tag=TAG)
+        if loaded is None:
+            raise RuntimeError(f"DeepSpeed found nothing to load in {folder / 'zero'}")
+
+    @contextlib.contextmanager
+    def _whole(self, parameter: torch.nn.Parameter) -> Iterator[None]:
+        """Under ZeRO-3 one parameter at a time is gathered, so that no device ever holds the whole model."""
+        if self.engine.zero_optimization_stage() < 3:
+            yield
+            return
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=None):
+            yield

@@ -1,0 +1,187 @@
+"""Eq. 1 to 7 against one text, one pair, one token at a time."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import GPT2LMHeadModel
+
+from llm.config import LMRecConfig
+from llm.corpus import HistoryCorpus, ItemTokens, PackedBatches
+from llm.joint import JointModel, pair_loss, softmax_loss
+from llm.lmrec import build_lmrec
+from llm.lmrec_evaluation import LMRecRecommender
+from llm.lmrec_job import RecommendConfig
+from llm.prompts import item_texts
+from llm.recommendation import RecommendationTask
+from llm.tokenizer import train_tokenizer
+from rec.config import EvaluateConfig
+from rec.evaluation import evaluate
+
+CONTEXT = 48
+
+
+@pytest.fixture(scope="module")
+def texts(small_data):
+    return item_texts(small_data.items, "{title}")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(texts):
+    return train_tokenizer(texts, 400, CONTEXT)
+
+
+@pytest.fixture(scope="module")
+def tokens(tokenizer, texts):
+    return ItemTokens(tokenizer, texts, CONTEXT - 1)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    torch.manual_seed(0)
+    size = LMRecConfig(dim=32, heads=2, layers=2, context=CONTEXT)
+    return JointModel(build_lmrec(size, len(tokenizer), tokenizer.eos_token_id), ["target"])
+
+
+def make_task(data, tokens, **more):
+    settings = {"pairs": 32, "prefixes": 4, "negatives": 10, "micro_histories": 3} | more.pop("settings", {})
+    return RecommendationTask("target", 0, data, tokens, RecommendConfig(**settings), CONTEXT, seed=5, **more)
+
+
+def test_the_loss_of_pairs_is_eq_4_and_5_pair_by_pair():
+    rng = np.random.default_rng(0)
+    positive, negative, allowed = rng.normal(size=3), rng.normal(size=(3, 4)), rng.random((3, 4)) < 0.7
+    total = 0.0
+    for pair in range(3):
+        p = 1 / (1 + math.exp(-positive[pair]))
+        own = [1 / (1 + math.exp(-score)) for score in negative[pair][allowed[pair]]]
+        total += -math.log(p) + sum(-math.log(1 - p) for p in own) / max(1, len(own))
+    given = (torch.from_numpy(positive), torch.from_numpy(negative), torch.from_numpy(allowed))
+    assert pair_loss(*given).item() == pytest.approx(total / 6)
+    scores = [[positive[row], *negative[row][allowed[row]]] for row in range(3)]
+    softmax = [-math.log(math.exp(own[0]) / sum(map(math.exp, own))) for own in scores]
+    assert softmax_loss(*given).item() == pytest.approx(sum(softmax) / 3)
+
+
+def test_the_language_loss_is_eq_1_token_by_token(small_data, texts, tokenizer, model):
+    corpus = HistoryCorpus(small_data, texts, tokenizer, CONTEXT)
+    documents = [row.ids for row in corpus.rows(0, 0)]
+    batches = PackedBatches(documents, CONTEXT, corpus.eos, rows=6, micro=4, seed=1)
+    total, count, learnt = 0.0, 0, 0.0
+    for part in batches.parts(3):
+        learnt += model(part).item() * part.tokens
+    for row in batches.order.samples(3):
+        for number in batches.rows[row]:
+            ids = list(batches.documents[number].ids)
+            logits = GPT2LMHeadModel.forward(model.decoder, torch.tensor([ids])).logits[0].log_softmax(-1)
+            total -= sum(logits[place, ids[place + 1]].item() for place in range(len(ids) - 1))
+            count += len(ids) - 1
+    assert batches.learnt_tokens(3) == count == sum(part.tokens for part in batches.parts(3))
+    assert learnt / count == pytest.approx(total / count, rel=1e-5)
+
+
+def test_every_epoch_reads_every_document_once(small_data, texts, tokenizer):
+    documents = [row.ids for row in HistoryCorpus(small_data, texts, tokenizer, CONTEXT).rows(0, 0)]
+    batches = PackedBatches(documents, CONTEXT, tokenizer.eos_token_id, rows=1, micro=1, seed=1)
+    seen = [batches.rows[row] for step in range(len(batches.rows)) for row in batches.order.samples(step)]
+    read = sorted(list(batches.documents[number].ids) for row in seen for number in row)
+    assert read == sorted(documents)
+
+
+def state_of(model, ids):
+    """The last layer's state of [EOS] after ``ids``, in a pass of its own."""
+    eos = model.decoder.config.eos_token_id
+    return model.decoder.transformer(torch.tensor([[*ids, eos]]), use_cache=False).last_hidden_state[0, -1]
+
+
+@torch.no_grad()
+def test_pairs_are_prefixes_of_training_histories_and_their_next_items(small_data, texts, tokenizer, tokens, model):
+    task, heads = make_task(small_data, tokens), model.heads["target"]
+    parts, pairs = task.parts(2)
+    assert pairs == sum(len(part.positives) for part in parts) == 32
+    histories = {}
+    for begin, end in zip(small_data.offsets[:-1].tolist(), small_data.train_ends.tolist(), strict=True):
+        items = (small_data.sequence[begin:end] - 1).tolist()
+        for cut in range(1, len(items)):
+            text = " → ".join(texts[item] for item in items[:cut])
+            histories[tuple(tokenizer(text)["input_ids"])] = (items[cut], set(items))
+    for part in parts:
+        flat_ids, flat_documents = part.histories.ids.flatten(), part.histories.documents.flatten()
+        branches, positions = part.histories.branches.flatten(), part.histories.positions.flatten()
+        row_of = torch.arange(len(part.histories.ids)).repeat_interleave(part.histories.ids.shape[1])
+        numbers = [tuple(tokens.head[number]) for number in range(small_data.n_items)]
+        expected = 0.0
+        texts_of_items = []
+        for place in part.vectors.tolist():
+            same = part.items.documents.flatten() == part.items.documents.flatten()[place]
+            same &= torch.arange(len(same)) // part.items.ids.shape[1] == place // part.items.ids.shape[1]
+            same &= ~part.items.branches.flatten()
+            texts_of_items.append(numbers.index(tuple(part.items.ids.flatten()[same].tolist())))
+        z_items = [heads.item(state_of(model, tokens.head[number])) for number in texts_of_items]
+        for pair, place in enumerate(part.users.tolist()):
+            own = (flat_documents == flat_documents[place]) & (row_of == row_of[place]) & ~branches
+            prefix = tuple(flat_ids[own & (positions < positions[place])].tolist())
+            target, taken = histories[prefix]
+            assert texts_of_items[part.positives[pair]] == target
+            z_user = heads.user(state_of(model, prefix))
+            scores = [torch.dot(z_user, z_items[number]).item() for number in part.negatives.tolist()]
+            free = [texts_of_items[number] not in taken for number in part.negatives.tolist()]
+            assert part.allowed[pair].tolist() == free
+            own_scores = [score for score, is_free in zip(scores, free, strict=True) if is_free]
+            y1 = math.log1p(math.exp(-torch.dot(z_user, z_items[part.positives[pair]]).item()))
+            expected += (y1 + sum(math.log1p(math.exp(score)) for score in own_scores) / len(own_scores)) / 2
+        assert model(part).item() == pytest.approx(expected / len(part.positives), rel=1e-4)
+
+
+def test_a_history_that_is_too_long_is_read_in_a_window(small_data, tokens):
+    task = make_task(small_data, tokens, settings={"prefixes": 8, "pairs": 64})
+    own = tokens.joined(task.items[task.spans[0, 0] : task.spans[0, 1] - 1])[0]
+    assert len(own) > CONTEXT - 8  # or this tests nothing
+    ends = set()
+    for step in range(12):
+        for part in task.parts(step)[0]:
+            assert part.histories.positions.max() < CONTEXT
+            ends |= set(part.histories.positions.max(1).values.tolist())
+    assert len(ends) > 1
+
+
+def test_a_step_is_the_same_on_any_number_of_ranks(small_data, tokens, model):
+    """The weighted losses of all ranks average to the one rank's loss, and so do their gradients."""
+
+    def gradient(world):
+        model.zero_grad()
+        for rank in range(world):
+            parts, pairs = make_task(small_data, tokens, rank=rank, world=world).parts(4)
+            for part in parts:
+                (model(part) * len(part.positives) / pairs).backward()
+        return {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+
+    alone = gradient(1)
+    for world in (2, 4):
+        for name, value in gradient(world).items():
+            torch.testing.assert_close(value, alone[name], rtol=1e-4, atol=1e-6)
+
+
+def test_validation_shares_add_up_on_any_number_of_ranks(small_data, tokens):
+    for world in (1, 2, 3):
+        ranks = [make_task(small_data, tokens, rank=rank, world=world).validation(17) for rank in range(world)]
+        assert len({len(own) for own in ranks}) == 1
+        assert sum(share for own in ranks for _, share in own) == pytest.approx(1)
+        assert sum(len(batch.positives) for own in ranks for batch, share in own if share) == 17
+
+
+def test_the_evaluator_ranks_by_eq_4(small_data, tokens, model):
+    model.eval()
+    found = evaluate(LMRecRecommender(model, "target", tokens, CONTEXT), small_data, "test", EvaluateConfig())
+    heads, items = model.heads["target"], (small_data.sequence - 1).numpy()
+    with torch.no_grad():
+        table = torch.stack([heads.item(state_of(model, ids)) for ids in tokens.head])
+        for user in range(0, small_data.n_users, 7):
+            begin, end = int(small_data.offsets[user]), int(small_data.offsets[user + 1]) - 1
+            history = items[begin:end]
+            while len(tokens.joined(history)[0]) > CONTEXT - 1:
+                history = history[1:]
+            scores = table @ heads.user(state_of(model, tokens.joined(history)[0]))
+            rank = 1 + int((scores > scores[items[end]] + 1e-5).sum())
+            assert found.ranks[user].item() == pytest.approx(rank, abs=1)
