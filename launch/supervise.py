@@ -21,9 +21,9 @@ import torch
 
 from align.config import MainJob, Stages
 from align.samples import SampleLog
-from align.start import PARENT, die_with_parent
 from rec.runtime.checkpoint import Checkpoints
 from rec.runtime.errors import UserError
+from rec.runtime.parent import PARENT, die_with_parent
 from rec.runtime.progress import progress
 from rec.runtime.runfolder import CONFIG, RunFolder
 

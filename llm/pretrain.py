@@ -31,6 +31,7 @@ from rec.runtime import files
 from rec.runtime.config import hash_of
 from rec.runtime.errors import UserError
 from rec.runtime.logs import run_main
+from rec.runtime.parent import die_with_parent_if_asked
 from rec.runtime.runfolder import RunFolder
 
 
@@ -104,6 +105,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, required=True, help="a recipe, or the config.yaml of a run folder")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. llm.train.lr=1e-3")
     arguments = parser.parse_args()
+    die_with_parent_if_asked()
     if lmrec_job.is_recformer(lmrec_job.read(arguments.config, arguments.overrides)):
         raise UserError(f"{arguments.config} is a recipe of RECFORMER: start -m llm.recformer.pretrain with it")
     job = lmrec_job.load_job(arguments.config, arguments.overrides)

@@ -1,4 +1,4 @@
-"""One optimizer step on several losses: the door through which the training loop meets its engine, and the plain one."""
+"""One optimizer step on several losses: how the training loop meets its engine, and the plain one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,6 +1,7 @@
 """Eq. 1 to 7 against one text, one pair, one token at a time."""
 
 import math
+from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -100,12 +101,12 @@ def test_pairs_are_prefixes_of_training_histories_and_their_next_items(small_dat
     task, heads = make_task(small_data, tokens), model.heads["target"]
     parts, pairs = task.parts(2)
     assert pairs == sum(len(part.positives) for part in parts) == 32
-    histories = {}
+    histories = defaultdict(list)  # several users may begin alike
     for begin, end in zip(small_data.offsets[:-1].tolist(), small_data.train_ends.tolist(), strict=True):
         items = (small_data.sequence[begin:end] - 1).tolist()
         for cut in range(1, len(items)):
             text = " → ".join(texts[item] for item in items[:cut])
-            histories[tuple(tokenizer(text)["input_ids"])] = (items[cut], set(items))
+            histories[tuple(tokenizer(text)["input_ids"])].append((items[cut], set(items)))
     for part in parts:
         flat_ids, flat_documents = part.histories.ids.flatten(), part.histories.documents.flatten()
         branches, positions = part.histories.branches.flatten(), part.histories.positions.flatten()
@@ -122,12 +123,11 @@ def test_pairs_are_prefixes_of_training_histories_and_their_next_items(small_dat
         for pair, place in enumerate(part.users.tolist()):
             own = (flat_documents == flat_documents[place]) & (row_of == row_of[place]) & ~branches
             prefix = tuple(flat_ids[own & (positions < positions[place])].tolist())
-            target, taken = histories[prefix]
-            assert texts_of_items[part.positives[pair]] == target
             z_user = heads.user(state_of(model, prefix))
             scores = [torch.dot(z_user, z_items[number]).item() for number in part.negatives.tolist()]
-            free = [texts_of_items[number] not in taken for number in part.negatives.tolist()]
-            assert part.allowed[pair].tolist() == free
+            drawn, free = [texts_of_items[number] for number in part.negatives.tolist()], part.allowed[pair].tolist()
+            pairs = [(target, [item not in taken for item in drawn]) for target, taken in histories[prefix]]
+            assert (texts_of_items[part.positives[pair]], free) in pairs
             own_scores = [score for score, is_free in zip(scores, free, strict=True) if is_free]
             y1 = math.log1p(math.exp(-torch.dot(z_user, z_items[part.positives[pair]]).item()))
             expected += (y1 + sum(math.log1p(math.exp(score)) for score in own_scores) / len(own_scores)) / 2

@@ -1,0 +1,202 @@
+"""The LMRec job as users start it: accelerate, DeepSpeed, two ranks; and its recipe."""
+
+import itertools
+import math
+import os
+import signal
+import time
+
+import pytest
+import torch
+from pretraining import LLM, STEPS, final, finish, recipe, start
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llm import joint
+from llm.lmrec_job import LMRecJob, LMRecLLM, load_job
+from llm.lmrec_run import run
+from llm.tokenizer import train_tokenizer
+from llm.training import STEP
+from rec.runtime.checkpoint import Checkpoints
+from rec.runtime.config import build
+from rec.runtime.errors import UserError
+from rec.runtime.runfolder import RunFolder
+
+
+def figures(folder, *names):
+    return [tuple(row[name] for name in names if name in row) for row in RunFolder(folder).steps(STEP)]
+
+
+LOSSES = ("loss", "pairs_target", "valid_target", "lr", "weight")
+
+
+@pytest.fixture(scope="module")
+def plain(small_data, tmp_path_factory):
+    """One process without DeepSpeed."""
+    folder = tmp_path_factory.mktemp("plain")
+    job = load_job(recipe(folder, small_data.folder, zero_stage=0))
+    run(job, "test")
+    return folder / "run"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_two_ranks_of_zero_equal_one_plain_process_and_resume_bit_for_bit(tmp_path, small_data, plain, stage):
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    path = recipe(whole, small_data.folder, zero_stage=stage, processes=2)
+    finish(path, start(path, port=29700 + stage))
+    for own, expected in zip(figures(whole / "run", *LOSSES), figures(plain, *LOSSES), strict=True):
+        assert own == pytest.approx(expected, rel=2e-3)
+    alone = final(plain)
+    for name, value in final(whole / "run").items():
+        torch.testing.assert_close(value, alone[name], rtol=1e-2, atol=2e-3, msg=lambda m, k=name: f"{k}: {m}")
+
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    path = recipe(killed, small_data.folder, zero_stage=stage, processes=2)
+    process = start(path, port=29700 + stage)
+    checkpoints, end = Checkpoints(killed / "run" / "checkpoints"), time.monotonic() + 240
+    while not checkpoints.last_step() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.002)
+    # The first rank alone; whoever started it ends the other one.
+    os.kill(RunFolder(killed / "run").events(STEP)[-1]["pid"], signal.SIGKILL)
+    assert process.wait(120) != 0
+    assert not (killed / "run" / "finished.json").exists()
+    finish(path, start(path, port=29710 + stage))
+    assert "resuming" in (killed / "log.txt").read_text()
+    assert figures(killed / "run", *LOSSES) == figures(whole / "run", *LOSSES)
+    one, other = final(whole / "run"), final(killed / "run")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_what_is_left_is_a_stock_model_heads_and_test_figures(plain):
+    model, tokenizer = (kind.from_pretrained(plain / "model") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    assert model.config.architectures == ["GPT2LMHeadModel"]
+    assert model.config.vocab_size == len(tokenizer)
+    assert sorted(final(plain))[:2] == ["target.item.weight", "target.user.weight"]
+    result = RunFolder(plain).result()
+    assert result["rows"][0]["model"] == "LMRec"
+    assert 0 < result["rows"][0]["HR@10"] <= 1
+    assert result["training"]["steps"] == STEPS
+    steps = RunFolder(plain).steps(STEP)
+    assert all(row["tokens_per_s"] > 0 and row["mfu"] == 0 for row in steps)
+    assert steps[-1]["loss"] < 0.8 * steps[0]["loss"]
+
+
+def job(folder, data, *overrides, **llm):
+    content = {"data": str(data.folder), "run": str(folder / "run"), "llm": {**LLM, **llm}}
+    content["llm"]["train"] = {**LLM["train"], "zero_stage": 0, **llm.get("train", {})}
+    return build(LMRecJob, content)
+
+
+def test_a_killed_and_resumed_plain_run_is_the_same_with_every_task_and_source(tmp_path, small_data, monkeypatch):
+    (tmp_path / "text.txt").write_text("Once upon a time\n\nthere was a thing.\n\n" * 30)
+    more = {
+        "tasks": {"second": {"data": str(small_data.folder), "item_text": "{kind}: {title}"}},
+        "corpus": {"specific": 0.7, "agnostic": [{"text": str(tmp_path / "text.txt"), "share": 0.3}]},
+        "train": {"patience": 6, "activation_checkpointing": True},
+    }
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    one = job(tmp_path / "a", small_data, **more)
+    run(one, "test")
+    saved, count = Checkpoints.save, []
+
+    def die_at_the_second(self, *args, **kwargs):
+        count.append(1)
+        if len(count) == 2:
+            raise KeyboardInterrupt
+        return saved(self, *args, **kwargs)
+
+    other = job(tmp_path / "b", small_data, **more)
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", die_at_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            run(other, "test")
+    run(other, "test")
+    names = (*LOSSES, "pairs_second", "valid_second")
+    assert figures(tmp_path / "a" / "run", *names) == figures(tmp_path / "b" / "run", *names)
+    first, second = final(tmp_path / "a" / "run"), final(tmp_path / "b" / "run")
+    assert {"second.user.weight", "target.user.weight"} <= set(first)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert RunFolder(one.run).result()["rows"][0]["model"] == "LMRec +agnostic"
+
+
+def test_training_stops_when_patience_runs_out_and_keeps_the_best(tmp_path, small_data):
+    settings = {"lr": 0.5, "steps": 60, "patience": 6, "clip_norm": 100.0}  # a rate that makes it worse
+    run(job(tmp_path, small_data, train=settings), "test")
+    rows = RunFolder(tmp_path / "run").steps(STEP)
+    valid = {row["step"] + 1: row["valid_target"] for row in rows if "valid_target" in row}
+    best = min(valid, key=valid.get)
+    assert len(rows) == best + 6 < 60
+    assert RunFolder(tmp_path / "run").result()["training"]["best_step"] == best
+
+
+def test_self_pretraining_starts_from_the_other_runs_weights(tmp_path, small_data):
+    (tmp_path / "first").mkdir()
+    run(job(tmp_path / "first", small_data, recommend=None), "test")
+    assert RunFolder(tmp_path / "first" / "run").result()["rows"] == []
+    fine = {"language": False, "model": str(tmp_path / "first" / "run"), "train": {"steps": 1, "lr": 1e-9}}
+    run(job(tmp_path, small_data, **fine), "test")
+    before = AutoModelForCausalLM.from_pretrained(tmp_path / "first" / "run" / "model").state_dict()
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").state_dict()
+    for name in before:
+        torch.testing.assert_close(after[name], before[name], atol=1e-6, rtol=0)
+    assert RunFolder(tmp_path / "run").result()["rows"][0]["model"] == "SelfPretrain"
+    longer = job(tmp_path / "longer", small_data, **fine, lmrec={**LLM["lmrec"], "context": 64})
+    with pytest.raises(UserError, match=r"context is 64, but .* has 48 positions"):
+        run(longer, "test")
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_checkpoint(tmp_path, small_data, monkeypatch):
+    real, calls = joint.language_loss, itertools.count()
+    # Four parts a step: from the sixth step on.
+    monkeypatch.setattr(joint, "language_loss", lambda *args: real(*args) * (math.nan if next(calls) >= 20 else 1))
+    with pytest.raises(UserError, match=r"loss is nan at step 5: .* last good checkpoint"):
+        run(job(tmp_path, small_data), "test")
+    newest = Checkpoints(tmp_path / "run" / "checkpoints").newest()
+    assert newest.step == 4
+    assert all(value.isfinite().all() for value in newest.state(0)["state"]["model"].values())
+
+
+@pytest.mark.parametrize(
+    ("llm", "message"),
+    [
+        ({"language": False, "recommend": None}, "nothing to train"),
+        ({"language": False, "corpus": {"specific": 0.5}}, "language=false leaves out"),
+        ({"recommend": {"pairs": 30, "prefixes": 4}}, "pairs 30 is not divisible"),
+        ({"train": {"rows": 7, "processes": 2}}, "rows 7 is not divisible by processes 2"),
+        ({"train": {"zero_stage": 0, "processes": 2}}, "zero_stage=0 is one process"),
+        ({"train": {"zero_stage": 0, "precision": "fp16"}}, "loss scaling"),
+        ({"tasks": {"target": {"data": "x"}}}, "names of tasks"),
+        ({"corpus": {"agnostic": [{"share": 0.3}]}}, "exactly one of"),
+    ],
+)
+def test_impossible_recipes_are_one_line(llm, message):
+    with pytest.raises(UserError, match=message):
+        build(LMRecJob, {"data": "x", "run": "y", "llm": llm})
+
+
+def test_what_the_data_makes_impossible_is_one_line_too(tmp_path, small_data):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(UserError, match="holds no text"):
+        run(job(tmp_path, small_data, corpus={"agnostic": [{"text": str(empty)}]}), "test")
+    with pytest.raises(UserError, match="the corpus is empty"):
+        run(job(tmp_path / "b", small_data, corpus={"specific": 0.0}), "test")
+    words = " ".join(f"{first}{second}" for first in "abcdefghij" for second in "klmnopqrst")
+    train_tokenizer([words], 400, 48).save_pretrained(tmp_path / "c" / "run" / "tokenizer")
+    smaller = {**LLM["lmrec"], "vocabulary": 300}
+    with pytest.raises(UserError, match=r"has \d+ tokens, llm.lmrec.vocabulary is 300"):
+        run(job(tmp_path / "c", small_data, lmrec=smaller), "test")
+    with pytest.raises(UserError, match="started by accelerate launch"):
+        run(job(tmp_path / "d", small_data, train={"zero_stage": 2}), "test")
+
+
+def test_table_9_fills_in_what_the_recipe_leaves_out():
+    llm = build(LMRecLLM, {"lmrec": {"preset": "125M"}, "train": {"lr": 1e-3}})
+    assert (llm.train.lr, llm.train.weight_decay, llm.train.clip_norm) == (1e-3, 0.1, 0.1)
+    assert (llm.recommend.pairs, llm.recommend.recommendation_weight) == (1024, 3e-3)
+    assert (llm.train.betas, llm.train.eps, llm.train.warmup_fraction) == ((0.9, 0.98), 1e-6, 0.01)
+    assert build(LMRecLLM, llm.model_dump()) == llm
+    assert build(LMRecLLM, {"lmrec": {"preset": "7M"}, "recommend": None}).recommend is None
