@@ -81,8 +81,7 @@ def run(job: LMRecJob, command: str) -> dict[str, Any] | None:
         if not (folder.path / FINISHED).exists():
             _train(job, inputs, folder, ranks)
         ranks.barrier()
-        if train.zero_stage and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()  # the others are done; rank 0 alone ranks the test items
+        _end_group(train)  # rank 0 alone ranks the test items
         if not ranks.is_first:
             return None
         folder.log("attempt", seconds=round(time.monotonic() - begin, 1))
@@ -224,6 +223,13 @@ def _start_group(train: LMRecTrainConfig) -> None:
     from llm.zero import start_group
 
     start_group(train)
+
+
+def _end_group(train: LMRecTrainConfig) -> None:
+    if train.zero_stage:
+        from llm.zero import end_group
+
+        end_group()
 
 
 def _engine(model: JointModel, train: LMRecTrainConfig) -> Engine:

@@ -14,6 +14,7 @@ import deepspeed
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin, PartialState
 from torch import Tensor
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from llm.corpus import LanguageBatch
 from llm.joint import JointModel, PairBatch
@@ -53,6 +54,12 @@ def start_group(train: LMRecTrainConfig) -> None:
             f"llm.train.processes is {train.processes}, but {state.num_processes} were started; give accelerate"
             " launch the same --num_processes"
         )
+
+
+def end_group() -> None:
+    """Leave the process group; what is loaded from now on is nobody's shard."""
+    unset_hf_deepspeed_config()
+    torch.distributed.destroy_process_group()
 
 
 def make_accelerator(train: LMRecTrainConfig) -> Accelerator:

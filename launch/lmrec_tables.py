@@ -1,0 +1,64 @@
+"""Tables about LMRec for the terminal."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from launch.tables import console, describe
+
+METRICS = ("HR@10", "NDCG@10")
+
+
+def print_pretraining(result: dict[str, Any], run: Path) -> None:
+    """The figures of a finished run."""
+    out, training = console(), result["training"]
+    for row in result["rows"]:
+        table = Table("metric", row["part"], title=f"{row['model']} on {result['data']['name']}")
+        for name in [name for name in row if f"{name}_se" in row]:
+            table.add_row(name, f"{row[name]:.4f} ± {row[f'{name}_se']:.4f}")
+        out.print(table)
+    if result["rows"]:
+        out.print(f"Protocol {result['protocol']['hash']}: {describe(result['protocol'])}", soft_wrap=True)
+    rate = training["tokens"] / max(1e-9, training["seconds"])
+    out.print(
+        f"{training['parameters']:,} parameters, vocabulary {training['vocabulary']:,}; {training['steps']} steps,"
+        f" best {training['best_step'] or training['steps']}; {rate:,.0f} tokens/s",
+        soft_wrap=True,
+    )
+    out.print(f"Everything is in {run}: result.json, metrics.jsonl, model/", soft_wrap=True)
+
+
+def print_probe(result: dict[str, Any], run: Path) -> None:
+    """A line a kind of user feature."""
+    table = Table("user feature", *METRICS, "seconds", title=f"linear probe on {result['data']['name']}")
+    for row in result["rows"]:
+        table.add_row(row["feature"], *_figures(row), f"{row['seconds']:.1f}")
+    out = console()
+    out.print(table)
+    out.print(f"Protocol {result['protocol']['hash']}: {describe(result['protocol'])}", soft_wrap=True)
+    out.print(f"Everything is in {run}: result.json, features/", soft_wrap=True)
+
+
+def print_means(means: Sequence[dict[str, Any]], claims: Sequence[dict[str, Any]]) -> None:
+    """Means over seeds beside the paper's figures and simple controls; then the claims."""
+    table = Table("variant", "seeds", *METRICS, "the paper's", caption="± is the standard error over seeds")
+    for row in means:
+        seeds = str(row["seeds"]) if row["seeds"] else "-"
+        paper = " / ".join(f"{row['paper'][name]:.4f}" for name in METRICS) if row.get("paper") else "-"
+        found = _figures(row) if METRICS[0] in row else ("-", "-")
+        table.add_row(row["variant"], seeds, *found, paper)
+    out = console()
+    out.print(table)
+    for claim in claims:
+        verdict = "holds" if claim["holds"] else "not held"
+        out.print(f"{verdict}  {claim['id']}: {claim['figure']:.4g}", soft_wrap=True)
+
+
+def _figures(row: dict[str, Any]) -> list[str]:
+    errors = (row.get(f"{name}_se") for name in METRICS)
+    return [
+        f"{row[name]:.4f}" + ("" if error is None else f" ± {error:.4f}")
+        for name, error in zip(METRICS, errors, strict=True)
+    ]
