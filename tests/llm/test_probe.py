@@ -1,0 +1,110 @@
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llm import probe
+from llm.config import LMRecConfig
+from llm.lmrec import build_lmrec
+from llm.probe import load_job, run
+from llm.prompts import item_texts
+from llm.tokenizer import ARROW, train_tokenizer
+from rec.runtime.errors import UserError
+from rec.runtime.runfolder import RunFolder
+
+
+@pytest.fixture(scope="module")
+def model(small_data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("probe") / "model"
+    tokenizer = train_tokenizer(item_texts(small_data.items, "{kind} {title}"), 400, 64)
+    torch.manual_seed(0)
+    size = LMRecConfig(dim=32, heads=2, layers=1, context=64)
+    build_lmrec(size, len(tokenizer), tokenizer.eos_token_id).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def recipe(folder, data, model, **llm):
+    content = {
+        "data": str(data.folder), "run": str(folder / "run"),
+        "llm": {"model": str(model), "probe": {"steps": 300, "batch_size": 64, "lr": 1e-2, "negatives": 10}, **llm},
+    }  # fmt: skip
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+AGNOSTIC = {"item_text": "{kind}"}
+
+
+def test_features_are_eos_states_of_the_texts_and_computed_once(tmp_path, small_data, model, monkeypatch):
+    features = ["specific", "agnostic", "combine"]
+    path = recipe(
+        tmp_path, small_data, model, agnostic={"data": str(small_data.folder), **AGNOSTIC},
+        probe={"steps": 40, "features": features, "prefixes": 3},
+    )  # fmt: skip
+    result = run(load_job(path), "test")
+    assert [row["feature"] for row in result["rows"]] == features
+    decoder, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    titles, kinds = item_texts(small_data.items, "{title}"), item_texts(small_data.items, "{kind}")
+
+    def state(text):
+        # The whole text, or as much of its end as the model reads.
+        ids = tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]
+        return decoder.transformer(torch.tensor([ids])).last_hidden_state[0, -1]
+
+    [saved] = [path for path in (tmp_path / "run" / "features").iterdir() if path.name.startswith("specific")]
+    found = probe.Features(**probe.load_file(saved))
+    assert len(found.users) == 3 * small_data.n_users
+    with torch.no_grad():
+        for number in (0, 7, 29):
+            torch.testing.assert_close(found.items[number], state(titles[number]), atol=1e-5, rtol=0)
+        for user in (0, 13):
+            items = small_data.sequence[small_data.offsets[user] : small_data.offsets[user + 1]] - 1
+            alone = f" {ARROW} ".join(titles[item] for item in items[: int(found_cut(found, items, user))].tolist())
+            if len(tokenizer(alone)["input_ids"]) < 60:
+                own = found.users[found.owners == user][0]
+                torch.testing.assert_close(own, state(alone), atol=1e-5, rtol=0)
+    [saved] = [path for path in (tmp_path / "run" / "features").iterdir() if path.name.startswith("agnostic")]
+    agnostic = probe.Features(**probe.load_file(saved))
+    with torch.no_grad():
+        items = small_data.sequence[small_data.offsets[3] : small_data.offsets[4]] - 1
+        text = f" {ARROW} ".join(kinds[item] for item in items.tolist())
+        torch.testing.assert_close(agnostic.test[3], state(text), atol=1e-5, rtol=0)
+
+    # Other heads on the same features: nothing is computed again.
+    (tmp_path / "run" / "result.json").unlink()
+    (tmp_path / "run" / "config.yaml").unlink()
+    monkeypatch.setattr(probe._Reader, "_compute", None)
+    again = run(load_job(path, ["llm.probe.lr=0.1"]), "test")
+    assert len(again["rows"]) == 3
+
+
+def found_cut(features, items, user):
+    """After how many items the user's first training pair stands: where its target follows; good enough if unique."""
+    target = int(features.targets[features.owners == user][0])
+    return int((items == target).nonzero()[0])
+
+
+def test_heads_learn_what_frozen_features_hold(tmp_path, small_data, model, monkeypatch):
+    """With features that say which item is the last one, the next item is to be had by a linear map."""
+    path = recipe(tmp_path, small_data, model)
+    one_hot = torch.eye(small_data.n_items)
+    monkeypatch.setattr(
+        probe._Reader, "_vectors", lambda self, rows, histories, title: one_hot[[own[-1] for own in histories]]
+    )
+    monkeypatch.setattr(probe._Reader, "_read", lambda self, made: one_hot)
+    [row] = run(load_job(path, ["llm.probe.loss=softmax", "llm.probe.negatives=30"]), "test")["rows"]
+    assert row["HR@10"] > 0.8  # users walk one step along a ring four times out of five; chance is a third
+    assert row["seconds"] < 60
+    assert RunFolder(tmp_path / "run").result()["rows"] == [row]
+
+
+def test_what_a_probe_cannot_do_is_one_line(tmp_path, small_data, model):
+    with pytest.raises(UserError, match=r"need llm\.agnostic"):
+        load_job(recipe(tmp_path, small_data, model, probe={"features": ["combine"]}))
+    with pytest.raises(UserError, match=r"no causal LM|no usable tokenizer"):
+        run(load_job(recipe(tmp_path, small_data, tmp_path / "nothing")), "test")
+    owners = torch.tensor([0, 1, 1])
+    with pytest.raises(UserError, match="one test item a user"):
+        probe.Probe(probe.Heads(4), torch.zeros(5, 4), torch.zeros(3, 4), owners)
