@@ -33,6 +33,17 @@ examples:
     latency.add_argument("--requests", type=int, default=200, help="timed, of each kind (default: 200)")
     latency.add_argument("--out", type=Path, help="folder of the result (default: RUN/latency)")
 
+    lmrec = add_command(names, "lmrec", _lmrec, "LMRec's training step beside transformers' Trainer", """\
+examples:
+  recalign bench lmrec                                 # 20M preset, bf16, context 512: about 10 minutes on 2 cores
+  recalign bench lmrec my.yaml --steps 20 --only packed,padded llm.lmrec.context=1024
+""")  # fmt: skip
+    lmrec.add_argument("recipe", type=Path, nargs="?", help="of a pretraining (default: the benchmark's own)")
+    lmrec.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the recipe")
+    lmrec.add_argument("--steps", type=int, default=10, help="timed, of each trainer (default: 10)")
+    lmrec.add_argument("--only", help="measurements, separated by commas (default: all)")
+    lmrec.add_argument("--out", type=Path, default=Path("runs/bench-lmrec"), help="folder of the measurements")
+
     bench = add_command(names, "rec", _rec, "recommenders beside RecBole, RecTools and RePlay", """\
 examples:
   python -m launch.bench.peers --setup                 # once: RecBole, RecTools, RePlay, each in its environment
@@ -48,16 +59,34 @@ examples:
 
 
 def _align(arguments: argparse.Namespace) -> None:
-    recipe, overrides = arguments.recipe, list(arguments.overrides)
-    if recipe is not None and "=" in str(recipe) and not recipe.exists():
-        # argparse gives the first word to the recipe, which may be left out.
-        recipe, overrides = None, [str(recipe), *overrides]
+    recipe, overrides = _recipe(arguments, "closed-world.yaml")
+
     from launch import tables
     from launch.bench import align
 
-    recipe = recipe or Path(str(resources.files("launch.recipes").joinpath("closed-world.yaml")))
     result = align.run(recipe, overrides, arguments.steps, arguments.out, shlex.join(["recalign", *sys.argv[1:]]))
     tables.print_bench_align(result)
+
+
+def _recipe(arguments: argparse.Namespace, default: str) -> tuple[Path, list[str]]:
+    """The recipe and its overrides; argparse gives the first word to the recipe, which may be left out."""
+    recipe, overrides = arguments.recipe, list(arguments.overrides)
+    if recipe is not None and "=" in str(recipe) and not recipe.exists():
+        recipe, overrides = None, [str(recipe), *overrides]
+    return recipe or Path(str(resources.files("launch.recipes").joinpath(default))), overrides
+
+
+def _lmrec(arguments: argparse.Namespace) -> None:
+    if arguments.steps < 1:
+        raise UserError(f"--steps {arguments.steps}: at least one is needed")
+    recipe, overrides = _recipe(arguments, "lmrec-bench.yaml")
+
+    from launch import lmrec_tables
+    from launch.bench import lmrec
+
+    names = arguments.only.split(",") if arguments.only else lmrec.NAMES
+    command = shlex.join(["recalign", *sys.argv[1:]])
+    lmrec_tables.print_bench(lmrec.run(recipe, overrides, arguments.out, arguments.steps, names, command))
 
 
 def _latency(arguments: argparse.Namespace) -> None:

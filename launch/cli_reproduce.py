@@ -6,8 +6,10 @@ import shlex
 import sys
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from launch.commands import add_command, delete_run
+from rec.runtime.config import read_recipe
 from rec.runtime.errors import UserError
 
 
@@ -33,6 +35,18 @@ def _names() -> list[str]:
     return sorted(path.name.removesuffix(".yaml") for path in folder.iterdir() if path.name.endswith(".yaml"))
 
 
+def _study(path: Path, overrides: list[str]) -> Any:
+    from launch.study import StudyRun
+
+    return StudyRun(path, overrides)
+
+
+def _lmrec_study(path: Path, overrides: list[str]) -> Any:
+    from launch.lmrec_study import LMRecStudyRun
+
+    return LMRecStudyRun(path, overrides)
+
+
 def _reproduce(arguments: argparse.Namespace) -> None:
     path = Path(arguments.study)
     if arguments.study in _names():
@@ -41,14 +55,18 @@ def _reproduce(arguments: argparse.Namespace) -> None:
         raise UserError(f"unknown study {arguments.study!r}; there are: {', '.join(_names())}, or name a YAML file")
     out = [f"run={json.dumps(str(arguments.out))}"] if arguments.out else []
 
-    from launch import tables
-    from launch.study import StudyRun
-
-    study = StudyRun(path, [*arguments.overrides, *out])
+    overrides = [*arguments.overrides, *out]
+    study = _lmrec_study(path, overrides) if "pretrain" in read_recipe(path) else _study(path, overrides)
     if arguments.fresh:
         delete_run(study.study.run)
     result = study.execute(shlex.join(["recalign", *sys.argv[1:]]))
-    tables.print_study(result)
+
+    from launch import lmrec_tables, tables
+
+    if hasattr(study.study, "pretrain"):
+        lmrec_tables.print_means(result["means"], result["claims"])
+    else:
+        tables.print_study(result)
     sys.stdout.write(
         f"\nEverything is in {study.study.run}: result.json, and a run folder for every seed and variant\n"
     )

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 from launch.tables import console, describe
@@ -51,9 +52,27 @@ def print_means(means: Sequence[dict[str, Any]], claims: Sequence[dict[str, Any]
         table.add_row(row["variant"], seeds, *found, paper)
     out = console()
     out.print(table)
+    _print_claims(claims, out)
+
+
+def print_bench(result: dict[str, Any]) -> None:
+    """A line a measurement, then the aims."""
+    out, table = console(), Table("measurement", "figures", caption=result["machine"])
+    for row in result["rows"]:
+        figures = {name: value for name, value in row.items() if name not in ("name", "steps")}
+        table.add_row(row["name"], ", ".join(f"{name} {_number(value)}" for name, value in figures.items()))
+    out.print(table)
+    _print_claims(result["claims"], out)
+
+
+def _print_claims(claims: Sequence[dict[str, Any]], out: Console) -> None:
     for claim in claims:
         verdict = "holds" if claim["holds"] else "not held"
         out.print(f"{verdict}  {claim['id']}: {claim['figure']:.4g}", soft_wrap=True)
+
+
+def _number(value: Any) -> str:
+    return value if isinstance(value, str) else f"{value:,.4g}" if value < 1000 else f"{value:,.0f}"
 
 
 def _figures(row: dict[str, Any]) -> list[str]:

@@ -2,7 +2,7 @@
 what is trained.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -107,7 +107,9 @@ class Heads(nn.Module):
 class JointModel(nn.Module):
     """A decoder that all tasks share, and a pair of linear maps for each.
 
-    Everything is computed inside ``forward``, so that engines which shard parameters see every use of one.
+    Everything is computed inside ``forward``, so that engines which shard parameters see every use of one. And every
+    parameter gets a gradient from every batch, be it 0: ZeRO-3 starts a step's sums with the first backward pass, and a
+    parameter that joins in a later one would be added to what the last step left.
 
     Args:
         decoder: a causal LM with tied embeddings.
@@ -134,7 +136,9 @@ class JointModel(nn.Module):
 
     def forward(self, batch: LanguageBatch | PairBatch) -> Tensor:
         """L1 of a language batch, L2 of a batch of pairs: a mean over its tokens, or pairs."""
-        return self._language(batch) if isinstance(batch, LanguageBatch) else self._pairs(batch)
+        if isinstance(batch, LanguageBatch):
+            return self._language(batch) + self._nothing_of(self.heads)
+        return self._pairs(batch) + self._nothing_of(task for task in self.heads if task != batch.task)
 
     def user_vectors(self, task: str, histories: Packed, places: Tensor) -> Tensor:
         """[P, D] W_u z_u (Eq. 2)."""
@@ -170,6 +174,11 @@ class JointModel(nn.Module):
         negative = users @ items[batch.negatives].T
         loss = pair_loss if self.pairs == "bce" else softmax_loss
         return loss(positive, negative, batch.allowed)
+
+    def _nothing_of(self, tasks: Iterable[str]) -> Tensor | float:
+        """0, with gradients of 0 for the heads of these tasks."""
+        zeros = self.decoder.get_input_embeddings().weight.new_zeros(1, self.decoder.config.hidden_size)
+        return sum(part(zeros).sum() for task in tasks for part in (self.heads[task].user, self.heads[task].item))
 
     def _autocast(self, ids: Tensor) -> torch.autocast:
         return torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16)

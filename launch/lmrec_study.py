@@ -1,0 +1,232 @@
+"""``recalign reproduce lmrec-…``: variants of LMRec with several seeds, beside controls and the paper's figures.
+
+Every pretraining and probe is a run folder of its own, ``OUT/seed-S/VARIANT``, made by the very jobs that ``recalign
+pretrain`` and ``recalign probe`` start; a study that was interrupted goes on where it was.
+"""
+
+import itertools
+import json
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import matplotlib
+from pydantic import Field, model_validator
+
+from launch import pretraining
+from launch.bench.lmrec import packed_and_padded
+from launch.controls import Popularity, Transitions
+from launch.study import means
+from llm import probe
+from llm.lmrec_job import LMRecJob, load_job
+from llm.training import STEP
+from rec.data.prepared import Prepared
+from rec.evaluation import evaluate
+from rec.runtime.config import Section, apply_overrides, build, hash_of, read_recipe
+from rec.runtime.errors import UserError
+from rec.runtime.runfolder import RunFolder
+
+matplotlib.use("Agg")  # before pyplot: no screen is needed
+import matplotlib.pyplot as plt
+
+log = logging.getLogger(__name__)
+
+KEY = "pretrain"
+JOINT, WITHOUT_LM, AGNOSTIC = "LMRec", "LMRec -lm", "LMRec +agnostic"
+METRICS = ("HR@10", "NDCG@10")
+NEAR = 0.1
+"""How far from the paper's figure still counts as near, as a share of it."""
+
+
+class VariantConfig(Section):
+    """A variant that is made of two runs."""
+
+    first: list[str]
+    """Overrides of a pretraining, whose result the second run starts from."""
+    then: list[str] | None = None
+    """Overrides of a second pretraining (SelfPretrain)."""
+    probe: list[str] | None = None
+    """Overrides of a probe (Tables 1 and 7)."""
+
+    @model_validator(mode="after")
+    def _has_one_second_run(self) -> Self:
+        if (self.then is None) == (self.probe is None):
+            raise ValueError("a variant with a first run has exactly one of then and probe")
+        return self
+
+
+class LMRecStudy(Section):
+    """The recipe of such a study."""
+
+    pretrain: str
+    """The recipe of the pretraining, relative to this one."""
+    run: Path
+    """The run folder."""
+    seeds: list[int] = Field([0, 1, 2], min_length=1)
+    variants: dict[str, list[str] | VariantConfig] = Field({JOINT: []}, min_length=1)
+    """Overrides of the recipe's keys by a name, or two runs."""
+    controls: bool = True
+    """Popularity and last-item transitions too."""
+    packing_steps: int = Field(10, ge=0)
+    """Steps by which packed and padded rows are compared; 0 leaves it out."""
+    paper: dict[str, dict[str, float]] = Field(default_factory=dict)
+    """The paper's HR@10 and NDCG@10 by variant, printed beside ours."""
+
+
+class LMRecStudyRun:
+    """One study in its run folder.
+
+    Args:
+        path: its recipe.
+        overrides: ``key=value`` of the study, and of its pretrainings behind ``job.``.
+
+    Raises:
+        UserError: if any of its recipes is impossible; before any of them runs.
+    """
+
+    def __init__(self, path: Path, overrides: Sequence[str] = ()) -> None:
+        self.of_job = [override.removeprefix("job.") for override in overrides if override.startswith("job.")]
+        of_study = [override for override in overrides if not override.startswith("job.")]
+        self.study = build(LMRecStudy, apply_overrides(read_recipe(path), of_study))
+        self.recipe = path.parent / self.study.pretrain
+        for name in self.study.variants:
+            if not name or "/" in name:
+                raise UserError(f"variant {name!r}: it names a folder, so no '/'")
+        self.jobs: dict[tuple[int, str], list[LMRecJob]] = {}
+        self.probes: dict[tuple[int, str], probe.ProbeJob] = {}
+        for seed, (name, variant) in itertools.product(self.study.seeds, self.study.variants.items()):
+            self._add(seed, name, variant)
+
+    def execute(self, command: str) -> dict[str, Any]:
+        """Run what is not done yet; the content of ``result.json``."""
+        folder, begin = RunFolder(self.study.run), time.monotonic()
+        with folder.lock("launcher"):
+            folder.claim(self.study)
+            rows = [row for key in self.jobs for row in self._run(*key)]
+            job = next(iter(self.jobs.values()))[0]
+            protocol = job.rec.evaluate.protocol.described()
+            controls = self._controls(job) if self.study.controls else []
+            summed = means([{**row, "method": "", "model": ""} for row in rows])
+            summed = [self._beside_the_paper(row) for row in [*summed, *controls]]
+            missing = [name for name in self.study.paper if name not in {row["variant"] for row in summed}]
+            summed += [{"variant": name, "seeds": 0, "paper": self.study.paper[name]} for name in missing]
+            packing = self._packing(job, folder)
+            self._draw(folder)
+            folder.log("studied", seconds=round(time.monotonic() - begin, 1))
+            return folder.write_result(
+                command,
+                hash_of([job.identity for own in self.jobs.values() for job in own]),
+                protocol,
+                rows,
+                sum(row["seconds"] for row in folder.events("studied")),
+                claims(rows, self.study.paper, packing),
+                means=summed,
+                **({"packing": packing} if packing else {}),
+            )
+
+    def _add(self, seed: int, name: str, variant: list[str] | VariantConfig) -> None:
+        own = self.study.run / f"seed-{seed}" / name
+
+        def job(run: Path, changes: Sequence[str]) -> LMRecJob:
+            told = [f"llm.train.seed={seed}", *changes, *self.of_job, f"run={json.dumps(str(run))}"]
+            return load_job(self.recipe, told)
+
+        if isinstance(variant, list):
+            self.jobs[seed, name] = [job(own, variant)]
+            return
+        first = job(own / "first", variant.first)
+        start = f"llm.model={json.dumps(str(first.run))}"
+        if variant.then is not None:
+            self.jobs[seed, name] = [first, job(own / "then", [*variant.then, start])]
+            return
+        self.jobs[seed, name] = [first]
+        content = {
+            "data": first.data,
+            "run": str(own / "probe"),
+            "rec": first.rec.model_dump(mode="json"),
+            "llm": {"item_text": first.llm.item_text, "model": str(first.run), "probe": {"seed": seed}},
+        }
+        self.probes[seed, name] = build(probe.ProbeJob, apply_overrides(content, variant.probe))
+
+    def _run(self, seed: int, name: str) -> list[dict[str, Any]]:
+        result: dict[str, Any] = {}
+        for job in self.jobs[seed, name]:
+            log.info("%s, seed %d: %s", name, seed, job.run)
+            result = pretraining.pretrain(job)
+        told, facts = {"seed": seed, "variant": name}, result["training"]
+        if (seed, name) in self.probes:
+            own = self.probes[seed, name]
+            found = probe.run(own, f"recalign probe {own.run}/config.yaml")["rows"]
+        else:
+            found = result["rows"]
+        rate = facts["tokens"] / max(1e-9, facts["seconds"])
+        return [{**told, **row, "steps": facts["steps"], "tokens_per_s": round(rate, 1)} for row in found]
+
+    def _controls(self, job: LMRecJob) -> list[dict[str, Any]]:
+        data, found = Prepared.load(Path(job.data)), []
+        for control in (Popularity(data), Transitions(data)):
+            figures = evaluate(control, data, "test", job.rec.evaluate).summary()
+            found.append({"variant": control.architecture, "seeds": 1, **figures})
+        return found
+
+    def _beside_the_paper(self, row: dict[str, Any]) -> dict[str, Any]:
+        paper = self.study.paper.get(row["variant"])
+        return row if paper is None else row | {"paper": paper}
+
+    def _packing(self, job: LMRecJob, folder: RunFolder) -> dict[str, float]:
+        if not self.study.packing_steps:
+            return {}
+        known = folder.events("packing")
+        if not known:
+            folder.log("packing", **packed_and_padded(job, self.study.packing_steps))
+            known = folder.events("packing")
+        return {name: known[-1][name] for name in ("packed", "padded")}
+
+    def _draw(self, folder: RunFolder) -> None:
+        """Write ``lmrec.png``: losses of every run, step by step."""
+        figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+        for (seed, name), own in self.jobs.items():
+            rows = RunFolder(own[-1].run).steps(STEP)
+            for axis, key in zip(axes, ("loss", "valid_target"), strict=True):
+                known = [(row["step"], row[key]) for row in rows if key in row]
+                if known:
+                    axis.plot(*zip(*known, strict=True), label=f"{name}, seed {seed}", linewidth=1.2)
+        for axis, title in zip(
+            axes, ("language loss L1, nats a token", "recommendation loss L2, validation"), strict=True
+        ):
+            axis.set(title=title, xlabel="step")
+            axis.grid(alpha=0.3)
+            if axis.lines:
+                axis.legend(fontsize=8)
+        figure.savefig(folder.path / "lmrec.png", dpi=120)
+        plt.close(figure)
+
+
+def claims(
+    rows: Sequence[dict[str, Any]], paper: dict[str, dict[str, float]], packing: dict[str, float]
+) -> list[dict[str, Any]]:
+    """What the runs are held to: joint training beats L2 alone, is near the paper's figure, and packing pays."""
+    found = []
+
+    def mean(name: str, metric: str) -> float | None:
+        values = [row[metric] for row in rows if row["variant"] == name]
+        return sum(values) / len(values) if values else None
+
+    for metric in METRICS:
+        joint, alone, agnostic = (mean(name, metric) for name in (JOINT, WITHOUT_LM, AGNOSTIC))
+        if joint is not None and alone is not None:
+            found.append((f"LMRec beats LMRec -lm in {metric}", joint > alone, joint - alone))
+        if joint is not None and agnostic is not None:
+            found.append((f"LMRec +agnostic beats LMRec in {metric}", agnostic > joint, agnostic - joint))
+        for name, figures in paper.items():
+            ours = mean(name, metric)
+            if ours is not None and metric in figures:
+                ratio = ours / figures[metric]
+                near = abs(ratio - 1) <= NEAR
+                found.append((f"{name} is within {NEAR:.0%} of the paper's {metric} (ratio)", near, ratio))
+    if packing:
+        ratio = packing["packed"] / packing["padded"]
+        found.append(("packed rows train more useful tokens a second than padded ones (ratio)", ratio > 1, ratio))
+    return [{"id": name, "holds": bool(holds), "figure": round(figure, 4)} for name, holds, figure in found]

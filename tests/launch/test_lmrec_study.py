@@ -1,0 +1,135 @@
+"""Studies and benchmarks of LMRec, end to end on a tiny world."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from launch.controls import Popularity, Transitions
+from launch.lmrec_study import LMRecStudyRun, claims
+from rec.config import EvaluateConfig
+from rec.evaluation import evaluate
+from rec.runtime.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+JOB = {
+    "llm": {
+        "lmrec": {"vocabulary": 400, "context": 48, "dim": 32, "layers": 1, "heads": 2},
+        "recommend": {"pairs": 16, "prefixes": 2, "negatives": 8},
+        "train": {"zero_stage": 0, "steps": 4, "rows": 4, "micro_rows": 4, "validate_every": 2, "precision": "fp32"},
+    },
+}
+STUDY = {
+    "pretrain": "job.yaml", "run": "unused", "seeds": [0, 1], "packing_steps": 1,
+    "variants": {
+        "LMRec -lm": ["llm.language=false"],
+        "LMRec": [],
+        "SelfPretrain": {"first": ["llm.recommend=null"], "then": ["llm.language=false"]},
+        "LM probed": {"first": ["llm.recommend=null"], "probe": ["llm.probe.steps=20"]},
+    },
+    "paper": {"LMRec": {"HR@10": 0.3, "NDCG@10": 0.2}, "BST": {"HR@10": 0.2, "NDCG@10": 0.1}},
+}  # fmt: skip
+
+
+@pytest.fixture
+def recipe(tmp_path, small_data):
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump({"data": str(small_data.folder), "run": "unused", **JOB}))
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump({**STUDY, "run": str(tmp_path / "study")}))
+    return tmp_path / "study.yaml"
+
+
+def recalign(*words: str | Path) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "launch.cli", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
+
+
+def test_a_study_runs_its_variants_once_and_says_what_holds(tmp_path, recipe):
+    done = recalign("reproduce", recipe, "seeds=[0]")
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads((tmp_path / "study" / "result.json").read_text())
+    assert [row["variant"] for row in result["rows"]] == list(STUDY["variants"])
+    assert all(0 < row["HR@10"] <= 1 for row in result["rows"])
+    by_name = {row["variant"]: row for row in result["means"]}
+    assert by_name["LMRec"]["paper"] == STUDY["paper"]["LMRec"]
+    assert {"popularity", "last-item transitions"} <= set(by_name)
+    assert (by_name["BST"]["seeds"], by_name["BST"]["paper"]) == (0, STUDY["paper"]["BST"])
+    assert result["packing"]["packed"] > 0 < result["packing"]["padded"]
+    assert [claim["id"].split(" in ")[0] for claim in result["claims"]][0] == "LMRec beats LMRec -lm"
+    assert (tmp_path / "study" / "lmrec.png").stat().st_size > 10_000
+    assert "0.3000 / 0.2000" in done.stdout
+    assert "last-item transitions" in done.stdout
+    own = tmp_path / "study" / "seed-0"
+    assert (own / "SelfPretrain" / "then" / "model" / "model.safetensors").exists()
+    before = (own / "LMRec" / "metrics.jsonl").read_bytes()
+    again = recalign("reproduce", recipe, "seeds=[0]")
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert (own / "LMRec" / "metrics.jsonl").read_bytes() == before
+
+
+def test_impossible_studies_are_refused_before_anything_runs(tmp_path, recipe):
+    with pytest.raises(UserError, match="unknown key 'langage'"):
+        LMRecStudyRun(recipe, ["variants.LMRec=[llm.langage=false]"])
+    with pytest.raises(UserError, match="exactly one of then and probe"):
+        LMRecStudyRun(recipe, ["variants.LMRec={first: []}"])
+    with pytest.raises(UserError, match="it names a folder"):
+        LMRecStudyRun(recipe, ["variants={a/b: []}"])
+    assert not (tmp_path / "study").exists()
+
+
+def test_claims_are_held_to_means_over_seeds():
+    rows = [
+        {"variant": "LMRec", "HR@10": 0.15, "NDCG@10": 0.05}, {"variant": "LMRec", "HR@10": 0.17, "NDCG@10": 0.07},
+        {"variant": "LMRec -lm", "HR@10": 0.14, "NDCG@10": 0.08},
+    ]  # fmt: skip
+    found = {claim["id"]: claim for claim in claims(rows, {"LMRec": {"HR@10": 0.2}}, {"packed": 3.0, "padded": 2.0})}
+    assert found["LMRec beats LMRec -lm in HR@10"] == {
+        "id": "LMRec beats LMRec -lm in HR@10",
+        "holds": True,
+        "figure": 0.02,
+    }
+    assert not found["LMRec beats LMRec -lm in NDCG@10"]["holds"]
+    near = found["LMRec is within 10% of the paper's HR@10 (ratio)"]
+    assert (near["holds"], near["figure"]) == (False, 0.8)
+    assert found["packed rows train more useful tokens a second than padded ones (ratio)"]["figure"] == 1.5
+
+
+def test_controls_score_what_they_say(small_data):
+    users, items = torch.tensor([0, 1]), torch.tensor([[3, 5, 0], [2, 4, 9]])
+    lengths = torch.tensor([2, 3])
+    popular, following = Popularity(small_data), Transitions(small_data)
+    counts = small_data.train_counts[1:]
+    assert popular.score_all(users, items, lengths).argsort(descending=True)[0, 0] == counts.argmax()
+    naive = torch.zeros(2, small_data.n_items)
+    for user in range(small_data.n_users):
+        own = small_data.sequence[small_data.offsets[user] : small_data.train_ends[user]].tolist()
+        for earlier, later in zip(own, own[1:], strict=False):
+            for row, last in enumerate((5, 9)):
+                naive[row, later - 1] += earlier == last
+    scores = following.score_all(users, items, lengths)
+    torch.testing.assert_close(scores.floor(), naive)
+    assert (scores - naive < 1).all()
+    found = evaluate(following, small_data, "test", EvaluateConfig())["HR@10"]
+    assert found > 0.7 > evaluate(popular, small_data, "test", EvaluateConfig())["HR@10"]
+
+
+def test_the_bench_measures_each_thing_once(tmp_path, recipe):
+    words = ("bench", "lmrec", tmp_path / "job.yaml", "--steps", "1", "--out", tmp_path / "bench", "--only")
+    done = recalign(*words, "packed,padded,trainer,matmul,gpu")
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads((tmp_path / "bench" / "result.json").read_text())
+    rows = {row["name"]: row for row in result["rows"]}
+    assert all(rows[name]["tokens_per_s"] > 0 for name in ("packed", "padded", "trainer"))
+    assert rows["gpu"] == {"name": "gpu", "steps": 1, "not_measured": "no NVIDIA GPU here"}
+    assert len(result["claims"]) == 2
+    before = (tmp_path / "bench" / "metrics.jsonl").read_bytes()
+    assert recalign(*words, "packed,trainer").returncode == 0
+    assert (tmp_path / "bench" / "metrics.jsonl").read_bytes() == before
+    refused = recalign(*words, "speed")
+    assert refused.returncode == 2
+    assert "unknown measurement 'speed'" in refused.stderr
