@@ -41,19 +41,26 @@ NEAR = 0.1
 
 
 class VariantConfig(Section):
-    """A variant that is made of two runs."""
+    """One run, or two of which the second starts from what the first left."""
 
-    first: list[str]
-    """Overrides of a pretraining, whose result the second run starts from."""
+    first: list[str] | None = None
+    """Overrides of a pretraining that comes first."""
     then: list[str] | None = None
-    """Overrides of a second pretraining (SelfPretrain)."""
+    """Overrides of the pretraining that is the variant (after a first one: SelfPretrain)."""
     probe: list[str] | None = None
-    """Overrides of a probe (Tables 1 and 7)."""
+    """Overrides of a probe of the first run instead (Tables 1 and 7)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_run(cls, given: Any) -> Any:
+        return {"then": given} if isinstance(given, list) else given
 
     @model_validator(mode="after")
-    def _has_one_second_run(self) -> Self:
+    def _has_one_result(self) -> Self:
         if (self.then is None) == (self.probe is None):
-            raise ValueError("a variant with a first run has exactly one of then and probe")
+            raise ValueError("a variant has exactly one of then and probe")
+        if self.probe is not None and self.first is None:
+            raise ValueError("a probe needs a first run")
         return self
 
 
@@ -65,8 +72,8 @@ class LMRecStudy(Section):
     run: Path
     """The run folder."""
     seeds: list[int] = Field([0, 1, 2], min_length=1)
-    variants: dict[str, list[str] | VariantConfig] = Field({JOINT: []}, min_length=1)
-    """Overrides of the recipe's keys by a name, or two runs."""
+    variants: dict[str, VariantConfig] = Field({JOINT: VariantConfig(then=[])}, min_length=1)
+    """By a name: overrides of the recipe's keys, or two runs."""
     controls: bool = True
     """Popularity and last-item transitions too."""
     packing_steps: int = Field(10, ge=0)
@@ -126,15 +133,15 @@ class LMRecStudyRun:
                 **({"packing": packing} if packing else {}),
             )
 
-    def _add(self, seed: int, name: str, variant: list[str] | VariantConfig) -> None:
+    def _add(self, seed: int, name: str, variant: VariantConfig) -> None:
         own = self.study.run / f"seed-{seed}" / name
 
         def job(run: Path, changes: Sequence[str]) -> LMRecJob:
             told = [f"llm.train.seed={seed}", *changes, *self.of_job, f"run={json.dumps(str(run))}"]
             return load_job(self.recipe, told)
 
-        if isinstance(variant, list):
-            self.jobs[seed, name] = [job(own, variant)]
+        if variant.first is None:
+            self.jobs[seed, name] = [job(own, variant.then)]
             return
         first = job(own / "first", variant.first)
         start = f"llm.model={json.dumps(str(first.run))}"

@@ -1,5 +1,6 @@
 """Studies and benchmarks of LMRec, end to end on a tiny world."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -39,7 +40,7 @@ STUDY = {
 @pytest.fixture
 def recipe(tmp_path, small_data):
     (tmp_path / "job.yaml").write_text(yaml.safe_dump({"data": str(small_data.folder), "run": "unused", **JOB}))
-    (tmp_path / "study.yaml").write_text(yaml.safe_dump({**STUDY, "run": str(tmp_path / "study")}))
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump({**STUDY, "run": str(tmp_path / "study")}, sort_keys=False))
     return tmp_path / "study.yaml"
 
 
@@ -60,7 +61,7 @@ def test_a_study_runs_its_variants_once_and_says_what_holds(tmp_path, recipe):
     assert {"popularity", "last-item transitions"} <= set(by_name)
     assert (by_name["BST"]["seeds"], by_name["BST"]["paper"]) == (0, STUDY["paper"]["BST"])
     assert result["packing"]["packed"] > 0 < result["packing"]["padded"]
-    assert [claim["id"].split(" in ")[0] for claim in result["claims"]][0] == "LMRec beats LMRec -lm"
+    assert result["claims"][0]["id"] == "LMRec beats LMRec -lm in HR@10"
     assert (tmp_path / "study" / "lmrec.png").stat().st_size > 10_000
     assert "0.3000 / 0.2000" in done.stdout
     assert "last-item transitions" in done.stdout
@@ -80,6 +81,15 @@ def test_impossible_studies_are_refused_before_anything_runs(tmp_path, recipe):
     with pytest.raises(UserError, match="it names a folder"):
         LMRecStudyRun(recipe, ["variants={a/b: []}"])
     assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "launch" / "recipes" / "reproduce").glob("lmrec-*.yaml")), ids=lambda p: p.stem
+)
+def test_every_shipped_study_is_possible_and_begins_with_its_command(path):
+    study = LMRecStudyRun(path)
+    assert {name for _, name in study.jobs} == set(study.study.variants)
+    assert path.read_text().startswith(f"# recalign reproduce {path.stem}\n")
 
 
 def test_claims_are_held_to_means_over_seeds():
@@ -108,7 +118,7 @@ def test_controls_score_what_they_say(small_data):
     naive = torch.zeros(2, small_data.n_items)
     for user in range(small_data.n_users):
         own = small_data.sequence[small_data.offsets[user] : small_data.train_ends[user]].tolist()
-        for earlier, later in zip(own, own[1:], strict=False):
+        for earlier, later in itertools.pairwise(own):
             for row, last in enumerate((5, 9)):
                 naive[row, later - 1] += earlier == last
     scores = following.score_all(users, items, lengths)
