@@ -44,7 +44,7 @@ class TextEncoder:
         return self.model.config.hidden_size
 
     def tokens(self, texts: Sequence[str]) -> Tensor:
-        """[len(texts), T] token ids, right-padded with ``NO_TOKEN``; T is that of the longest, cut at the limit, or 1."""
+        """[len(texts), T] token ids, right-padded with ``NO_TOKEN``; T is the longest text's, cut at the limit."""
         limit = min(self.config.max_tokens, getattr(self.model.config, "max_position_embeddings", 2**20))
         ids = self.tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"] if texts else []
         rows = [torch.tensor(row, dtype=torch.long) for row in [*ids, [NO_TOKEN]]]
