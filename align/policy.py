@@ -29,6 +29,7 @@ from align.objective import (
     sampled_kl,
 )
 from align.samples import Sample, Text
+from llm.end_to_end import EndToEnd, logits_at, use_end_to_end
 from rec.runtime.errors import UserError
 
 ENGINE_TAG = "engine"
@@ -56,7 +57,9 @@ class Policy:
     def __init__(self, model: str, config: AlignConfig, accelerator: Accelerator) -> None:
         self.config, self.accelerator = config, accelerator
         trainer = config.trainer
-        policy = _load(model) if trainer.lora is None else _with_adapters(_load(model), trainer.lora)
+        whole = _load(model)
+        self.end_to_end = use_end_to_end(whole)
+        policy = whole if trainer.lora is None else _with_adapters(whole, trainer.lora)
         trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=trainer.lr, weight_decay=0.0)
         self.engine: DeepSpeedEngine = accelerator.prepare(policy, optimizer)[0]
@@ -81,15 +84,16 @@ class Policy:
             group["lr"] = self._learning_rate(step)
         reference_logits = self._reference_logits(rows)
         self.engine.train()
-        logits = token_logits(self.engine, rows.ids, rows.places)
-        logprobs, reference = (chosen_logprobs(values, rows.next_ids) for values in (logits, reference_logits))
-        token_kl = exact_token_kl(logits, reference_logits) if objective.kl == "exact" else None
-        weights, mask = weights.flatten().to(rows.ids.device), rows.mask
+        logits = logits_at(self.engine, rows.laid, rows.places, self.end_to_end)
+        chosen = (chosen_logprobs(values, rows.next_ids) for values in (logits, reference_logits))
+        logprobs, reference = map(rows.by_text, chosen)
+        token_kl = rows.by_text(exact_token_kl(logits, reference_logits)) if objective.kl == "exact" else None
+        weights, mask = weights.flatten().to(logits.device), rows.mask
         ratios = importance_ratios(logprobs.detach(), rows.drawn, mask)
         importance = torch.ones_like(weights)
         if objective.max_importance is not None:
             importance = importance_weights(ratios, rows.texts, rows.samples, len(weights), objective.max_importance)
-        weights, shares = row_weights(weights, importance.to(weights.dtype), rows.texts, rows.samples, len(rows.ids))
+        weights, shares = row_weights(weights, importance.to(weights.dtype), rows.texts, rows.samples, len(mask))
         loss = policy_loss(logprobs, reference, mask, weights, objective.alpha, len(importance), token_kl, shares)
         self.engine.backward(loss)
         self.engine.step()
@@ -107,9 +111,9 @@ class Policy:
     def logprobs_of(self, token_ids: list[int]) -> list[float]:
         """log p of a fixed text's tokens from the second on, under the weights being trained; every rank calls this."""
         self.engine.eval()
-        ids = torch.tensor([token_ids], device=self.accelerator.device)
-        places = torch.arange(len(token_ids) - 1, device=ids.device)
-        return chosen_logprobs(token_logits(self.engine, ids, places), ids[:, 1:])[0].tolist()
+        laid = EndToEnd.of([token_ids], self.accelerator.device)
+        places = torch.arange(len(token_ids) - 1, device=laid.ids.device)
+        return chosen_logprobs(logits_at(self.engine, laid, places, self.end_to_end), laid.ids[0, 1:]).tolist()
 
     def gathered_weights(self) -> dict[str, Tensor]:
         """All weights, or the adapters, on the CPU of rank 0 ({} elsewhere); every rank calls this.
@@ -153,10 +157,10 @@ class Policy:
     @torch.no_grad()
     def _reference_logits(self, rows: "Rows") -> Tensor:
         if self.reference is not None:
-            return token_logits(self.reference, rows.ids, rows.places)
+            return logits_at(self.reference, rows.laid, rows.places, self.end_to_end)
         self.engine.eval()
         with self.engine.module.disable_adapter():
-            return token_logits(self.engine, rows.ids, rows.places)
+            return logits_at(self.engine, rows.laid, rows.places, self.end_to_end)
 
     def _learning_rate(self, step: int) -> float:
         trainer = self.config.trainer
@@ -165,6 +169,7 @@ class Policy:
     def _frozen(self, model: str) -> torch.nn.Module:
         """The original; whole on every rank, but sharded like the policy under ZeRO-3, where it may not fit."""
         reference = _load(model).eval().requires_grad_(False)
+        use_end_to_end(reference)
         if self.stage < 3:
             dtype = torch.bfloat16 if self.config.trainer.bf16 else torch.float32
             return reference.to(self.accelerator.device, dtype)
@@ -185,28 +190,29 @@ class Policy:
 
 @dataclass(frozen=True)
 class Rows:
-    """The different texts of some samples, one a row, with their prompts.
+    """The M different texts of some samples, with their prompts.
 
     Attributes:
-        ids: [M, T] tokens of prompt and text, right-padded.
-        places: [P] the stretch of places after which some row has a token of its text: no others are computed.
-        mask: [M, P] 1 where the next token is a text's.
-        drawn: [M, P] log p of these when they were drawn, 0 elsewhere.
+        laid: prompts and texts, end to end.
+        places: [P] the places in it after which a token of a text stands: no other logits are computed.
+        next_ids: [P] these tokens.
+        mask: [M, T] 1 for the tokens of each text, T being the longest one's.
+        drawn: [M, T] log p of these when they were drawn, 0 elsewhere.
         texts: [E] row of every text of every draw.
         samples: [E] number of that draw, counted through all samples.
     """
 
-    ids: Tensor
+    laid: EndToEnd
     places: Tensor
+    next_ids: Tensor
     mask: Tensor
     drawn: Tensor
     texts: Tensor
     samples: Tensor
 
-    @property
-    def next_ids(self) -> Tensor:
-        """[M, P] the tokens after the places."""
-        return self.ids[:, (self.places + 1).clamp(max=self.ids.shape[1] - 1)]
+    def by_text(self, values: Tensor) -> Tensor:
+        """[M, T] what [P] ``values`` are of each text, 0 where it has no token."""
+        return values.new_zeros(self.mask.shape).masked_scatter(self.mask.bool(), values)
 
     @classmethod
     def of(cls, samples: list[Sample], device: torch.device) -> "Rows":
@@ -218,28 +224,22 @@ class Rows:
             for prompt, text in zip(sample.prompts, draw, strict=True):
                 row, _, _ = found.setdefault(text.seed, (len(found), prompt, text))
                 holds[row, number] = None
-        rows = [torch.tensor([*prompt, *text.token_ids]) for _, prompt, text in found.values()]
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        starts = torch.tensor([len(prompt) - 1 for _, prompt, _ in found.values()])[:, None]
-        ends = starts + torch.tensor([len(text.token_ids) for _, _, text in found.values()])[:, None]
-        places = torch.arange(int(starts.min()), max(int(ends.max()), int(starts.min()) + 1))
-        inside = (places >= starts) & (places < ends)
+        texts = [text for _, _, text in found.values()]
+        laid = EndToEnd.of([[*prompt, *text.token_ids] for _, prompt, text in found.values()], device)
+        lengths = torch.tensor([len(text.token_ids) for text in texts])
+        inside = torch.arange(max(1, int(lengths.max()))) < lengths[:, None]
+        # The last tokens of each are its text's; each is foretold by the place before it.
+        begins = laid.bounds[1:].cpu() - lengths - 1
+        places = (begins[:, None] + torch.arange(inside.shape[1]))[inside]
         drawn = torch.zeros(inside.shape)
-        drawn[inside] = torch.tensor([value for _, _, text in found.values() for value in text.logprobs])
-        texts, owners = torch.tensor(list(holds)).unbind(1)
-        return cls(*(value.to(device) for value in (ids, places, inside.float(), drawn, texts, owners)))
-
-
-def token_logits(model: torch.nn.Module, ids: Tensor, places: Tensor) -> Tensor:
-    """[M, P, V] logits of ids[:, t + 1] given ids[:, :t + 1] for the ``places`` t [P], in float32.
-
-    Rows are right-padded, so a causal model needs neither attention mask nor position ids.
-    """
-    return model(input_ids=ids, use_cache=False, logits_to_keep=places).logits.float()
+        drawn[inside] = torch.tensor([value for text in texts for value in text.logprobs])
+        next_ids = torch.tensor([token for text in texts for token in text.token_ids], dtype=torch.long)
+        held, owners = torch.tensor(list(holds)).unbind(1)
+        return cls(laid, *(value.to(device) for value in (places, next_ids, inside.float(), drawn, held, owners)))
 
 
 def chosen_logprobs(logits: Tensor, next_ids: Tensor) -> Tensor:
-    """[M, P] log p of the tokens ``next_ids`` [M, P], from ``token_logits``."""
+    """[P] log p of the tokens ``next_ids`` [P], from their logits [P, V]."""
     return logits.gather(-1, next_ids[..., None]).squeeze(-1) - logits.logsumexp(-1)
 
 

@@ -197,15 +197,18 @@ def test_the_default_objective_is_the_papers():
 
 def test_a_text_in_two_histories_is_one_row_and_equal_texts_of_two_draws_are_two():
     def text(seed: int) -> Text:
-        return Text(seed, [8, 1], [-0.5, -0.25], "x")
+        return Text(seed, [8], [-0.5], "x") if seed == 2 else Text(seed, [8, 1], [-0.5, -0.25], "x")
 
     shared = [make_sample(0, [[5, 6], [7]], []), make_sample(1, [[5, 6]], [])]
     shared[0] = replace(shared[0], draws=[[text(1), text(2)], [text(3), text(2)]])
     shared[1] = replace(shared[1], draws=[[text(1)], [text(3)]])
     rows = Rows.of(shared, torch.device("cpu"))
-    assert rows.ids.tolist() == [[5, 6, 8, 1], [7, 8, 1, 0], [5, 6, 8, 1]]
-    assert rows.mask.tolist() == [[0, 1, 1], [1, 1, 0], [0, 1, 1]]
-    assert rows.drawn.tolist() == [[0, -0.5, -0.25], [-0.5, -0.25, 0], [0, -0.5, -0.25]]
+    assert rows.laid.ids.tolist() == [[5, 6, 8, 1, 7, 8, 5, 6, 8, 1]]
+    assert rows.laid.bounds.tolist() == [0, 4, 6, 10]
+    assert rows.laid.ids[0, rows.places + 1].tolist() == rows.next_ids.tolist()
+    assert rows.mask.tolist() == [[1, 1], [1, 0], [1, 1]]
+    assert rows.drawn.tolist() == [[-0.5, -0.25], [-0.5, 0], [-0.5, -0.25]]
+    assert rows.by_text(torch.arange(1.0, 6.0)).tolist() == [[1, 2], [3, 0], [4, 5]]
     assert sorted(zip(rows.texts.tolist(), rows.samples.tolist(), strict=True)) == [
         (0, 0), (0, 2), (1, 0), (1, 1), (2, 1), (2, 3),
     ]  # fmt: skip
