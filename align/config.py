@@ -68,6 +68,8 @@ class TrainerConfig(Section):
     processes: int = Field(2, ge=1)
     """Ranks of the whole trainer, over all machines."""
     zero_stage: Literal[1, 2, 3] = 2
+    offload: bool = False
+    """With ZeRO-3: weights, gradients and optimizer states of the LLM in host memory while they are not in use."""
     bf16: bool = False
     batch_size: int = Field(32, ge=2)
     """Samples (x, y) a step, over all ranks."""
@@ -82,8 +84,18 @@ class TrainerConfig(Section):
     """Of the recommender (Adam)."""
     checkpoint_every: int = Field(50, ge=1)
     """Steps."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Newest checkpoints that are kept."""
+    keep_checkpoint_every: int | None = Field(None, ge=1)
+    """Checkpoints of every so many steps are kept for good; null for none."""
     keep_snapshots: int = Field(4, ge=2)
     seed: int = 42
+
+    @model_validator(mode="after")
+    def _offloads_what_is_sharded(self) -> Self:
+        if self.offload and self.zero_stage != 3:
+            raise ValueError("offload needs zero_stage=3: the other stages keep all weights on every device")
+        return self
 
 
 class GeneratorConfig(Section):

@@ -48,8 +48,14 @@ def make_accelerator(job: MainJob) -> Accelerator:
     """The process group and DeepSpeed: gloo on CPU, NCCL on GPU.
 
     Raises:
-        UserError: if another number of processes was started than the recipe says.
+        UserError: if another number of processes was started than the recipe says, or the launcher's file names a
+            DeepSpeed configuration, which would not be used.
     """
+    if other := os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
+        raise UserError(
+            f"the ZeRO stage is the recipe's (align.trainer.zero_stage): take deepspeed_config_file {other} out of what"
+            " accelerate launch is given"
+        )
     # DeepSpeed compiles with the first ninja it finds, and two versions of it rebuild each other's work every time.
     own = Path(sys.executable).parent
     os.environ["PATH"] = f"{own}{os.pathsep}{os.environ.get('PATH', '')}"
