@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -11,7 +11,7 @@ from llm.config import LLMConfig
 from rec.config import RecConfig, TrainConfig
 from rec.data.builtin import BUILTIN
 from rec.runtime import files
-from rec.runtime.config import Section, hash_of, load
+from rec.runtime.config import Section, hash_of, load, without
 from rec.runtime.errors import UserError
 from rec.runtime.runfolder import is_run_config
 
@@ -183,6 +183,12 @@ class AlignConfig(Section):
 class MainJob(Section):
     """A recipe of the main job: ``recalign demo`` and ``recalign align``."""
 
+    placement: ClassVar[tuple[str, ...]] = (
+        "align.trainer.processes",
+        "align.generator.processes",
+        "align.generator.cpu_cores",
+    )
+
     data: str
     """A prepared folder, or the name of a built-in data set."""
     run: Path
@@ -211,8 +217,11 @@ class MainJob(Section):
 
     @property
     def identity(self) -> str:
-        """Hash of everything that decides the result: all keys but the place of the run folder."""
-        return hash_of(self.model_dump(mode="json", exclude={"run"}))
+        """Hash of what is computed: all keys but the place of the run folder and the placement.
+
+        The number of ranks decides the last bits of a result too, but a run may go on with another one.
+        """
+        return hash_of(without(self.model_dump(mode="json"), ("run", *self.placement)))
 
 
 def load_job(path: Path, overrides: Sequence[str] = ()) -> MainJob:

@@ -32,6 +32,7 @@ from rec.runtime.config import hash_of
 from rec.runtime.errors import UserError
 from rec.runtime.logs import run_main
 from rec.runtime.runfolder import RunFolder
+from rec.runtime.stopping import StopFile
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,7 @@ class Generator:
             stages.temperatures(job.align),
         )
         self.store, self.log = SnapshotStore(stages.snapshots), SampleLog(stages.samples)
+        self.stop = StopFile(job.run)
         # vLLM generates one token after the canary that it scores.
         self.longest = max(max(map(len, prompts)) + llm.knowledge.max_new_tokens, CANARY_TOKENS + 1)
         self.engine: Engine | None = None
@@ -89,6 +91,7 @@ class Generator:
         """Generate until every step of the run has its batch."""
         align = self.job.align
         lora = align.trainer.lora
+        self._stop_if_asked(self.log.next_step())
         self.engine = Engine(
             self.stages.llm_model(self.job.llm), self.job.llm.engine, self.longest, lora_rank=lora.rank if lora else 0
         )
@@ -108,6 +111,7 @@ class Generator:
         """Load the newest snapshot if there is a newer one, waiting where ``step`` needs it; seconds waited."""
         begin, loading, align = time.monotonic(), 0.0, self.job.align
         while True:
+            self._stop_if_asked(step)
             newer = self.store.newest(after=-1 if self.snapshot is None else self.snapshot.version)
             if newer is not None:
                 loading += self._load(newer)
@@ -120,6 +124,10 @@ class Generator:
                     f" {max(0, step - align.max_lag_steps)} or later in {self.store.folder}"
                 )
             time.sleep(0.02)
+
+    def _stop_if_asked(self, step: int) -> None:
+        if self.stop.seen():
+            raise self.stop.stopped(f"before the batch of step {step}")
 
     def _load(self, snapshot: Snapshot) -> float:
         """Swap both models, then prove by the canary that vLLM computes what the trainer computed; seconds it took."""

@@ -9,6 +9,7 @@ Invariants:
 import itertools
 import re
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -154,18 +155,21 @@ class SampleLog:
             raise UserError(f"{path} has schema version {found}, this program reads {SCHEMA_VERSION}")
         return [_sample(row) for row in table.to_pylist()]
 
-    def wait(self, step: int, timeout_s: float) -> float:
-        """Wait until the batch of ``step`` is there; returns the seconds waited.
+    def wait(self, step: int, timeout_s: float, stop: Callable[[], bool] = lambda: False) -> float | None:
+        """Wait until the batch of ``step`` is there; returns the seconds waited, or None if ``stop`` says so.
 
         Raises:
             TimeoutError: naming the file that did not come.
         """
         begin = time.monotonic()
-        while not self._path(step).exists():
+        while True:
+            if stop():
+                return None
+            if self._path(step).exists():
+                return time.monotonic() - begin
             if time.monotonic() - begin > timeout_s:
                 raise TimeoutError(f"waited {timeout_s:.0f} s for the generator to write {self._path(step)}")
             time.sleep(0.01)
-        return time.monotonic() - begin
 
     def _path(self, step: int) -> Path:
         return self.folder / f"batch-{step:08d}.parquet"

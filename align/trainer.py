@@ -40,6 +40,7 @@ from rec.runtime.logs import run_main
 from rec.runtime.progress import progress
 from rec.runtime.ranks import Ranks
 from rec.runtime.runfolder import RunFolder
+from rec.runtime.stopping import StopFile
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +112,9 @@ class Trainer:
         )
         self.store = SnapshotStore(own.snapshots, align.trainer.keep_snapshots)
         self.log = SampleLog(self.stages.samples)
-        self.checkpoints = Checkpoints(own.checkpoints, self.ranks)
+        keep = align.trainer.keep_checkpoints, align.trainer.keep_checkpoint_every
+        self.checkpoints = Checkpoints(own.checkpoints, self.ranks, *keep)
+        self.stop = StopFile(own.run)
         self.meta = {"config_hash": job.identity, "data_hash": data.meta["content_hash"]}
         texts = item_texts(data.items.slice(0, 1), job.llm.item_text)
         self.watch = Watch(align.watch, data.items)
@@ -127,6 +130,9 @@ class Trainer:
         with progress("Align", align.trainer.steps, self.ranks.is_first) as advance:
             while step < align.trainer.steps:
                 waited = self._wait_for(step)
+                if waited is None:
+                    self._save_if_new(step)
+                    raise self.stop.stopped(f"after step {step}")
                 queued = self.log.ready_from(step + 1) if self.ranks.is_first else 0
                 started = time.monotonic()
                 row = self._update(step)
@@ -135,13 +141,18 @@ class Trainer:
                 if step % align.refresh_every == 0 or step == align.trainer.steps:
                     published_s = self._publish(step)
                 if step % align.trainer.checkpoint_every == 0 or step == align.trainer.steps:
-                    self.checkpoints.save(step, {"reader": self.reader.state()}, self.meta, self.policy.save)
+                    self._save_if_new(step)
                 if self.ranks.is_first:
                     busy = time.monotonic() - started
                     row |= {"waited_s": round(waited, 4), "busy_s": round(busy, 4), "queued": queued}
                     self.run.log("train", step=step - 1, publish_s=round(published_s, 4), **row)
                     advance(step, f"reward {row['reward']:.3f}  KL {row['kl']:.3f}  lag {row['lag_steps']}")
         log.info("rank %d: %d steps, %.0f s", self.ranks.rank, step, time.monotonic() - begin)
+
+    def _save_if_new(self, step: int) -> None:
+        """Write the checkpoint of ``step``, unless it is there or nothing has happened yet."""
+        if step and not self.checkpoints.holds(step):
+            self.checkpoints.save(step, {"reader": self.reader.state()}, self.meta, self.policy.save)
 
     def _resume(self) -> int:
         """Restore the newest complete checkpoint; returns the steps that it had finished."""
@@ -162,12 +173,12 @@ class Trainer:
         log.info("resuming after step %d", checkpoint.step)
         return checkpoint.step
 
-    def _wait_for(self, step: int) -> float:
-        """Rank 0 waits for the batch of ``step`` and tells the others; seconds waited."""
-        outcome: float | str = 0.0
+    def _wait_for(self, step: int) -> float | None:
+        """Rank 0 waits for the batch of ``step`` and tells the others; seconds waited, None if the run is to stop."""
+        outcome: float | str | None = 0.0
         if self.ranks.is_first:
             try:
-                outcome = self.log.wait(step, self.job.align.wait_timeout_s)
+                outcome = self.log.wait(step, self.job.align.wait_timeout_s, self.stop.seen)
             except TimeoutError as error:
                 outcome = str(error)
         outcome = self.ranks.broadcast(outcome)

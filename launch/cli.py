@@ -1,6 +1,7 @@
 """The ``recalign`` command."""
 
 import argparse
+import os
 import shlex
 import sys
 from importlib import resources
@@ -8,7 +9,7 @@ from pathlib import Path
 
 from launch import cli_bench, cli_data, cli_llm, cli_rec, cli_reproduce, cli_serve
 from launch.commands import add_command, add_run_options, delete_run
-from rec.runtime.errors import UserError
+from rec.runtime.errors import RESUME_ANYWAY, UserError
 from rec.runtime.logs import run_main
 
 # Heavy modules are imported by the commands that need them, so that --help and mistakes answer at once.
@@ -25,6 +26,8 @@ def main() -> None:
         arguments = parser.parse_args()
     else:
         arguments.overrides += rest
+    if getattr(arguments, "resume_anyway", False):
+        os.environ[RESUME_ANYWAY] = "1"
     run_main(lambda: arguments.handler(arguments), debug=arguments.debug)
 
 

@@ -99,7 +99,8 @@ def two_steps(out: Path, model: Path, port: int, launcher: str = "cpu", **traine
     SampleLog(out / "samples").append(0, samples())
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"launch/accelerate/{launcher}.yaml",
-        "--num_machines", "1", "--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", str(port), "tests/align/policy_steps.py", str(recipe), str(model), str(out),
+        "--num_machines", "1", "--num_processes", "2", "--main_process_ip", "127.0.0.1",
+        "--main_process_port", str(port), "tests/align/policy_steps.py", str(recipe), str(model), str(out),
     ]  # fmt: skip
     environment = os.environ | {
         "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT),
