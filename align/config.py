@@ -101,6 +101,8 @@ class TrainerConfig(Section):
 class GeneratorConfig(Section):
     """The generator job: vLLM and the recommender snapshot."""
 
+    processes: int = Field(1, ge=1)
+    """Generators, each with a vLLM of its own, that take turns: ``batches_per_call`` steps each."""
     batches_per_call: int = Field(4, ge=1)
     """Trainer batches that one vLLM call generates, where the staleness bound allows."""
     cpu_cores: int | None = Field(None, ge=1)
@@ -161,6 +163,8 @@ class AlignConfig(Section):
                 "baseline=leave-one-out compares pairs where samples is 1, and share_texts makes those depend on each"
                 " other: that would bias the gradient; raise objective.samples"
             )
+        if self.others == "newest" and self.generator.processes > 1:
+            raise ValueError("others=newest needs generator.processes=1: several do not know what each other wrote")
         if self.max_lag_steps < self.refresh_every - 1:
             raise ValueError(
                 f"max_lag_steps {self.max_lag_steps} is below refresh_every {self.refresh_every} - 1:"

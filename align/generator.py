@@ -3,6 +3,9 @@
 ``python -m align.generator --config RUN/config.yaml``, in a process of its own. It holds no state of its own: its
 place is the first step without a batch, its weights are the newest snapshot. Kill it at any time and start it again.
 
+Where ``align.generator.processes`` are several, each is started with its ``--number``, and they take turns at stretches
+of ``batches_per_call`` steps. Nothing passes between them.
+
 Staleness rule (hard, in trainer steps): the batch of step t is generated only under a snapshot made at step
 t - max_lag_steps or later. Where the newest one is older, the generator waits; nothing is ever dropped.
 """
@@ -21,7 +24,7 @@ from align.order import StepOrder, Task, training_data
 from align.samples import Other, Sample, SampleLog, Text
 from align.scoring import log_p_y_given_xs, make_inputs, pad_histories
 from align.snapshots import CANARY_TOKENS, Snapshot, SnapshotStore
-from align.start import read_arguments
+from align.start import generator_role, read_arguments
 from llm.engine import Engine
 from llm.prompts import item_texts, prompt_tokens
 from llm.text_encoder import TextEncoder
@@ -59,9 +62,11 @@ class Generator:
 
     Args:
         job: the recipe; its earlier stages (base recommender, LLM, not-aligned recommender) are finished.
+        number: which of the run's generators it is, from 0.
     """
 
-    def __init__(self, job: MainJob) -> None:
+    def __init__(self, job: MainJob, number: int = 0) -> None:
+        self.number = number
         self.job, self.stages, self.run = job, Stages(job.run), RunFolder(job.run)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         stages, llm, trainer = self.stages, job.llm, job.align.trainer
@@ -91,21 +96,32 @@ class Generator:
         """Generate until every step of the run has its batch."""
         align = self.job.align
         lora = align.trainer.lora
-        self._stop_if_asked(self.log.next_step())
+        self._stop_if_asked(self.log.next_step(self._is_own))
         self.engine = Engine(
             self.stages.llm_model(self.job.llm), self.job.llm.engine, self.longest, lora_rank=lora.rank if lora else 0
         )
         waited = 0.0
-        while (step := self.log.next_step()) < align.trainer.steps:
+        while (step := self.log.next_step(self._is_own)) < align.trainer.steps:
             waited += self._refresh(step)
             last = min(
-                step + align.generator.batches_per_call - 1,
+                self._end_of_stretch(step),
                 last_step_allowed(self.snapshot.step, align.max_lag_steps),
                 align.trainer.steps - 1,
             )
             self._generate(range(step, last + 1), waited)
             waited = 0.0
         log.info("all %d batches are written", align.trainer.steps)
+
+    def _is_own(self, step: int) -> bool:
+        """Whether this generator writes the batch of ``step``."""
+        generator = self.job.align.generator
+        return (step // generator.batches_per_call) % generator.processes == self.number
+
+    def _end_of_stretch(self, step: int) -> int:
+        """The last step of one vLLM call that begins with ``step``."""
+        generator = self.job.align.generator
+        offset = step % generator.batches_per_call if generator.processes > 1 else 0
+        return step + generator.batches_per_call - 1 - offset
 
     def _refresh(self, step: int) -> float:
         """Load the newest snapshot if there is a newer one, waiting where ``step`` needs it; seconds waited."""
@@ -287,9 +303,12 @@ def fresh_places(align: AlignConfig, length: int, seed: str) -> list[int]:
 
 def main() -> None:
     """Entry of the generator process."""
-    job, _ = read_arguments(__doc__)
-    with RunFolder(job.run).lock("generator", wait_s=30):
-        Generator(job).loop()
+    job, arguments = read_arguments(__doc__, generator=True)
+    number, several = arguments.number, job.align.generator.processes
+    if not 0 <= number < several:
+        raise UserError(f"--number {number} is none of align.generator.processes {several}, which count from 0")
+    with RunFolder(job.run).lock(generator_role(number), wait_s=30):
+        Generator(job, number).loop()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Invariants:
 - ``batch-N.parquet`` holds exactly the samples that step N trains on, in the order of their ordinals; it is written
   whole, once, and never changed. A sample is therefore never lost, repeated or reordered, whichever job dies when.
-- The generator's place in the run is the first N without a file; the trainer's is its step. Neither is stored.
+- A generator's place in the run is the first of its steps without a file; the trainer's is its step. Neither is stored.
 """
 
 import itertools
@@ -125,11 +125,11 @@ class SampleLog:
             return
         write_table(target, pa.Table.from_pylist([asdict(sample) for sample in samples], SCHEMA))
 
-    def next_step(self) -> int:
-        """The first step that has no batch."""
+    def next_step(self, own: Callable[[int], bool] = lambda step: True) -> int:
+        """The first step that has no batch, of those that are somebody's ``own``."""
         names = (re.fullmatch(r"batch-(\d+)\.parquet", path.name) for path in self.folder.glob("batch-*"))
         written = {int(name[1]) for name in names if name}
-        return next(step for step in itertools.count() if step not in written)
+        return next(step for step in itertools.count() if own(step) and step not in written)
 
     def ready_from(self, step: int) -> int:
         """How many batches, ``step``'s and those after it, are there without a gap."""

@@ -131,12 +131,12 @@ def test_a_state_that_all_ranks_share_may_go_on_on_any_number_of_them(tmp_path):
 
 def test_a_lock_names_its_owners_slurm_job(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
-    with RunFolder(tmp_path).lock("trainer"):
-        with (
-            pytest.raises(UserError, match=rf"its trainer runs as process {os.getpid()} on .* in SLURM job 4711"),
-            RunFolder(tmp_path).lock("trainer"),
-        ):
-            pass
+    with (
+        RunFolder(tmp_path).lock("trainer"),
+        pytest.raises(UserError, match=rf"its trainer runs as process {os.getpid()} on .* in SLURM job 4711"),
+        RunFolder(tmp_path).lock("trainer"),
+    ):
+        pass
     with RunFolder(tmp_path).lock("trainer"):
         pass
     assert not (tmp_path / CONFIG).exists()
