@@ -96,7 +96,11 @@ class Generator:
         """Generate until every step of the run has its batch."""
         align = self.job.align
         lora = align.trainer.lora
-        self._stop_if_asked(self.log.next_step(self._is_own))
+        step = self.log.next_step(self._is_own)
+        if step >= align.trainer.steps:
+            log.info("all of its batches are written already")
+            return
+        self._stop_if_asked(step)
         self.engine = Engine(
             self.stages.llm_model(self.job.llm), self.job.llm.engine, self.longest, lora_rank=lora.rank if lora else 0
         )

@@ -116,6 +116,8 @@ def main() -> None:
     several, on_gpu = int(os.environ.get("WORLD_SIZE", "1")) > 1, torch.cuda.is_available()
     state = PartialState(cpu=not on_gpu, **({"backend": "gloo"} if several and not on_gpu else {}))
     run(job, shlex.join(["python", "-m", "rec.train", *sys.argv[1:]]))
+    # Nobody leaves while others still wait for a message that only gets through with everybody there.
+    Ranks.current().barrier()
     state.destroy_process_group()
 
 

@@ -53,7 +53,7 @@ align() {
   code=$?
   # Whatever the trainer ended with, nobody reads what they would still write; they may be done already.
   kill -TERM $generators 2>/dev/null
-  scancel --signal=KILL "$SLURM_JOB_ID" 2>/dev/null
+  kill_steps
   wait_for $generators
   if [ $code -ne 0 ] || stopped; then finish $code; fi
   stage after "$@" "${placement[@]}"

@@ -38,8 +38,13 @@ warned() {
   note warned
   echo "[batch] warned: stopping at the next step"
   touch "$RUN/STOP"
-  # scancel reaches the steps, not this shell.
-  { sleep "$RECALIGN_GRACE_S" && scancel --signal=KILL "$SLURM_JOB_ID"; } &
+  { sleep "$RECALIGN_GRACE_S" && kill_steps; } &
+}
+
+# kill_steps: every step of the job, one by one: to kill the job's steps at once would be to cancel the job.
+kill_steps() {
+  squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format=%i | grep -v -e batch -e extern |
+    xargs -r -n 1 scancel --signal=KILL 2>/dev/null
 }
 
 stopped() { [ -e "$RUN/STOP" ]; }

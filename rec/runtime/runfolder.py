@@ -51,9 +51,14 @@ class RunFolder:
             raise UserError(f"cannot create the run folder {path}: {error.strerror}") from error
 
     def claim(self, recipe: config.Section) -> None:
-        """Write the resolved recipe, or check that the one that is here is the same.
+        """Write the resolved recipe, after ``check``; raises what that does."""
+        self.check(recipe)
+        files.write_text(self.path / CONFIG, CONFIG_HEADER + config.to_yaml(recipe))
 
-        The folder may have moved, and the recipe's placement (on how many processes it runs) may be another.
+    def check(self, recipe: config.Section) -> None:
+        """Check that this folder is new, or holds a run of the same recipe.
+
+        It may have moved, and the recipe's placement (on how many processes it runs) may be another.
 
         Raises:
             UserError: if the folder holds a run of another recipe, naming the first key that differs, or a
@@ -70,7 +75,6 @@ class RunFolder:
                     f"{self.path} holds a run of another recipe ({_first_difference(before, after)})",
                     "use another run folder, start over with --fresh",
                 )
-        files.write_text(target, CONFIG_HEADER + config.to_yaml(recipe))
 
     def log(self, event: str, **fields: Any) -> None:
         """Append one line to the metrics file; one write call, so that lines of several processes never mix."""

@@ -1,0 +1,81 @@
+"""The commands about clusters: submit, status, logs, doctor, check and plan."""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from launch.commands import add_command
+
+
+def add_commands(commands: argparse._SubParsersAction) -> None:
+    """Define them below ``commands``."""
+    submit = add_command(commands, "submit", _submit, "submit a recipe as a SLURM job", """\
+examples:
+  recalign submit launch/recipes/sasrec-beauty.yaml --nodes 1
+  recalign submit launch/recipes/seralm-llama2.yaml --nodes 3 --generator-nodes 1 --dry-run
+  recalign submit my.yaml --nodes 1 --sbatch "--time=12:00:00" align.trainer.steps=1000   # divides the one node
+
+The script, the resolved recipe, the commit and the packages are kept in RUN/slurm/submission-N.
+""")  # fmt: skip
+    submit.add_argument("recipe", type=Path, help="YAML recipe, or the config.yaml of a run folder")
+    submit.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the recipe")
+    submit.add_argument("--nodes", type=int, default=1, help="nodes of the whole job (default: 1)")
+    submit.add_argument("--generator-nodes", type=int, metavar="M", help="of these, for generators (alignment)")
+    submit.add_argument("--het", action="store_true", help="alignment as a heterogeneous job")
+    submit.add_argument("--sbatch", default="", metavar="OPTIONS", help="more options of sbatch, in one argument")
+    submit.add_argument("--site", type=Path, help="site settings (default: launch/slurm/site.sh)")
+    submit.add_argument("--dry-run", action="store_true", help="print the script, submit and write nothing")
+
+    status = add_command(commands, "status", _status, "say what a run is doing, from its files alone", """\
+examples:
+  recalign status runs/mine
+  watch -n 5 recalign status runs/mine
+""")  # fmt: skip
+    status.add_argument("run", type=Path, help="run folder")
+
+    logs = add_command(commands, "logs", _logs, "show the logs of a run's latest attempt", """\
+examples:
+  recalign logs runs/mine
+  recalign logs runs/mine -f        # until it is finished
+""")  # fmt: skip
+    logs.add_argument("run", type=Path, help="run folder")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on with what is added")
+    logs.add_argument("-n", "--lines", type=int, default=20, help="of every log, to begin with (default: 20)")
+
+
+def _submit(arguments: argparse.Namespace) -> None:
+    from launch.cluster.submit import Wish, submit
+
+    wish = Wish(
+        arguments.recipe,
+        arguments.overrides,
+        arguments.nodes,
+        arguments.generator_nodes,
+        arguments.het,
+        tuple(shlex.split(arguments.sbatch)),
+        arguments.site,
+    )
+    script, job = submit(wish, shlex.join(["recalign", *sys.argv[1:]]), arguments.dry_run)
+    if job is None:
+        sys.stdout.write(script)
+        return
+    from launch.cluster.where import run_of
+
+    run = run_of(arguments.recipe, arguments.overrides)
+    sys.stdout.write(f"Submitted job {job}\n  recalign status {run}\n  recalign logs {run} -f\n")
+
+
+def _status(arguments: argparse.Namespace) -> None:
+    from launch.cluster.status import print_status, status
+
+    print_status(status(arguments.run), arguments.run)
+
+
+def _logs(arguments: argparse.Namespace) -> None:
+    from launch.cluster.status import follow, status
+
+    status(arguments.run)  # says what is wrong with the folder
+    for line in follow(arguments.run, arguments.lines, arguments.follow):
+        sys.stdout.write(f"{line}\n")
+        sys.stdout.flush()
