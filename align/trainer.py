@@ -49,7 +49,8 @@ def make_accelerator(job: MainJob) -> Accelerator:
     """The process group and DeepSpeed: gloo on CPU, NCCL on GPU.
 
     Raises:
-        UserError: if another number of processes was started than the recipe says, or the launcher's file names a
+        UserError: if another number of processes was started than the recipe says (a run may go on with another one,
+            but then the recipe says so: the batch is divided by it), or the launcher's file names a
             DeepSpeed configuration, which would not be used.
     """
     if other := os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
@@ -164,11 +165,11 @@ class Trainer:
                 world_size=self.ranks.size,
                 backend=torch.distributed.get_backend(),
             )
-        found = self.checkpoints.resume(self.meta)
+        found = self.checkpoints.resume(self.meta, replicated=True)
         if found is None:
             return 0
         checkpoint, saved = found
-        self.policy.load(checkpoint.folder)
+        self.policy.load(checkpoint.folder, checkpoint.world_size)
         self.reader.load_state(saved["reader"])
         log.info("resuming after step %d", checkpoint.step)
         return checkpoint.step

@@ -43,6 +43,19 @@ examples:
     logs.add_argument("-f", "--follow", action="store_true", help="go on with what is added")
     logs.add_argument("-n", "--lines", type=int, default=20, help="of every log, to begin with (default: 20)")
 
+    doctor = add_command(commands, "doctor", _doctor, "say which checkpoints are whole and what would be resumed", """\
+examples:
+  recalign doctor runs/mine
+""")  # fmt: skip
+    doctor.add_argument("run", type=Path, help="run folder")
+
+    check = add_command(commands, "check", _check, "measure whether an allocation is fit for a job", """\
+examples:
+  salloc --nodes 2 recalign check --folder /scratch/runs
+  recalign check                    # this machine alone
+""")  # fmt: skip
+    check.add_argument("--folder", type=Path, default=Path(), help="where runs are to live (default: here)")
+
 
 def _submit(arguments: argparse.Namespace) -> None:
     from launch.cluster.submit import Wish, submit
@@ -79,3 +92,15 @@ def _logs(arguments: argparse.Namespace) -> None:
     for line in follow(arguments.run, arguments.lines, arguments.follow):
         sys.stdout.write(f"{line}\n")
         sys.stdout.flush()
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from launch.cluster.doctor import print_diagnoses
+
+    print_diagnoses(arguments.run)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    from launch.cluster.check import start
+
+    sys.exit(start(arguments.folder))

@@ -51,7 +51,8 @@ align() {
   local generators=$!
   wait_for $trainer
   code=$?
-  # Whatever the trainer ended with, nobody reads what they would still write; they may be done already.
+  # Whatever the trainer ended with, nobody reads what they would still write; they may be done, or just stopping.
+  for _ in {1..20}; do kill -0 $generators 2>/dev/null && sleep 0.5; done
   kill -TERM $generators 2>/dev/null
   kill_steps
   wait_for $generators

@@ -53,13 +53,19 @@ def finished(cluster: Cluster, small_data, tmp_path_factory) -> RunFolder:
 
 
 def again(finished: RunFolder, folder: Path, samples: int) -> RunFolder:
-    """The run as it was when alignment began, with so many batches of samples recorded."""
-    run = folder / "run"
+    """The run as it was when alignment began, with so many batches of samples recorded.
+
+    With all of them, what the generator wrote and what is made of its texts at the end is there too.
+    """
+    run, whole = folder / "run", samples == STEPS
     shutil.copytree(finished.path, run)
-    for name in ("checkpoints", "snapshots", "logs", "slurm", *(() if samples == STEPS else ("seralm", "control"))):
+    for name in ("checkpoints", "snapshots", "logs", "slurm", *(() if whole else ("seralm", "control"))):
         shutil.rmtree(run / name)
-    for name in ("result.json", METRICS, *(() if samples == STEPS else ("knowledge/aligned.parquet",))):
+    for name in ("result.json", METRICS, *(() if whole else ("knowledge/aligned.parquet",))):
         (run / name).unlink()
+    for row in finished.events() if whole else []:
+        if row["event"] in ("generated", "refresh"):
+            RunFolder(run).log(**row)
     for path in sorted((run / "samples").glob("batch-*"))[samples:]:
         path.unlink()
     return RunFolder(run)
