@@ -38,7 +38,7 @@ from rec.runtime.config import hash_of
 from rec.runtime.errors import UserError
 from rec.runtime.logs import run_main
 from rec.runtime.progress import progress
-from rec.runtime.ranks import Ranks
+from rec.runtime.ranks import Ranks, lost_contact_is_named
 from rec.runtime.runfolder import RunFolder
 from rec.runtime.stopping import StopFile
 
@@ -138,22 +138,25 @@ class Trainer:
                 started = time.monotonic()
                 row = self._update(step)
                 step += 1
-                published_s = 0.0
+                published_s = saved_s = 0.0
                 if step % align.refresh_every == 0 or step == align.trainer.steps:
                     published_s = self._publish(step)
                 if step % align.trainer.checkpoint_every == 0 or step == align.trainer.steps:
-                    self._save_if_new(step)
+                    saved_s = self._save_if_new(step)
                 if self.ranks.is_first:
                     busy = time.monotonic() - started
                     row |= {"waited_s": round(waited, 4), "busy_s": round(busy, 4), "queued": queued}
-                    self.run.log("train", step=step - 1, publish_s=round(published_s, 4), **row)
+                    row |= {"publish_s": round(published_s, 4), "save_s": round(saved_s, 4)}
+                    self.run.log("train", step=step - 1, **row)
                     advance(step, f"reward {row['reward']:.3f}  KL {row['kl']:.3f}  lag {row['lag_steps']}")
         log.info("rank %d: %d steps, %.0f s", self.ranks.rank, step, time.monotonic() - begin)
 
-    def _save_if_new(self, step: int) -> None:
-        """Write the checkpoint of ``step``, unless it is there or nothing has happened yet."""
+    def _save_if_new(self, step: int) -> float:
+        """Write the checkpoint of ``step``, unless it is there or nothing has happened yet; seconds it took."""
+        begin = time.monotonic()
         if step and not self.checkpoints.holds(step):
             self.checkpoints.save(step, {"reader": self.reader.state()}, self.meta, self.policy.save)
+        return time.monotonic() - begin
 
     def _resume(self) -> int:
         """Restore the newest complete checkpoint; returns the steps that it had finished."""
@@ -269,7 +272,8 @@ def main() -> None:
     into = arguments.replay_into
     first = int(os.environ.get("RANK", "0")) == 0
     # A predecessor that is being killed may hold the lock a little longer.
-    with RunFolder(into or job.run).lock("trainer", wait_s=30) if first else contextlib.nullcontext():
+    lock = RunFolder(into or job.run).lock("trainer", wait_s=30) if first else contextlib.nullcontext()
+    with lost_contact_is_named(), lock:
         trainer = Trainer(job, into)
         trainer.loop()
         trainer.accelerator.end_training()

@@ -1,6 +1,7 @@
 """The commands about clusters: submit, status, logs, doctor, check and plan."""
 
 import argparse
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 examples:
   recalign submit launch/recipes/sasrec-beauty.yaml --nodes 1
   recalign submit launch/recipes/seralm-llama2.yaml --nodes 3 --generator-nodes 1 --dry-run
-  recalign submit my.yaml --nodes 1 --sbatch "--time=12:00:00" align.trainer.steps=1000   # divides the one node
+  recalign submit my.yaml --nodes 1 --sbatch="--time=12:00:00" align.trainer.steps=1000   # divides the one node
 
 The script, the resolved recipe, the commit and the packages are kept in RUN/slurm/submission-N.
 """)  # fmt: skip
@@ -55,6 +56,27 @@ examples:
   recalign check                    # this machine alone
 """)  # fmt: skip
     check.add_argument("--folder", type=Path, default=Path(), help="where runs are to live (default: here)")
+
+    plan = add_command(commands, "plan", _plan, "say whether alignment fits the GPUs, and how to divide them", """\
+examples:
+  recalign plan launch/recipes/seralm-llama2.yaml --nodes 2 --gpus 8 --gpu-memory 80
+  recalign plan my.yaml --nodes 4 --rates runs/short      # by what a short run of it measured
+""")  # fmt: skip
+    plan.add_argument("recipe", type=Path, help="YAML recipe of alignment")
+    plan.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the recipe")
+    for option, kind, default, unit in (
+        ("--nodes", int, 1, "nodes of the whole job"),
+        ("--gpus", int, 8, "GPUs of each node"),
+        ("--gpu-memory", float, 80.0, "of each GPU, in 10⁹ bytes"),
+        ("--prompt-tokens", int, 64, "of the longest prompt"),
+        ("--gpu-tflops", float, 312.0, "of each GPU, dense bf16"),
+        ("--mfu", float, 0.4, "share of these that training reaches"),
+        ("--gpu-bandwidth", float, 2000.0, "of each GPU's memory, in GB/s"),
+        ("--network", float, 20.0, "all-reduce between nodes, in GB/s (recalign check measures it)"),
+        ("--disk", float, 1.0, "writing of each node, in GB/s (recalign check measures it)"),
+    ):
+        plan.add_argument(option, type=kind, default=default, help=f"{unit} (default: {default:g})")
+    plan.add_argument("--rates", type=Path, metavar="RUN", help="take the rates that this run measured")
 
 
 def _submit(arguments: argparse.Namespace) -> None:
@@ -104,3 +126,15 @@ def _check(arguments: argparse.Namespace) -> None:
     from launch.cluster.check import start
 
     sys.exit(start(arguments.folder))
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    # DeepSpeed is asked for its settings alone, and would look for a GPU.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from launch.cluster.plan import Machines, load, plan, print_plan
+    from launch.cluster.rates import Hardware
+
+    hardware = Hardware(arguments.gpu_tflops, arguments.mfu, arguments.gpu_bandwidth, arguments.network, arguments.disk)
+    machines = Machines(arguments.nodes, arguments.gpus, arguments.gpu_memory * 1e9, hardware)
+    job = load(arguments.recipe, arguments.overrides)
+    print_plan(plan(job, machines, arguments.prompt_tokens, arguments.rates), machines)

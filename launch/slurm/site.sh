@@ -19,6 +19,8 @@ RECALIGN_SRUN=()
 # --- the network ---
 # The interface of the fast network, e.g. ib0 or hsn0; empty: the address that the host's name resolves to.
 RECALIGN_INTERFACE=${RECALIGN_INTERFACE:-}
+# Seconds that ranks wait for each other before they give up: longer than anything that one of them does alone.
+export RECALIGN_TIMEOUT_S=${RECALIGN_TIMEOUT_S:-1800}
 # Compute nodes seldom reach the internet: fetch models beforehand.
 # export HF_HUB_OFFLINE=1
 

@@ -17,7 +17,11 @@ class Stopped(Exception):
     """The job was asked to stop, and has saved what it needs to go on: it ends with exit code 0 and no result."""
 
 
-EXIT_USER_ERROR = 2
+class LostContact(Exception):
+    """Other processes of the job are gone: shown as one line; the same command, started again, goes on."""
+
+
+EXIT_USER_ERROR, EXIT_TRY_AGAIN = 2, 75
 # Set by --resume-anyway: an environment variable, because every rank of every process of the job has to know it.
 RESUME_ANYWAY = "RECALIGN_RESUME_ANYWAY"
 

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from rec.runtime.errors import EXIT_USER_ERROR, Stopped, UserError
+from rec.runtime.errors import EXIT_TRY_AGAIN, EXIT_USER_ERROR, LostContact, Stopped, UserError
 from rec.runtime.memory import keep_freed_memory
 
 log = logging.getLogger(__name__)
@@ -49,6 +49,11 @@ def run_main(main: Callable[[], None], role: str = "", debug: bool = False) -> N
         where = f"{error.filename}: " if error.filename else ""
         sys.stderr.write(f"error: {where}{error.strerror}; once that is mended, start the same command again\n")
         sys.exit(EXIT_USER_ERROR)
+    except LostContact as error:
+        sys.stderr.write(f"{error}\n")
+        sys.stderr.flush()
+        # Not sys.exit: the libraries would wait for those who are gone once more when they are taken down.
+        os._exit(EXIT_TRY_AGAIN)
     except Stopped as stopped:
         log.info("%s", stopped)
     except KeyboardInterrupt:

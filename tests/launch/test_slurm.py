@@ -126,7 +126,7 @@ def test_a_requeued_job_goes_on_where_it_was(cluster, finished, tmp_path):
 
 def test_a_job_that_a_higher_priority_takes_the_nodes_from_goes_on_afterwards(cluster, finished, tmp_path):
     run = again(finished, tmp_path, STEPS)
-    job = cluster.submit(run.path / CONFIG, *ALIGNMENT, "--sbatch", "--partition=main")
+    job = cluster.submit(run.path / CONFIG, *ALIGNMENT, "--sbatch=--partition=main")
     cluster.wait(job, run, lambda: len(run.steps("train")) > 5)
     urgent = ("--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
     cluster.run("sbatch", *urgent)
@@ -143,7 +143,7 @@ def test_a_job_that_a_higher_priority_takes_the_nodes_from_goes_on_afterwards(cl
 
 def test_a_job_whose_time_is_up_goes_on_although_its_generator_hangs(cluster, finished, tmp_path):
     run = again(finished, tmp_path, STEPS // 2)
-    job = cluster.submit(run.path / CONFIG, *ALIGNMENT, "--sbatch", "--time=60 --signal=B:USR1@25")
+    job = cluster.submit(run.path / CONFIG, *ALIGNMENT, "--sbatch=--time=60 --signal=B:USR1@25")
     cluster.wait(job, run, lambda: bool(run.events("generated")))
     generator = run.events("generated")[-1]["pid"]
     os.kill(generator, signal.SIGSTOP)  # neither generates nor sees that it is to stop
