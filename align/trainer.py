@@ -35,7 +35,7 @@ from rec.data.prepared import Prepared
 from rec.models.base import SequenceRecommender
 from rec.runtime.checkpoint import Checkpoints
 from rec.runtime.config import hash_of
-from rec.runtime.errors import UserError
+from rec.runtime.errors import Stopped, UserError
 from rec.runtime.logs import run_main
 from rec.runtime.progress import progress
 from rec.runtime.ranks import Ranks, lost_contact_is_named
@@ -275,7 +275,11 @@ def main() -> None:
     lock = RunFolder(into or job.run).lock("trainer", wait_s=30) if first else contextlib.nullcontext()
     with lost_contact_is_named(), lock:
         trainer = Trainer(job, into)
-        trainer.loop()
+        try:
+            trainer.loop()
+        except Stopped:
+            trainer.accelerator.end_training()
+            raise
         trainer.accelerator.end_training()
 
 

@@ -22,6 +22,7 @@ from rec.job import RecJob, grid_of, load_job, open_data
 from rec.models.base import Recommender
 from rec.runtime import files
 from rec.runtime.config import hash_of
+from rec.runtime.errors import Stopped
 from rec.runtime.logs import run_main
 from rec.runtime.ranks import Ranks, lost_contact_is_named, timeout
 from rec.runtime.runfolder import RunFolder
@@ -117,10 +118,16 @@ def main() -> None:
     group = {"timeout": timeout(), **({"backend": "gloo"} if several and not on_gpu else {})}
     with lost_contact_is_named():
         state = PartialState(cpu=not on_gpu, **(group if several else {}))
-        run(job, shlex.join(["python", "-m", "rec.train", *sys.argv[1:]]))
+        stopped = None
+        try:
+            run(job, shlex.join(["python", "-m", "rec.train", *sys.argv[1:]]))
+        except Stopped as reason:
+            stopped = reason
         # Nobody leaves while others still wait for a message that only gets through with everybody there.
         Ranks.current().barrier()
-    state.destroy_process_group()
+        state.destroy_process_group()
+    if stopped:
+        raise stopped
 
 
 if __name__ == "__main__":

@@ -53,14 +53,20 @@ class Result:
 
 
 def start(folder: Path) -> int:
-    """Check from a shell: on every node of the allocation that this is in, or on this machine; the exit code."""
+    """Check from a shell: on every node of the allocation that this is in, or on this machine; the exit code.
+
+    Raises:
+        UserError: if there is no such folder here, or srun cannot start anything.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder: where are runs to live? --folder")
     own = [sys.executable, "-m", "launch.cluster.check", "--folder", str(folder.absolute())]
     if "SLURM_JOB_ID" not in os.environ:
         return subprocess.run(own, check=False).returncode
     if shutil.which("srun") is None:
         raise UserError("this is a SLURM job without srun: check from the batch script, not from inside a container")
     nodes = os.environ.get("SLURM_JOB_NUM_NODES") or os.environ["SLURM_NNODES"]
-    srun = ["srun", "--overlap", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
+    srun = ["srun", "--overlap", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit"]
     head = subprocess.run(
         [*srun[:2], "--nodes=1", "--ntasks=1", "hostname", "--ip-address"], capture_output=True, text=True, check=False
     )
@@ -177,8 +183,6 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(), help="where runs are to live")
     folder = parser.parse_args().folder.absolute()
     _join_group()
-    if not folder.is_dir():
-        raise UserError(f"{folder} is no folder that this node sees")
     found = measure(folder)
     results = list(judge(found, folder)) if found else []
     for result in results:

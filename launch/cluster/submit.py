@@ -134,7 +134,9 @@ def _resolved(wish: Wish) -> tuple[dict[str, Any], str]:
     if kind in sections:
         # How many processes there are is decided by the nodes.
         content = without(content, sections[kind].placement)
-        RunFolder(run).check(build(sections[kind], content))
+        job = build(sections[kind], content)
+        if run.is_dir():
+            RunFolder(run).check(job)
     return content, kind
 
 

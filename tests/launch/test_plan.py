@@ -94,7 +94,7 @@ def test_with_room_to_work_ahead_a_run_takes_as_long_as_its_slower_job(update_s,
     assert found.wall_s == pytest.approx(60 * slower, rel=0.05)
     waits = found.trainer_waiting_share, found.generator_waiting_share
     assert (waits[0] > 0.5) == (batch_s > update_s)
-    assert (waits[1] > 0.5) == (update_s > batch_s)
+    assert (waits[1] > 0.3) == (update_s > batch_s)
 
 
 @pytest.mark.parametrize(

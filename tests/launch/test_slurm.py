@@ -7,6 +7,7 @@ it. The runs whose generator is disturbed have samples of their own, and must eq
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -114,6 +115,32 @@ def test_two_nodes_train_one_generates_and_the_folder_tells_it(cluster, finished
     assert "trainer-1: " in cluster.recalign("logs", finished.path, "-n", "3")
 
 
+def test_the_page_about_clusters_can_be_followed_command_for_command(tmp_path):
+    """Every command of the first section of docs/cluster.md; the run and the cluster are in folders of this test."""
+    section = (ROOT / "docs" / "cluster.md").read_text().partition("## From nothing")[2].partition("\n## ")[0]
+    commands = re.findall(r"^\$ (.+)$", section, re.MULTILINE)
+    assert len(commands) == 9
+    places = {"/tmp/slurm": str(tmp_path / "slurm"), "runs": str(tmp_path / "runs")}
+    (tmp_path / "runs").mkdir()
+    own = f"--sbatch=--chdir={ROOT} run={tmp_path}/runs/sasrec-closed-world"
+    script = ["set -eu", 'recalign() { "$RECALIGN_PYTHON" -m launch.cli "$@"; }', "export -f recalign"]
+    for command in commands:
+        command = re.sub(r"(?<!recipes/)\b(runs)\b|/tmp/slurm", lambda found: places[found[0]], command)
+        if "submit" in command:
+            command += f" {own}"
+        if command.startswith("salloc"):  # which looks for a program, and finds something to mend on one machine
+            command = command.replace("recalign", f"{sys.executable} -m launch.cli") + " || test $? = 1"
+        script.append(f"echo '$ {command}'; {command}")
+    environment = {**os.environ, "PATH": PATH, "PYTHONPATH": str(ROOT), "RECALIGN_PYTHON": sys.executable}
+    done = subprocess.run(
+        ["bash", "-c", "\n".join(script)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
+    )
+    subprocess.run([str(ROOT / "launch/slurm/test-cluster.sh"), "stop", str(tmp_path / "slurm")], check=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for said in ("ranks: 2 on n1, n2", "MEND  addresses", "Submitted job", "sasrec-closed-world: finished", "step-"):
+        assert said in done.stdout, done.stdout + done.stderr
+
+
 def test_a_requeued_job_goes_on_where_it_was(cluster, finished, tmp_path):
     run = again(finished, tmp_path, STEPS)
     job = cluster.submit(run.path / CONFIG, *ALIGNMENT)
@@ -164,7 +191,7 @@ def test_a_generator_that_is_killed_is_started_again_beside_the_trainer(cluster,
     cluster.wait(job, run, lambda: len(run.steps("train")) > 5)
     os.kill(run.events("generated")[-1]["pid"], signal.SIGKILL)
     cluster.finish(job, run)
-    assert [row["job_part"] for row in run.events("restarted")] == ["generator"]
+    assert {row["job_part"] for row in run.events("restarted")} == {"generator"}
     assert len({row["pid"] for row in run.events("generated")}) == 2
     assert len({row["pid"] for row in run.events("train")}) == 1
     assert len(run.events("attempt")) == 1
