@@ -69,7 +69,9 @@ def submit(wish: Wish, command: str, dry_run: bool = False) -> tuple[str, str | 
     _check_nodes(wish, kind)
     number = len(list((run / "slurm").glob(f"{SUBMISSION}-*"))) + 1
     folder = run / "slurm" / f"{SUBMISSION}-{number}"
-    script = render(wish, kind, folder / RECIPE, run / "slurm")
+    # Items that read what was said of them last need one generator, which alone knows.
+    alone = content.get("align", {}).get("others") == "newest" if kind == "align" else False
+    script = render(wish, kind, folder / RECIPE, run / "slurm", alone)
     if dry_run:
         return script, None
     if shutil.which("sbatch") is None:
@@ -83,7 +85,7 @@ def submit(wish: Wish, command: str, dry_run: bool = False) -> tuple[str, str | 
     return script, job
 
 
-def render(wish: Wish, kind: str, recipe: Path, out: Path) -> str:
+def render(wish: Wish, kind: str, recipe: Path, out: Path, one_generator: bool = False) -> str:
     """The batch script of a job: the shipped one, its sourced files put in, its node counts and recipe filled in."""
     name = "align-het.sbatch" if wish.heterogeneous else f"{kind}.sbatch"
     text = resources.files("launch.slurm").joinpath(name).read_text(encoding="utf-8")
@@ -95,11 +97,15 @@ def render(wish: Wish, kind: str, recipe: Path, out: Path) -> str:
         text = re.sub(r"^#SBATCH --nodes=\d+$", f"#SBATCH --nodes={wish.nodes}", text, flags=re.MULTILINE)
     text = re.sub(r"^#SBATCH --output=.*$", f"#SBATCH --output={out}/batch-%j.out", text, flags=re.MULTILINE)
     more = "".join(f"#SBATCH {option}\n" for option in wish.options)
+    if wish.heterogeneous:  # each component has options of its own
+        text = text.replace("#SBATCH hetjob\n", f"{more}#SBATCH hetjob\n")
     # Every #SBATCH line must come before the first command.
     head, begin, body = text.partition('cd "${SLURM_SUBMIT_DIR')
     settings = f"RECALIGN_PYTHON=${{RECALIGN_PYTHON:-{shlex.quote(sys.executable)}}}\n"
     if kind == "align" and not wish.heterogeneous:
         settings += f"GENERATOR_NODES={generators}\n"
+    if one_generator:
+        settings += "GENERATORS=1\n"
 
     def included(found: re.Match) -> str:
         given = _site(wish.site).read_text(encoding="utf-8") if found[1] == "site.sh" else None

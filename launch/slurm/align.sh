@@ -12,14 +12,17 @@ divide() {
   else # one node: its GPUs, or its cores, are divided
     GENERATORS=${GENERATORS:-1}
     TRAINERS=("${HOSTS[0]}") GENERATORS_ON=("${HOSTS[0]}")
-    TRAINER_OPTIONS=--exact GENERATOR_OPTIONS=--exact
+    [ -n "${SLURM_GPUS_ON_NODE:-}" ] && PER_NODE=$((PER_NODE - GENERATORS))
+    local cores=$((SLURM_CPUS_ON_NODE * GENERATORS / (GENERATORS + PER_NODE)))
+    if [ "$cores" -lt "$GENERATORS" ]; then # too few cores to give each of the two its own
+      TRAINER_OPTIONS=--overlap GENERATOR_OPTIONS=--overlap
+    else
+      TRAINER_OPTIONS="--exact --cpus-per-task=$((SLURM_CPUS_ON_NODE - cores))"
+      GENERATOR_OPTIONS="--exact --cpus-per-task=$((cores / GENERATORS))"
+    fi
     if [ -n "${SLURM_GPUS_ON_NODE:-}" ]; then
-      PER_NODE=$((PER_NODE - GENERATORS))
       TRAINER_OPTIONS+=" --gpus=$PER_NODE" GENERATOR_OPTIONS+=" --gpus=$GENERATORS"
     fi
-    local cores=$((SLURM_CPUS_ON_NODE * GENERATORS / (GENERATORS + PER_NODE)))
-    GENERATOR_OPTIONS+=" --cpus-per-task=$((cores / GENERATORS > 0 ? cores / GENERATORS : 1))"
-    TRAINER_OPTIONS+=" --cpus-per-task=$((SLURM_CPUS_ON_NODE - cores))"
   fi
 }
 
