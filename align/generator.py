@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from align.config import AlignConfig, MainJob, Stages
-from align.order import StepOrder, Task, training_data
+from align.order import StepOrder, Task, Turns, training_data
 from align.samples import Other, Sample, SampleLog, Text
 from align.scoring import log_p_y_given_xs, make_inputs, pad_histories
 from align.snapshots import CANARY_TOKENS, Snapshot, SnapshotStore
@@ -66,7 +66,8 @@ class Generator:
     """
 
     def __init__(self, job: MainJob, number: int = 0) -> None:
-        self.number = number
+        generator = job.align.generator
+        self.turns = Turns(number, generator.processes, generator.batches_per_call)
         self.job, self.stages, self.run = job, Stages(job.run), RunFolder(job.run)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         stages, llm, trainer = self.stages, job.llm, job.align.trainer
@@ -96,7 +97,7 @@ class Generator:
         """Generate until every step of the run has its batch."""
         align = self.job.align
         lora = align.trainer.lora
-        step = self.log.next_step(self._is_own)
+        step = self.log.next_step(self.turns.has)
         if step >= align.trainer.steps:
             log.info("all of its batches are written already")
             return
@@ -105,27 +106,16 @@ class Generator:
             self.stages.llm_model(self.job.llm), self.job.llm.engine, self.longest, lora_rank=lora.rank if lora else 0
         )
         waited = 0.0
-        while (step := self.log.next_step(self._is_own)) < align.trainer.steps:
+        while (step := self.log.next_step(self.turns.has)) < align.trainer.steps:
             waited += self._refresh(step)
             last = min(
-                self._end_of_stretch(step),
+                self.turns.end(step) - 1,
                 last_step_allowed(self.snapshot.step, align.max_lag_steps),
                 align.trainer.steps - 1,
             )
             self._generate(range(step, last + 1), waited)
             waited = 0.0
         log.info("all %d batches are written", align.trainer.steps)
-
-    def _is_own(self, step: int) -> bool:
-        """Whether this generator writes the batch of ``step``."""
-        generator = self.job.align.generator
-        return (step // generator.batches_per_call) % generator.processes == self.number
-
-    def _end_of_stretch(self, step: int) -> int:
-        """The last step of one vLLM call that begins with ``step``."""
-        generator = self.job.align.generator
-        offset = step % generator.batches_per_call if generator.processes > 1 else 0
-        return step + generator.batches_per_call - 1 - offset
 
     def _refresh(self, step: int) -> float:
         """Load the newest snapshot if there is a newer one, waiting where ``step`` needs it; seconds waited."""

@@ -8,6 +8,7 @@ generators take turns at stretches of ``batches_per_call`` steps; a snapshot is 
 from dataclasses import dataclass
 
 from align.config import AlignConfig
+from align.order import Turns
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Prediction:
 
 @dataclass
 class _Generator:
-    number: int
+    turns: Turns
     next_step: int
     free_at: float = 0.0
     loaded: int = -1
@@ -72,8 +73,8 @@ class Simulation:
 
     def __init__(self, align: AlignConfig, rates: Rates, generators: int) -> None:
         self.align, self.rates, self.steps = align, rates, align.trainer.steps
-        self.stretch = align.generator.batches_per_call
-        self.generators = [_Generator(nth, nth * self.stretch) for nth in range(generators)]
+        turns = [Turns(nth, generators, align.generator.batches_per_call) for nth in range(generators)]
+        self.generators = [_Generator(own, own.next(0)) for own in turns]
         # When each snapshot was there, by the steps it had finished; snapshots are in the order of both.
         self.published: list[tuple[int, float]] = [(0, 0.0)]
         self.ready: dict[int, float] = {}
@@ -83,7 +84,7 @@ class Simulation:
     def run(self) -> Prediction:
         """Until the trainer's last step."""
         while self.trainer_step < self.steps:
-            starts = [(self._generator_start(one), 1, one.number) for one in self.generators]
+            starts = [(self._generator_start(one), 1, one.turns.number) for one in self.generators]
             starts = [start for start in starts if start[0] is not None]
             if self.trainer_step in self.ready:
                 starts.append((max(self.trainer_free, self.ready[self.trainer_step]), 0, 0))
@@ -117,15 +118,12 @@ class Simulation:
         one.waited += begin - one.free_at
         newest = max(step for step, at in self.published if at <= begin)
         now = begin + (self.rates.refresh_s if newest > one.loaded else 0.0)
-        one.loaded, first, several = newest, one.next_step, len(self.generators) > 1
-        end = first + self.stretch - (first % self.stretch if several else 0)
-        end = min(end, newest + self.align.max_lag_steps + 1, self.steps)
+        one.loaded, first = newest, one.next_step
+        end = min(one.turns.end(first), newest + self.align.max_lag_steps + 1, self.steps)
         one.free_at = now + self.rates.call_s + (end - first) * self.rates.batch_s
         for step in range(first, end):
             self.ready[step], self.made_at[step] = one.free_at, newest
-        one.next_step = end
-        if several and end % self.stretch == 0:
-            one.next_step += (len(self.generators) - 1) * self.stretch
+        one.next_step = one.turns.next(end)
 
     def _train(self, begin: float) -> None:
         trainer, step = self.align.trainer, self.trainer_step + 1
