@@ -27,7 +27,7 @@ from rec.job import RecJob
 from rec.runtime import files
 from rec.runtime.config import Section, apply_overrides, build, read_recipe, without
 from rec.runtime.errors import UserError
-from rec.runtime.runfolder import RunFolder
+from rec.runtime.runfolder import RESULT, RunFolder
 
 SUBMISSION, RECIPE, SCRIPT, ENVIRONMENT, PATCH = (
     "submission", "recipe.yaml", "job.sbatch", "environment.json", "uncommitted.patch",
@@ -67,6 +67,8 @@ def submit(wish: Wish, command: str, dry_run: bool = False) -> tuple[str, str | 
     content, kind = _resolved(wish)
     run = Path(content["run"])
     _check_nodes(wish, kind)
+    if (run / RESULT).exists():
+        raise UserError(f"{run} is finished: there is nothing to submit; take another run folder (run=...)")
     number = len(list((run / "slurm").glob(f"{SUBMISSION}-*"))) + 1
     folder = run / "slurm" / f"{SUBMISSION}-{number}"
     # Items that read what was said of them last need one generator, which alone knows.

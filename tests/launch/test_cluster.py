@@ -99,6 +99,7 @@ def test_mistakes_are_found_before_anything_is_submitted(recipe, tmp_path, monke
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "there is no sbatch here" in refused(Wish(recipe, [], 1))
     train_run(load_job(recipe), "test")
+    assert "is finished: there is nothing to submit" in refused(Wish(recipe, [], 1))
     assert "holds a run of another recipe (rec.train.lr: 0.001 there, 0.5 now)" in refused(
         Wish(recipe, ["rec.train.lr=0.5"], 1)
     )

@@ -38,6 +38,7 @@ from llm.text_encoder import TextEncoder
 from rec.data.prepared import Prepared
 from rec.runtime.checkpoint import Checkpoints
 from rec.runtime.runfolder import CONFIG, RunFolder
+from rec.runtime.stopping import STOP
 
 pytestmark = [pytest.mark.distributed, pytest.mark.vllm]
 
@@ -223,8 +224,17 @@ def test_a_finished_run_says_so_and_another_recipe_is_refused(finished):
 
 
 def test_kill_nine_of_generator_rank_and_everything_changes_nothing(finished, tmp_path):
-    """One run that loses its generator, then a trainer rank, then all processes at once, and is started again."""
+    """One run that is stopped, loses its generator, then a trainer rank, then everything, and goes on each time."""
     run = before_alignment(finished, tmp_path)
+    process = start(run.path)
+    wait_until(lambda: len(run.steps("train")) > 2, process)
+    (run.path / STOP).touch()
+    assert "STOP asks for it: stopped in alignment" in finish(run.path, process)
+    assert run.result() is None
+    # What was done is saved, and no step is done twice.
+    assert Checkpoints(run.path / "checkpoints").newest().step == len(run.events("train"))
+    (run.path / STOP).unlink()
+
     process = start(run.path)
     wait_until(lambda: len(run.steps("train")) > 5, process)
     os.kill(run.events("generated")[-1]["pid"], signal.SIGKILL)
