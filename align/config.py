@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -11,7 +11,7 @@ from llm.config import LLMConfig
 from rec.config import RecConfig, TrainConfig
 from rec.data.builtin import BUILTIN
 from rec.runtime import files
-from rec.runtime.config import Section, hash_of, load
+from rec.runtime.config import Section, hash_of, load, without
 from rec.runtime.errors import UserError
 from rec.runtime.runfolder import is_run_config
 
@@ -68,6 +68,8 @@ class TrainerConfig(Section):
     processes: int = Field(2, ge=1)
     """Ranks of the whole trainer, over all machines."""
     zero_stage: Literal[1, 2, 3] = 2
+    offload: bool = False
+    """With ZeRO-3: weights, gradients and optimizer states of the LLM in host memory while they are not in use."""
     bf16: bool = False
     batch_size: int = Field(32, ge=2)
     """Samples (x, y) a step, over all ranks."""
@@ -82,13 +84,25 @@ class TrainerConfig(Section):
     """Of the recommender (Adam)."""
     checkpoint_every: int = Field(50, ge=1)
     """Steps."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Newest checkpoints that are kept."""
+    keep_checkpoint_every: int | None = Field(None, ge=1)
+    """Checkpoints of every so many steps are kept for good; null for none."""
     keep_snapshots: int = Field(4, ge=2)
     seed: int = 42
+
+    @model_validator(mode="after")
+    def _offloads_what_is_sharded(self) -> Self:
+        if self.offload and self.zero_stage != 3:
+            raise ValueError("offload needs zero_stage=3: the other stages keep all weights on every device")
+        return self
 
 
 class GeneratorConfig(Section):
     """The generator job: vLLM and the recommender snapshot."""
 
+    processes: int = Field(1, ge=1)
+    """Generators, each with a vLLM of its own, that take turns: ``batches_per_call`` steps each."""
     batches_per_call: int = Field(4, ge=1)
     """Trainer batches that one vLLM call generates, where the staleness bound allows."""
     cpu_cores: int | None = Field(None, ge=1)
@@ -149,6 +163,8 @@ class AlignConfig(Section):
                 "baseline=leave-one-out compares pairs where samples is 1, and share_texts makes those depend on each"
                 " other: that would bias the gradient; raise objective.samples"
             )
+        if self.others == "newest" and self.generator.processes > 1:
+            raise ValueError("others=newest needs generator.processes=1: several do not know what each other wrote")
         if self.max_lag_steps < self.refresh_every - 1:
             raise ValueError(
                 f"max_lag_steps {self.max_lag_steps} is below refresh_every {self.refresh_every} - 1:"
@@ -170,6 +186,12 @@ class AlignConfig(Section):
 
 class MainJob(Section):
     """A recipe of the main job: ``recalign demo`` and ``recalign align``."""
+
+    placement: ClassVar[tuple[str, ...]] = (
+        "align.trainer.processes",
+        "align.generator.processes",
+        "align.generator.cpu_cores",
+    )
 
     data: str
     """A prepared folder, or the name of a built-in data set."""
@@ -199,8 +221,11 @@ class MainJob(Section):
 
     @property
     def identity(self) -> str:
-        """Hash of everything that decides the result: all keys but the place of the run folder."""
-        return hash_of(self.model_dump(mode="json", exclude={"run"}))
+        """Hash of what is computed: all keys but the place of the run folder and the placement.
+
+        The number of ranks decides the last bits of a result too, but a run may go on with another one.
+        """
+        return hash_of(without(self.model_dump(mode="json"), ("run", *self.placement)))
 
 
 def load_job(path: Path, overrides: Sequence[str] = ()) -> MainJob:

@@ -3,6 +3,9 @@
 ``python -m align.generator --config RUN/config.yaml``, in a process of its own. It holds no state of its own: its
 place is the first step without a batch, its weights are the newest snapshot. Kill it at any time and start it again.
 
+Where ``align.generator.processes`` are several, each is started with its ``--number``, and they take turns at stretches
+of ``batches_per_call`` steps. Nothing passes between them.
+
 Staleness rule (hard, in trainer steps): the batch of step t is generated only under a snapshot made at step
 t - max_lag_steps or later. Where the newest one is older, the generator waits; nothing is ever dropped.
 """
@@ -17,11 +20,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from align.config import AlignConfig, MainJob, Stages
-from align.order import StepOrder, Task, training_data
+from align.order import StepOrder, Task, Turns, training_data
 from align.samples import Other, Sample, SampleLog, Text
 from align.scoring import log_p_y_given_xs, make_inputs, pad_histories
 from align.snapshots import CANARY_TOKENS, Snapshot, SnapshotStore
-from align.start import read_arguments
+from align.start import generator_role, read_arguments
 from llm.engine import Engine
 from llm.prompts import item_texts, prompt_tokens
 from llm.text_encoder import TextEncoder
@@ -33,6 +36,7 @@ from rec.runtime.config import hash_of
 from rec.runtime.errors import UserError
 from rec.runtime.logs import run_main
 from rec.runtime.runfolder import RunFolder
+from rec.runtime.stopping import StopFile
 
 log = logging.getLogger(__name__)
 
@@ -59,9 +63,12 @@ class Generator:
 
     Args:
         job: the recipe; its earlier stages (base recommender, LLM, not-aligned recommender) are finished.
+        number: which of the run's generators it is, from 0.
     """
 
-    def __init__(self, job: MainJob) -> None:
+    def __init__(self, job: MainJob, number: int = 0) -> None:
+        generator = job.align.generator
+        self.turns = Turns(number, generator.processes, generator.batches_per_call)
         self.job, self.stages, self.run = job, Stages(job.run), RunFolder(job.run)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         stages, llm, trainer = self.stages, job.llm, job.align.trainer
@@ -79,6 +86,7 @@ class Generator:
             stages.temperatures(job.align),
         )
         self.store, self.log = SnapshotStore(stages.snapshots), SampleLog(stages.samples)
+        self.stop = StopFile(job.run)
         # vLLM generates one token after the canary that it scores.
         self.longest = max(max(map(len, prompts)) + llm.knowledge.max_new_tokens, CANARY_TOKENS + 1)
         self.engine: Engine | None = None
@@ -90,14 +98,19 @@ class Generator:
         """Generate until every step of the run has its batch."""
         align = self.job.align
         lora = align.trainer.lora
+        step = self.log.next_step(self.turns.has)
+        if step >= align.trainer.steps:
+            log.info("all of its batches are written already")
+            return
+        self._stop_if_asked(step)
         self.engine = Engine(
             self.stages.llm_model(self.job.llm), self.job.llm.engine, self.longest, lora_rank=lora.rank if lora else 0
         )
         waited = 0.0
-        while (step := self.log.next_step()) < align.trainer.steps:
+        while (step := self.log.next_step(self.turns.has)) < align.trainer.steps:
             waited += self._refresh(step)
             last = min(
-                step + align.generator.batches_per_call - 1,
+                self.turns.end(step) - 1,
                 last_step_allowed(self.snapshot.step, align.max_lag_steps),
                 align.trainer.steps - 1,
             )
@@ -109,6 +122,7 @@ class Generator:
         """Load the newest snapshot if there is a newer one, waiting where ``step`` needs it; seconds waited."""
         begin, loading, align = time.monotonic(), 0.0, self.job.align
         while True:
+            self._stop_if_asked(step)
             newer = self.store.newest(after=-1 if self.snapshot is None else self.snapshot.version)
             if newer is not None:
                 loading += self._load(newer)
@@ -121,6 +135,10 @@ class Generator:
                     f" {max(0, step - align.max_lag_steps)} or later in {self.store.folder}"
                 )
             time.sleep(0.02)
+
+    def _stop_if_asked(self, step: int) -> None:
+        if self.stop.seen():
+            raise self.stop.stopped(f"before the batch of step {step}")
 
     def _load(self, snapshot: Snapshot) -> float:
         """Swap both models, then prove by the canary that vLLM computes what the trainer computed; seconds it took."""
@@ -281,9 +299,12 @@ def fresh_places(align: AlignConfig, length: int, seed: str) -> list[int]:
 
 def main() -> None:
     """Entry of the generator process."""
-    job, _ = read_arguments(__doc__)
-    with RunFolder(job.run).lock("generator", wait_s=30):
-        Generator(job).loop()
+    job, arguments = read_arguments(__doc__, generator=True)
+    number, several = arguments.number, job.align.generator.processes
+    if not 0 <= number < several:
+        raise UserError(f"--number {number} is none of align.generator.processes {several}, which count from 0")
+    with RunFolder(job.run).lock(generator_role(number), wait_s=30):
+        Generator(job, number).loop()
 
 
 if __name__ == "__main__":

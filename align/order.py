@@ -31,6 +31,35 @@ class Pair:
     target: int
 
 
+@dataclass(frozen=True)
+class Turns:
+    """Which steps are one generator's, where ``several`` of them take turns at stretches of ``stretch`` steps.
+
+    Attributes:
+        number: of this generator, from 0.
+        several: how many there are.
+        stretch: steps whose batches one call of vLLM generates, at most.
+    """
+
+    number: int
+    several: int
+    stretch: int
+
+    def has(self, step: int) -> bool:
+        """Whether this generator writes the batch of ``step``."""
+        return (step // self.stretch) % self.several == self.number
+
+    def end(self, step: int) -> int:
+        """Where a call that begins with ``step`` ends at the latest, exclusive; alone, it need not begin a stretch."""
+        return step + self.stretch - (step % self.stretch if self.several > 1 else 0)
+
+    def next(self, step: int) -> int:
+        """The first of its steps that is ``step`` or later."""
+        while not self.has(step):
+            step += self.stretch - step % self.stretch
+        return step
+
+
 class PairOrder:
     """All (x, y) of the training parts, in a new random order each epoch.
 

@@ -3,12 +3,13 @@
 Invariants:
 - ``batch-N.parquet`` holds exactly the samples that step N trains on, in the order of their ordinals; it is written
   whole, once, and never changed. A sample is therefore never lost, repeated or reordered, whichever job dies when.
-- The generator's place in the run is the first N without a file; the trainer's is its step. Neither is stored.
+- A generator's place in the run is the first of its steps without a file; the trainer's is its step. Neither is stored.
 """
 
 import itertools
 import re
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -124,11 +125,11 @@ class SampleLog:
             return
         write_table(target, pa.Table.from_pylist([asdict(sample) for sample in samples], SCHEMA))
 
-    def next_step(self) -> int:
-        """The first step that has no batch."""
+    def next_step(self, own: Callable[[int], bool] = lambda step: True) -> int:
+        """The first step that has no batch, of those that are somebody's ``own``."""
         names = (re.fullmatch(r"batch-(\d+)\.parquet", path.name) for path in self.folder.glob("batch-*"))
         written = {int(name[1]) for name in names if name}
-        return next(step for step in itertools.count() if step not in written)
+        return next(step for step in itertools.count() if own(step) and step not in written)
 
     def ready_from(self, step: int) -> int:
         """How many batches, ``step``'s and those after it, are there without a gap."""
@@ -154,18 +155,21 @@ class SampleLog:
             raise UserError(f"{path} has schema version {found}, this program reads {SCHEMA_VERSION}")
         return [_sample(row) for row in table.to_pylist()]
 
-    def wait(self, step: int, timeout_s: float) -> float:
-        """Wait until the batch of ``step`` is there; returns the seconds waited.
+    def wait(self, step: int, timeout_s: float, stop: Callable[[], bool] = lambda: False) -> float | None:
+        """Wait until the batch of ``step`` is there; returns the seconds waited, or None if ``stop`` says so.
 
         Raises:
             TimeoutError: naming the file that did not come.
         """
         begin = time.monotonic()
-        while not self._path(step).exists():
+        while True:
+            if stop():
+                return None
+            if self._path(step).exists():
+                return time.monotonic() - begin
             if time.monotonic() - begin > timeout_s:
                 raise TimeoutError(f"waited {timeout_s:.0f} s for the generator to write {self._path(step)}")
             time.sleep(0.01)
-        return time.monotonic() - begin
 
     def _path(self, step: int) -> Path:
         return self.folder / f"batch-{step:08d}.parquet"

@@ -7,10 +7,12 @@ from align.config import MainJob, load_job
 from rec.runtime.parent import die_with_parent_if_asked
 
 
-def read_arguments(description: str, replay: bool = False) -> tuple[MainJob, argparse.Namespace]:
+def read_arguments(
+    description: str, replay: bool = False, generator: bool = False
+) -> tuple[MainJob, argparse.Namespace]:
     """Parse ``--config recipe.yaml key=value …`` and tie this process to its parent if that asked for it.
 
-    ``replay`` adds ``--replay-into``, which is None where it is not given.
+    ``replay`` adds ``--replay-into``, which is None where it is not given, ``generator`` adds ``--number``.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="a recipe, or the config.yaml of a run folder")
@@ -22,6 +24,13 @@ def read_arguments(description: str, replay: bool = False) -> tuple[MainJob, arg
             metavar="DIR",
             help="train again on the run's sample log, writing to this folder",
         )
+    if generator:
+        parser.add_argument("--number", type=int, default=0, help="which of the generators this is, from 0")
     arguments = parser.parse_args()
     die_with_parent_if_asked()
     return load_job(arguments.config, arguments.overrides), arguments
+
+
+def generator_role(number: int) -> str:
+    """The name of one of a run's generators, for locks and logs."""
+    return f"generator-{number}" if number else "generator"

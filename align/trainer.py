@@ -37,11 +37,12 @@ from rec.data.prepared import Prepared
 from rec.models.base import SequenceRecommender
 from rec.runtime.checkpoint import Checkpoints
 from rec.runtime.config import hash_of
-from rec.runtime.errors import UserError
+from rec.runtime.errors import Stopped, UserError
 from rec.runtime.logs import run_main
 from rec.runtime.progress import progress
-from rec.runtime.ranks import Ranks
+from rec.runtime.ranks import Ranks, lost_contact_is_named
 from rec.runtime.runfolder import RunFolder
+from rec.runtime.stopping import StopFile
 from rec.trainer import MODEL
 
 log = logging.getLogger(__name__)
@@ -51,8 +52,15 @@ def make_accelerator(job: MainJob) -> Accelerator:
     """The process group and DeepSpeed: gloo on CPU, NCCL on GPU.
 
     Raises:
-        UserError: if another number of processes was started than the recipe says.
+        UserError: if another number of processes was started than the recipe says (a run may go on with another one,
+            but then the recipe says so: the batch is divided by it), or the launcher's file names a
+            DeepSpeed configuration, which would not be used.
     """
+    if other := os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
+        raise UserError(
+            f"the ZeRO stage is the recipe's (align.trainer.zero_stage): take deepspeed_config_file {other} out of what"
+            " accelerate launch is given"
+        )
     # DeepSpeed compiles with the first ninja it finds, and two versions of it rebuild each other's work every time.
     own = Path(sys.executable).parent
     os.environ["PATH"] = f"{own}{os.pathsep}{os.environ.get('PATH', '')}"
@@ -112,7 +120,9 @@ class Trainer:
         )
         self.store = SnapshotStore(own.snapshots, align.trainer.keep_snapshots)
         self.log = SampleLog(self.stages.samples)
-        self.checkpoints = Checkpoints(own.checkpoints, self.ranks)
+        keep = align.trainer.keep_checkpoints, align.trainer.keep_checkpoint_every
+        self.checkpoints = Checkpoints(own.checkpoints, self.ranks, *keep)
+        self.stop = StopFile(own.run)
         self.meta = {"config_hash": job.identity, "data_hash": data.meta["content_hash"]}
         texts = item_texts(data.items.slice(0, 1), job.llm.item_text)
         self.watch = Watch(align.watch, data.items)
@@ -128,21 +138,32 @@ class Trainer:
         with progress("Align", align.trainer.steps, self.ranks.is_first) as advance:
             while step < align.trainer.steps:
                 waited = self._wait_for(step)
+                if waited is None:
+                    self._save_if_new(step)
+                    raise self.stop.stopped(f"after step {step}")
                 queued = self.log.ready_from(step + 1) if self.ranks.is_first else 0
                 started = time.monotonic()
                 row = self._update(step)
                 step += 1
-                published_s = 0.0
+                published_s = saved_s = 0.0
                 if step % align.refresh_every == 0 or step == align.trainer.steps:
                     published_s = self._publish(step)
                 if step % align.trainer.checkpoint_every == 0 or step == align.trainer.steps:
-                    self.checkpoints.save(step, {"reader": self.reader.state()}, self.meta, self.policy.save)
+                    saved_s = self._save_if_new(step)
                 if self.ranks.is_first:
                     busy = time.monotonic() - started
                     row |= {"waited_s": round(waited, 4), "busy_s": round(busy, 4), "queued": queued}
-                    self.run.log("train", step=step - 1, publish_s=round(published_s, 4), **row)
+                    row |= {"publish_s": round(published_s, 4), "save_s": round(saved_s, 4)}
+                    self.run.log("train", step=step - 1, **row)
                     advance(step, f"reward {row['reward']:.3f}  KL {row['kl']:.3f}  lag {row['lag_steps']}")
         log.info("rank %d: %d steps, %.0f s", self.ranks.rank, step, time.monotonic() - begin)
+
+    def _save_if_new(self, step: int) -> float:
+        """Write the checkpoint of ``step``, unless it is there or nothing has happened yet; seconds it took."""
+        begin = time.monotonic()
+        if step and not self.checkpoints.holds(step):
+            self.checkpoints.save(step, {"reader": self.reader.state()}, self.meta, self.policy.save)
+        return time.monotonic() - begin
 
     def _resume(self) -> int:
         """Restore the newest complete checkpoint; returns the steps that it had finished."""
@@ -154,21 +175,21 @@ class Trainer:
                 world_size=self.ranks.size,
                 backend=torch.distributed.get_backend(),
             )
-        found = self.checkpoints.resume(self.meta)
+        found = self.checkpoints.resume(self.meta, replicated=True)
         if found is None:
             return 0
         checkpoint, saved = found
-        self.policy.load(checkpoint.folder)
+        self.policy.load(checkpoint.folder, checkpoint.world_size)
         self.reader.load_state(saved["reader"])
         log.info("resuming after step %d", checkpoint.step)
         return checkpoint.step
 
-    def _wait_for(self, step: int) -> float:
-        """Rank 0 waits for the batch of ``step`` and tells the others; seconds waited."""
-        outcome: float | str = 0.0
+    def _wait_for(self, step: int) -> float | None:
+        """Rank 0 waits for the batch of ``step`` and tells the others; seconds waited, None if the run is to stop."""
+        outcome: float | str | None = 0.0
         if self.ranks.is_first:
             try:
-                outcome = self.log.wait(step, self.job.align.wait_timeout_s)
+                outcome = self.log.wait(step, self.job.align.wait_timeout_s, self.stop.seen)
             except TimeoutError as error:
                 outcome = str(error)
         outcome = self.ranks.broadcast(outcome)
@@ -259,9 +280,14 @@ def main() -> None:
     into = arguments.replay_into
     first = int(os.environ.get("RANK", "0")) == 0
     # A predecessor that is being killed may hold the lock a little longer.
-    with RunFolder(into or job.run).lock("trainer", wait_s=30) if first else contextlib.nullcontext():
+    lock = RunFolder(into or job.run).lock("trainer", wait_s=30) if first else contextlib.nullcontext()
+    with lost_contact_is_named(), lock:
         trainer = Trainer(job, into)
-        trainer.loop()
+        try:
+            trainer.loop()
+        except Stopped:
+            trainer.accelerator.end_training()
+            raise
         trainer.accelerator.end_training()
 
 

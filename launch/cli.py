@@ -1,14 +1,25 @@
 """The ``recalign`` command."""
 
 import argparse
+import os
 import shlex
 import sys
 from importlib import resources
 from pathlib import Path
 
-from launch import cli_bench, cli_data, cli_llm, cli_pretrain, cli_rec, cli_report, cli_reproduce, cli_serve
+from launch import (
+    cli_bench,
+    cli_cluster,
+    cli_data,
+    cli_llm,
+    cli_pretrain,
+    cli_rec,
+    cli_report,
+    cli_reproduce,
+    cli_serve,
+)
 from launch.commands import add_command, add_run_options, delete_run
-from rec.runtime.errors import UserError
+from rec.runtime.errors import RESUME_ANYWAY, UserError
 from rec.runtime.logs import run_main
 
 # Heavy modules are imported by the commands that need them, so that --help and mistakes answer at once.
@@ -25,6 +36,8 @@ def main() -> None:
         arguments = parser.parse_args()
     else:
         arguments.overrides += rest
+    if getattr(arguments, "resume_anyway", False):
+        os.environ[RESUME_ANYWAY] = "1"
     run_main(lambda: arguments.handler(arguments), debug=arguments.debug)
 
 
@@ -70,6 +83,7 @@ examples:
     cli_reproduce.add_commands(commands)
     cli_report.add_commands(commands)
     cli_bench.add_commands(commands)
+    cli_cluster.add_commands(commands)
     return parser
 
 

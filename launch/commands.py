@@ -31,6 +31,11 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     """What every command takes that runs a recipe."""
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the recipe")
     parser.add_argument("--fresh", action="store_true", help="delete the run folder first")
+    parser.add_argument(
+        "--resume-anyway",
+        action="store_true",
+        help="go on with a run although its recipe or its data set was another one",
+    )
 
 
 def delete_run(folder: Path) -> None:

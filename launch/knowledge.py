@@ -15,7 +15,7 @@ from align.config import MainJob, Stages, load_job
 from align.snapshots import SnapshotStore
 from launch import supervise
 from llm.config import LLMConfig
-from llm.knowledge import fingerprint
+from llm.knowledge import KnowledgeFile, fingerprint
 from llm.text_encoder import TextEncoder
 from llm.text_items import vectors_by
 from rec.data.prepared import Prepared
@@ -33,7 +33,9 @@ log = logging.getLogger(__name__)
 VECTOR, ENCODER = "vector", b"encoder"
 
 
-def run(source: Path, out: Path, data: Path | None = None, original: bool = False) -> None:
+def run(
+    source: Path, out: Path, data: Path | None = None, original: bool = False, shard: tuple[int, int] = (0, 1)
+) -> None:
     """Generate the texts that ``out`` does not hold yet, and encode those that have no vector yet.
 
     Args:
@@ -41,6 +43,8 @@ def run(source: Path, out: Path, data: Path | None = None, original: bool = Fals
         out: the parquet file to make or to complete.
         data: a prepared folder whose items are asked about; by default the job's own.
         original: take a run's original LLM.
+        shard: (i, n): generate the i-th of n parts of the texts alone, beside processes that generate the others; the
+            one that is done last writes the file.
 
     Raises:
         UserError: if there is no such LLM yet.
@@ -54,12 +58,22 @@ def run(source: Path, out: Path, data: Path | None = None, original: bool = Fals
     encoder, trained = stages.encoder_model(job.llm), _trained_with(job, stages, original)
     mark = hash_of([fingerprint(trained or encoder), job.llm.encoder.max_tokens])
     kept = _vectors(out, mark)
-    generate(job.llm, model, version, folder, out, out.with_suffix(".log"))
+    log_path = out.with_suffix(f".{shard[0]}.log" if shard[1] > 1 else ".log")
+    generate(job.llm, model, version, folder, out, log_path, shard)
+    if not is_whole(out):
+        return
     frozen = TextEncoder(encoder, job.llm.encoder)
     encode(out, vectors_by(Recommender.from_pretrained(trained).items, frozen) if trained else frozen, mark, kept)
 
 
-def generate(llm: LLMConfig, model: str, version: str, data: Path, out: Path, log_path: Path) -> None:
+def is_whole(out: Path) -> bool:
+    """Whether no shard of the file is still to come."""
+    return out.exists() and not KnowledgeFile(out).parts.exists()
+
+
+def generate(
+    llm: LLMConfig, model: str, version: str, data: Path, out: Path, log_path: Path, shard: tuple[int, int] = (0, 1)
+) -> None:
     """Generate texts in a process of its own, which returns the engine's memory when it ends.
 
     Raises:
@@ -70,7 +84,7 @@ def generate(llm: LLMConfig, model: str, version: str, data: Path, out: Path, lo
     files.write_text(settings, config.to_yaml(llm))
     command = [
         sys.executable, "-m", "llm.knowledge", "--config", str(settings), "--model", model,
-        "--data", str(data), "--version", version, "--out", str(out),
+        "--data", str(data), "--version", version, "--out", str(out), "--shard", f"{shard[0]}/{shard[1]}",
     ]  # fmt: skip
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("wb") as stream:

@@ -30,6 +30,7 @@ from rec.item_encoder import KnowledgeConcat
 from rec.models.base import SequenceRecommender
 from rec.runtime import files
 from rec.runtime.runfolder import RunFolder
+from rec.runtime.stopping import StopFile
 from rec.trainer import MODEL, build_model, train
 
 log = logging.getLogger(__name__)
@@ -128,9 +129,14 @@ class MainJobRun:
 
     def align(self) -> None:
         """Algorithm 1, asynchronously: trainer and generator as processes of their own."""
-        newest = SnapshotStore(self.stages.snapshots).newest()
-        if newest is None or newest.step < self.job.align.trainer.steps:
+        if not self._is_aligned():
             supervise.align(self.job)
+        if not self._is_aligned():
+            raise StopFile(self.run.path).stopped("in alignment")
+
+    def _is_aligned(self) -> bool:
+        newest = SnapshotStore(self.stages.snapshots).newest()
+        return newest is not None and newest.step >= self.job.align.trainer.steps
 
     def write_final_knowledge(self) -> None:
         """One text an item, by the aligned LLM."""

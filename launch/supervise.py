@@ -21,6 +21,7 @@ import torch
 
 from align.config import MainJob, Stages
 from align.samples import SampleLog
+from align.start import generator_role
 from rec.runtime.checkpoint import Checkpoints
 from rec.runtime.errors import UserError
 from rec.runtime.parent import PARENT, die_with_parent
@@ -100,7 +101,7 @@ def last_words(log_path: Path, begin: int = 0) -> str:
 
 def generate(job: MainJob) -> None:
     """Run the generator alone, until every batch is written; raises what ``align`` does."""
-    _watch(job, RunFolder(job.run), [_generator(job)])
+    _watch(job, RunFolder(job.run), [_generator(job, 0)])
 
 
 def align(job: MainJob) -> None:
@@ -110,7 +111,8 @@ def align(job: MainJob) -> None:
         UserError: with a job's own message, if that called it a user's mistake.
         RuntimeError: if a job keeps dying; with the end of its log.
     """
-    _watch(job, RunFolder(job.run), [_trainer(job), _generator(job)])
+    generators = [_generator(job, number) for number in range(job.align.generator.processes)]
+    _watch(job, RunFolder(job.run), [_trainer(job), *generators])
 
 
 def replay(job: MainJob, into: Path) -> None:
@@ -177,14 +179,15 @@ def _trainer(job: MainJob, into: Path | None = None) -> Child:
     return Child("trainer", command, environment, run / "logs" / "trainer.log", place, cores)
 
 
-def _generator(job: MainJob) -> Child:
-    stages = Stages(job.run)
+def _generator(job: MainJob, number: int) -> Child:
+    stages, name = Stages(job.run), generator_role(number)
     environment = {"TOKENIZERS_PARALLELISM": "false"}
     if torch.cuda.is_available():
-        environment |= _visible(gpu_split(job)[1])
-    command = [sys.executable, "-m", "align.generator", "--config", str(job.run / CONFIG)]
+        environment |= _visible([gpu_split(job)[1][number]])
+    config = ["--config", str(job.run / CONFIG), "--number", str(number)]
+    command = [sys.executable, "-m", "align.generator", *config]
     place = SampleLog(stages.samples).next_step
-    return Child("generator", command, environment, job.run / "logs" / "generator.log", place, cpu_split(job)[1])
+    return Child(name, command, environment, job.run / "logs" / f"{name}.log", place, cpu_split(job)[1])
 
 
 def cpu_split(job: MainJob) -> tuple[set[int] | None, set[int] | None]:
@@ -208,22 +211,22 @@ def cpu_split(job: MainJob) -> tuple[set[int] | None, set[int] | None]:
 
 
 def gpu_split(job: MainJob) -> tuple[list[str], list[str]]:
-    """GPUs of the trainer and of the generator, out of those that this process may use; a single one is shared.
+    """GPUs of the trainer and one of each generator, out of those that this process may use; a single one is shared.
 
     Raises:
         UserError: if there are too few.
     """
     allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = allowed.split(",") if allowed else [str(gpu) for gpu in range(torch.cuda.device_count())]
-    ranks = job.align.trainer.processes
-    if len(gpus) == 1 and ranks == 1:
+    ranks, generators = job.align.trainer.processes, job.align.generator.processes
+    if len(gpus) == ranks == generators == 1:
         return gpus, gpus
-    if len(gpus) <= ranks:
+    if len(gpus) < ranks + generators:
         raise UserError(
-            f"align.trainer.processes {ranks} and one generator need {ranks + 1} GPUs, there are {len(gpus)}; give"
-            f" align.trainer.processes={max(1, len(gpus) - 1)}"
+            f"align.trainer.processes {ranks} and align.generator.processes {generators} need {ranks + generators}"
+            f" GPUs, there are {len(gpus)}; give align.trainer.processes={max(1, len(gpus) - generators)}"
         )
-    return gpus[:ranks], gpus[ranks : ranks + 1]
+    return gpus[:ranks], gpus[ranks : ranks + generators]
 
 
 def _visible(gpus: list[str]) -> dict[str, str]:

@@ -8,10 +8,12 @@ on where it was and ends with the same file.
 """
 
 import argparse
+import contextlib
+import fcntl
 import hashlib
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -66,11 +68,20 @@ class KnowledgeFile:
             found.update(zip(table["key"].to_pylist(), table["text"].to_pylist(), strict=True))
         return found
 
-    def keep(self, keys: Sequence[str], texts: Sequence[str]) -> None:
-        """Store finished texts until the file is whole."""
-        number = len(list(self.parts.glob("part-*.parquet")))
+    def keep(self, keys: Sequence[str], texts: Sequence[str], shard: int = 0) -> None:
+        """Store finished texts until the file is whole; those of one ``shard`` are written by one process."""
+        name = f"part-{shard:04d}"
+        number = len(list(self.parts.glob(f"{name}-*.parquet")))
         table = pa.table({"key": list(keys), "text": list(texts)})
-        write_table(self.parts / f"part-{number:06d}.parquet", table)
+        write_table(self.parts / f"{name}-{number:06d}.parquet", table)
+
+    @contextlib.contextmanager
+    def sole_writer(self) -> Iterator[None]:
+        """Wait for other processes to be done with looking whether the file is whole."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.absolute().with_name(f".{self.path.name}.lock").open("a") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            yield
 
     def finish(self, table: pa.Table) -> None:
         """Write the whole file in place of an older one, and forget the parts."""
@@ -78,8 +89,13 @@ class KnowledgeFile:
         shutil.rmtree(self.parts, ignore_errors=True)
 
 
-def generate_knowledge(data: Prepared, model: str | Path, settings: LLMConfig, out: Path, version: str) -> None:
+def generate_knowledge(
+    data: Prepared, model: str | Path, settings: LLMConfig, out: Path, version: str, shard: tuple[int, int] = (0, 1)
+) -> None:
     """Write ``out``, rows in item order, generating what it does not hold yet with vLLM.
+
+    Of ``shard`` (i, n) the i-th of n processes generates its part of the texts alone; the one that finds all of them
+    there afterwards writes the file.
 
     Raises:
         UserError: if the model cannot be used, or ``out`` is damaged.
@@ -91,8 +107,10 @@ def generate_knowledge(data: Prepared, model: str | Path, settings: LLMConfig, o
     prompts = [prompt for prompt in prompts for _ in range(several)]
     keys = text_keys(prompts, fingerprint(model), knowledge)
     texts = file.texts()
-    missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in texts}
-    kept = len(set(keys)) - len(missing)
+    different = dict(zip(keys, prompts, strict=True))
+    own = list(different)[shard[0] :: shard[1]]
+    missing = {key: different[key] for key in own if key not in texts}
+    kept = len(own) - len(missing)
     if missing:
         longest = max(map(len, missing.values())) + knowledge.max_new_tokens
         engine = _engine(model, settings.engine, longest, knowledge.seed)
@@ -107,26 +125,43 @@ def generate_knowledge(data: Prepared, model: str | Path, settings: LLMConfig, o
                     knowledge.temperature,
                 )
                 said = [completion.text.strip() for completion in found]
-                file.keep(part, said)
-                texts.update(zip(part, said, strict=True))
+                file.keep(part, said, shard[0])
                 advance(begin + len(part))
-    table = {
-        "item_id": [item for item in data.items["item_id"].to_pylist() for _ in range(several)],
-        "prompt": tokenizer.batch_decode(prompts),
-        "draw": [row % several for row in range(len(prompts))],
-        "text": [texts[key] for key in keys],
-        "model": [str(model)] * len(prompts),
-        "version": [version] * len(prompts),
-        "key": keys,
-    }
-    file.finish(pa.table(table))
+    with file.sole_writer():
+        texts = file.texts()
+        if lacking := len(different.keys() - texts.keys()):
+            log.info("%s: %d texts of this shard are there, %d of others are not yet", out, len(own), lacking)
+            return
+        _write(file, data, tokenizer.batch_decode(prompts), keys, texts, str(model), version)
     log.info(
         "%s: %d items, %d rows; %d texts written, %d kept, %d rows share one with another",
-        out, data.n_items, len(keys), len(missing), kept, len(keys) - len(set(keys)),
+        out, data.n_items, len(keys), len(missing), kept, len(keys) - len(different),
     )  # fmt: skip
     empty = sum(not texts[key] for key in keys)
     if empty:
         log.warning("%d of %d rows have an empty text; these are encoded as zeros", empty, len(keys))
+
+
+def _write(
+    file: KnowledgeFile,
+    data: Prepared,
+    prompts: list[str],
+    keys: list[str],
+    texts: dict[str, str],
+    model: str,
+    version: str,
+) -> None:
+    several = len(keys) // data.n_items
+    table = {
+        "item_id": [item for item in data.items["item_id"].to_pylist() for _ in range(several)],
+        "prompt": prompts,
+        "draw": [row % several for row in range(len(prompts))],
+        "text": [texts[key] for key in keys],
+        "model": [model] * len(prompts),
+        "version": [version] * len(prompts),
+        "key": keys,
+    }
+    file.finish(pa.table(table))
 
 
 def first_texts(path: Path) -> list[str]:
@@ -177,6 +212,18 @@ def fingerprint(model: str | Path) -> str:
         raise UserError(f"{model} is no language model: {str(error).strip().splitlines()[0]}") from error
 
 
+def shard_of(text: str) -> tuple[int, int]:
+    """(i, n) of the argument "I/N".
+
+    Raises:
+        ValueError: if it is none with 0 <= i < n.
+    """
+    number, count = map(int, text.split("/"))
+    if not 0 <= number < count:
+        raise ValueError(text)
+    return number, count
+
+
 def main() -> None:
     """Entry of the generation process; its settings come from a YAML file with the ``llm`` section."""
     parser = argparse.ArgumentParser(prog="python -m llm.knowledge", description=__doc__.splitlines()[0])
@@ -185,10 +232,11 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="folder or hub name of the LLM")
     parser.add_argument("--version", default="initial", help="written beside every text")
     parser.add_argument("--out", type=Path, required=True, help="knowledge.parquet")
+    parser.add_argument("--shard", type=shard_of, default=(0, 1), metavar="I/N", help="which of how many, from 0")
     arguments = parser.parse_args()
     settings = config.load(LLMConfig, arguments.config)
     data = Prepared.load(arguments.data)
-    generate_knowledge(data, arguments.model, settings, arguments.out, arguments.version)
+    generate_knowledge(data, arguments.model, settings, arguments.out, arguments.version, arguments.shard)
 
 
 if __name__ == "__main__":

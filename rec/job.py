@@ -14,7 +14,7 @@ from rec.models.base import Recommender
 from rec.runtime import files
 from rec.runtime.config import Section, apply_overrides, build, load, read_recipe
 from rec.runtime.errors import UserError
-from rec.runtime.runfolder import CONFIG, is_run_config
+from rec.runtime.runfolder import CONFIG, is_run_config, root_of
 from rec.trainer import FINISHED, MODEL
 
 
@@ -95,8 +95,8 @@ def open_run(path: Path) -> FinishedRun:
         if (path / CONFIG).is_file():
             raise UserError(f"{path} is not finished; run 'recalign train {path / CONFIG}' to go on")
         raise UserError(f"{path} is no run folder of a recommender (no {FINISHED})")
-    root = next((folder for folder in (path, *path.resolve().parents[:2]) if is_run_config(folder / CONFIG)), None)
-    if root is None:
+    root = root_of(path)
+    if not is_run_config(root / CONFIG):
         raise UserError(f"{path} belongs to no run folder (no {CONFIG} that a run wrote, here or above)")
     content = read_recipe(root / CONFIG)
     rec = build(RecConfig, content.get("rec", {}))

@@ -1,5 +1,6 @@
 """Train a recommender: one loop for all models and any number of processes, early stopping, exact resume."""
 
+import itertools
 import logging
 import math
 import time
@@ -12,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rec.averaging import WeightAverage
-from rec.batches import fit_counts, fit_ends, make_batches
+from rec.batches import Windows, fit_counts, fit_ends, make_batches
 from rec.config import RecConfig
 from rec.data.prepared import Prepared
 from rec.evaluation import evaluate
@@ -22,12 +23,13 @@ from rec.losses import Loss, make_loss
 from rec.models import MODELS
 from rec.models.base import Batch, Recommender
 from rec.runtime import files
-from rec.runtime.checkpoint import Checkpoints
+from rec.runtime.checkpoint import Checkpoints, restore_rng, rng_state
 from rec.runtime.config import hash_of
 from rec.runtime.errors import UserError
 from rec.runtime.progress import progress
 from rec.runtime.ranks import Ranks
 from rec.runtime.runfolder import RunFolder
+from rec.runtime.stopping import StopFile
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +56,7 @@ def train(model: Recommender, data: Prepared, config: RecConfig, run: RunFolder,
 
     Raises:
         UserError: if there is no validation part to stop by, or the loss or the scores are no numbers any more.
+        Stopped: if the run folder holds a stop file; the state after the last step is saved.
     """
     final = run.path / MODEL
     if (run.path / FINISHED).exists():
@@ -64,33 +67,38 @@ def train(model: Recommender, data: Prepared, config: RecConfig, run: RunFolder,
         )
     model.to(_device())
     state = _State(model, data, config, run)
-    first = state.resume()
+    state.resume()
     batches = make_batches(model, data, config.train)
     step = _Step(model, make_loss(config.loss, fit_counts(data, config.train.on)[1:]), config)
     users_per_epoch = len(torch.unique(batches.users))
     with progress(title, config.train.epochs) as advance:
-        for epoch in range(first, config.train.epochs):
+        for epoch in range(state.epoch, config.train.epochs):
             if state.out_of_patience:
                 break
-            begin = time.monotonic()
-            torch.manual_seed(int(hash_of([config.train.seed, epoch, *state.rank_seed]), 16) % 2**63)  # dropout
-            model.train()
-            losses = []
-            for batch in batches.epoch(config.train.seed, epoch):
-                losses.append(step(batch, state))
-                state.after_step()
-            mean_loss = float(torch.stack(losses).mean())
-            seconds = time.monotonic() - begin
+            mean_loss, seconds = _train_epoch(model, step, batches, state)
             if not math.isfinite(mean_loss):
                 raise UserError(
                     f"the loss of {title} is {mean_loss} in epoch {epoch}: lower the learning rate"
                     f" ({config.train.lr:g}); {run.path} keeps the last good checkpoint"
                 )
-            state.after_epoch(epoch, mean_loss, seconds)
+            state.after_epoch(mean_loss, seconds)
             best = f"  best {STOP_METRIC} {state.best:.4f}" if state.stops_early else ""
             advance(epoch + 1, f"{users_per_epoch / seconds:,.0f} users/s  loss {mean_loss:.3f}{best}")
     state.finish(final)
     return Recommender.from_pretrained(final)
+
+
+def _train_epoch(model: Recommender, step: "_Step", batches: Windows, state: "_State") -> tuple[float, float]:
+    """What is left of the epoch that is under way; returns its mean loss and its seconds."""
+    begin, seed, epoch = time.monotonic() - state.seconds, state.config.train.seed, state.epoch
+    state.begin_epoch()
+    model.train()
+    for batch in itertools.islice(batches.epoch(seed, epoch), len(state.losses), None):
+        state.losses.append(step(batch, state))
+        state.after_step()
+        if len(state.losses) < len(batches):
+            state.stop_if_asked(time.monotonic() - begin)
+    return float(torch.stack(state.losses).mean()), time.monotonic() - begin
 
 
 class _Loss(nn.Module):
@@ -194,7 +202,11 @@ def _optimizer(
 
 
 class _State:
-    """What a recommender's training is made of, between two epochs."""
+    """What a recommender's training is made of, between two steps.
+
+    A checkpoint is named after the optimizer steps behind it; ``losses`` and ``seconds`` are those of the epoch that is
+    under way, of which a stop may have cut off the rest.
+    """
 
     def __init__(self, model: Recommender, data: Prepared, config: RecConfig, run: RunFolder) -> None:
         self.model, self.data, self.config, self.run = model, data, config, run
@@ -204,6 +216,9 @@ class _State:
         self.average = WeightAverage(model, config.train.ema) if config.train.ema else None
         self.best, self.best_epoch, self.waited = 0.0, -1, 0
         self.best_weights = self._weights()
+        self.epoch, self.losses, self.seconds = 0, [], 0.0
+        self.rng: dict[str, Any] | None = None
+        self.stop = StopFile(run.path, self.ranks)
         self.checkpoints = Checkpoints(run.path / "checkpoints", self.ranks, keep_last=1)
         self.meta = {"config_hash": hash_of(config), "data_hash": data.meta["content_hash"]}
 
@@ -221,13 +236,13 @@ class _State:
     def out_of_patience(self) -> bool:
         return self.waited >= self.config.train.patience
 
-    def resume(self) -> int:
-        """Restore the newest checkpoint if there is one; returns the first epoch to run."""
-        found = self.checkpoints.resume(self.meta)
+    def resume(self) -> None:
+        """Restore the newest checkpoint if there is one, of however many processes."""
+        found = self.checkpoints.resume(self.meta, replicated=True)
         if found is None:
             if self.stops_early:  # A model that comes trained must not lose to its own first epoch.
                 self.best = self._validate()[STOP_METRIC]
-            return 0
+            return
         checkpoint, saved = found
         self.model.load_state_dict(saved["model"])
         if self.average:
@@ -236,17 +251,38 @@ class _State:
         self.schedule.load_state_dict(saved["schedule"])
         self.best, self.best_epoch, self.waited = saved["best"], saved["best_epoch"], saved["waited"]
         self.best_weights = saved["best_weights"]
-        log.info("resuming %s after epoch %d", self.run.path, checkpoint.step)
-        return checkpoint.step
+        self.epoch, self.seconds = saved["epoch"], saved["seconds"]
+        self.losses = list(saved["losses"].to(next(self.model.parameters()).device))
+        self.rng = rng_state() if self.losses else None
+        log.info("resuming %s after step %d, in epoch %d", self.run.path, checkpoint.step, self.epoch)
+
+    def begin_epoch(self) -> None:
+        """Dropout is drawn anew for (seed, epoch, rank), or goes on where a stop cut the epoch off."""
+        if self.rng is None:
+            torch.manual_seed(int(hash_of([self.config.train.seed, self.epoch, *self.rank_seed]), 16) % 2**63)
+        else:
+            restore_rng(self.rng)
+
+    def stop_if_asked(self, seconds: float) -> None:
+        """Save and end, if somebody wants this run to stop; every process calls it after the same step."""
+        if self.stop.agreed():
+            self.seconds = seconds
+            self.save()
+            raise self.stop.stopped(f"in epoch {self.epoch}, after step {self.schedule.last_epoch}")
+
+    def save(self) -> None:
+        """Write the checkpoint of the steps so far, unless it is there."""
+        if not self.checkpoints.holds(self.schedule.last_epoch):
+            self.checkpoints.save(self.schedule.last_epoch, self._saved(), self.meta)
 
     def after_step(self) -> None:
         """Keep up the average of the weights, if there is one."""
         if self.average:
             self.average.update(self.model, self.schedule.last_epoch)
 
-    def after_epoch(self, epoch: int, loss: float, seconds: float) -> None:
-        """Validate, remember the best weights, write metrics and, now and then, a checkpoint."""
-        train, row = self.config.train, {"loss": loss, "seconds": seconds}
+    def after_epoch(self, loss: float, seconds: float) -> None:
+        """Validate, remember the best weights, write metrics and, now and then or before a stop, a checkpoint."""
+        train, epoch, row = self.config.train, self.epoch, {"loss": loss, "seconds": seconds}
         if self.stops_early and ((epoch + 1) % train.evaluate_every == 0 or epoch + 1 == train.epochs):
             begin = time.monotonic()
             figures = self._validate()
@@ -258,8 +294,11 @@ class _State:
                 self.waited += 1
         if self.ranks.is_first:
             self.run.log("epoch", step=epoch, **row)
-        if (epoch + 1) % train.checkpoint_every == 0:
-            self.checkpoints.save(epoch + 1, self._saved(), self.meta)
+        self.epoch, self.losses, self.seconds, self.rng = epoch + 1, [], 0.0, None
+        if self.epoch % train.checkpoint_every == 0:
+            self.save()
+        if self.epoch < train.epochs:
+            self.stop_if_asked(0.0)
 
     def finish(self, folder: Path) -> None:
         """Save the best weights, or without validation the last ones, and mark the run as finished."""
@@ -299,6 +338,9 @@ class _State:
             "best_epoch": self.best_epoch,
             "waited": self.waited,
             "best_weights": self.best_weights,
+            "epoch": self.epoch,
+            "losses": torch.stack(self.losses).cpu() if self.losses else torch.empty(0),
+            "seconds": self.seconds,
         }
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from align.config import MainJob
+from align.config import MainJob, TrainerConfig
+from align.policy import deepspeed_config
 from llm.lmrec_job import LMRecJob
 from llm.probe import ProbeJob
 from rec.job import RecJob
@@ -82,3 +83,15 @@ def test_every_accelerate_file_starts_deepspeed_and_with_its_command(path):
     content = yaml.safe_load(text)
     assert content["distributed_type"] == "DEEPSPEED"
     assert content["deepspeed_config"]["deepspeed_multinode_launcher"] == "standard"
+    # The recipe decides them: said twice they could differ.
+    assert not content["deepspeed_config"].keys() & {"zero_stage", "deepspeed_config_file", "gradient_clipping"}
+
+
+def test_every_way_to_shard_has_its_deepspeed_file():
+    names = {path.stem for path in (ROOT / "ds_configs").glob("*.json")}
+    assert names == {"zero1", "zero2", "zero3", "zero3_offload"}
+    for stage, offload in ((1, False), (2, False), (3, False), (3, True)):
+        content = deepspeed_config(TrainerConfig(zero_stage=stage, offload=offload, clip_norm=0.5))
+        assert content["zero_optimization"]["stage"] == stage
+        assert ("offload_optimizer" in content["zero_optimization"]) == offload
+        assert content["gradient_clipping"] == 0.5

@@ -7,7 +7,10 @@ Invariants:
   Sizes, not checksums: a checkpoint of a large model takes minutes to hash, and all ranks would wait for it.
 - Every rank writes its own ``rank-R.pt``; nothing that differs between ranks goes through one file.
 - Rank 0 alone chooses what to resume and tells the others, so that ranks never disagree.
-- Old checkpoints are deleted only after the new one is in place.
+- Old checkpoints are deleted only after the new one is in place, and never those of every ``keep_every``-th step.
+
+Saving is synchronous. ``recalign plan`` says what share of the time it takes; writing behind training's back would buy
+that, for a second copy of every state in memory and a checkpoint that may yet fail when training has gone on.
 
 accelerate's ``save_state`` and DeepSpeed's ``latest`` file have none of these properties, which is why both are
 used only through the ``write`` callback below.
@@ -17,7 +20,7 @@ import logging
 import random
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,8 @@ import numpy as np
 import torch
 
 from rec.runtime import files
-from rec.runtime.errors import UserError
+from rec.runtime.config import hash_of
+from rec.runtime.errors import UserError, refuse_unless_told
 from rec.runtime.ranks import Ranks
 
 log = logging.getLogger(__name__)
@@ -49,6 +53,16 @@ class Checkpoint:
         return torch.load(self.folder / f"rank-{rank}.pt", map_location="cpu", weights_only=True)
 
 
+@dataclass(frozen=True)
+class Finding:
+    """A folder that is named like a checkpoint: the checkpoint that it holds, or the ``problem`` that makes it none."""
+
+    folder: Path
+    step: int
+    checkpoint: Checkpoint | None
+    problem: str | None
+
+
 class Checkpoints:
     """The checkpoints of one job, in ``folder``.
 
@@ -56,12 +70,15 @@ class Checkpoints:
         folder: where ``step-N`` folders live.
         ranks: the processes that save and load together.
         keep_last: how many complete checkpoints survive pruning.
+        keep_every: those of steps that are multiples of it are never pruned; None prunes all alike.
     """
 
-    def __init__(self, folder: Path, ranks: Ranks | None = None, keep_last: int = 2) -> None:
+    def __init__(
+        self, folder: Path, ranks: Ranks | None = None, keep_last: int = 2, keep_every: int | None = None
+    ) -> None:
         self.folder = folder
         self.ranks = ranks or Ranks()
-        self.keep_last = keep_last
+        self.keep_last, self.keep_every = keep_last, keep_every
 
     def save(
         self,
@@ -70,7 +87,7 @@ class Checkpoints:
         meta: dict[str, Any] | None = None,
         write: Callable[[Path], None] | None = None,
     ) -> Path:
-        """Write checkpoint ``step``; every rank calls this.
+        """Write checkpoint ``step``, which must not be there yet (``holds``); every rank calls this.
 
         Args:
             step: finished steps (or epochs); names the folder.
@@ -80,7 +97,8 @@ class Checkpoints:
         """
         final, temporary = self._name(step), self.folder / f"{files.TEMPORARY_PREFIX}step-{step}"
         if self.ranks.is_first:
-            shutil.rmtree(temporary, ignore_errors=True)
+            for left in self.folder.glob(f"{files.TEMPORARY_PREFIX}step-*"):
+                shutil.rmtree(left, ignore_errors=True)
             # A folder of this name that is still here is incomplete, or resuming would have started after it.
             shutil.rmtree(final, ignore_errors=True)
             temporary.mkdir(parents=True)
@@ -110,33 +128,53 @@ class Checkpoints:
 
     def newest(self) -> Checkpoint | None:
         """The newest complete checkpoint, the same on every rank; None if there is none."""
-        found = self._newest_complete() if self.ranks.is_first else None
-        return self.ranks.broadcast(found)
+        return self.ranks.broadcast(self._newest_complete() if self.ranks.is_first else None)
 
-    def resume(self, meta: dict[str, Any] | None = None) -> tuple[Checkpoint, dict[str, Any]] | None:
+    def holds(self, step: int) -> bool:
+        """Whether there is a complete checkpoint of ``step``; the same answer on every rank."""
+        return self.ranks.broadcast(self.ranks.is_first and self._examine(step).problem is None)
+
+    def examine(self) -> Iterator[Finding]:
+        """Everything that is named like a checkpoint, newest first, and whether it is one."""
+        return map(self._examine, self._steps())
+
+    def resume(
+        self, meta: dict[str, Any] | None = None, replicated: bool = False
+    ) -> tuple[Checkpoint, dict[str, Any]] | None:
         """The newest complete checkpoint and this rank's state, its random generators restored.
 
+        Args:
+            meta: facts that must be those that it was saved with.
+            replicated: the state of every rank is the same, as under DDP, so that any number of processes may go on
+                with it: all take rank 0's, and their random generators begin anew from (step, rank). The caller sees
+                it by ``world_size``.
+
         Raises:
-            UserError: if it was written for other ``meta`` (another recipe or data set), or by another number
-                of processes.
+            UserError: if it was written for other ``meta`` (another recipe or data set) and the user has not said
+                --resume-anyway; or by another number of processes, unless it is ``replicated``.
         """
         checkpoint = self.newest()
         if checkpoint is None:
             return None
         for key, expected in (meta or {}).items():
             if checkpoint.meta.get(key) != expected:
-                raise UserError(
+                refuse_unless_told(
                     f"{checkpoint.folder} was written with another {key.replace('_', ' ')}"
-                    f" ({checkpoint.meta.get(key)}, now {expected}); use a new run folder"
+                    f" ({checkpoint.meta.get(key)}, now {expected})",
+                    "use a new run folder",
                 )
-        if checkpoint.world_size != self.ranks.size:
+        if checkpoint.world_size == self.ranks.size:
+            saved = checkpoint.state(self.ranks.rank)
+            restore_rng(saved["rng"])
+            return checkpoint, saved["state"]
+        if not replicated:
             raise UserError(
                 f"{checkpoint.folder} was written by {checkpoint.world_size} processes, this job has"
                 f" {self.ranks.size}; start it with as many processes as before"
             )
-        saved = checkpoint.state(self.ranks.rank)
-        restore_rng(saved["rng"])
-        return checkpoint, saved["state"]
+        log.info("%s: %d processes go on for %d", checkpoint.folder, self.ranks.size, checkpoint.world_size)
+        seed_rng(int(hash_of([checkpoint.step, self.ranks.rank, self.ranks.size])[:8], 16))
+        return checkpoint, checkpoint.state(0)["state"]
 
     def _name(self, step: int) -> Path:
         return self.folder / f"step-{step}"
@@ -146,24 +184,31 @@ class Checkpoints:
         names = (re.fullmatch(r"step-(\d+)", path.name) for path in self.folder.glob("step-*"))
         return sorted((int(name[1]) for name in names if name), reverse=True)
 
+    def _examine(self, step: int) -> Finding:
+        folder = self._name(step)
+        try:
+            manifest = files.read_json(folder / MANIFEST)
+            problem = files.what_differs(folder, manifest["files"])
+            checkpoint = Checkpoint(folder, step, manifest["meta"], manifest["world_size"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            problem = f"no readable {MANIFEST} ({type(error).__name__})"
+        return Finding(folder, step, None if problem else checkpoint, problem)
+
     def _newest_complete(self) -> Checkpoint | None:
-        for step in self._steps():
-            folder = self._name(step)
-            try:
-                manifest = files.read_json(folder / MANIFEST)
-                problem = files.what_differs(folder, manifest["files"])
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                problem = f"no readable {MANIFEST} ({type(error).__name__})"
-            if problem is None:
-                return Checkpoint(folder, step, manifest["meta"], manifest["world_size"])
-            log.warning("ignoring incomplete checkpoint %s: %s", folder, problem)
+        for found in self.examine():
+            if found.checkpoint is not None:
+                return found.checkpoint
+            log.warning("ignoring incomplete checkpoint %s: %s", found.folder, found.problem)
         return None
 
     def _prune(self, saved: int) -> None:
         """Keep the one just saved and, of the others, the newest; a damaged one may well have a higher number."""
-        others = [step for step in self._steps() if step != saved]
+        others = [step for step in self._steps() if step != saved and not self._is_kept_for_good(step)]
         for step in others[self.keep_last - 1 :]:
             files.remove_folder(self._name(step), MANIFEST)
+
+    def _is_kept_for_good(self, step: int) -> bool:
+        return self.keep_every is not None and step % self.keep_every == 0
 
 
 def rng_state() -> dict[str, Any]:
@@ -176,6 +221,13 @@ def rng_state() -> dict[str, Any]:
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
+
+
+def seed_rng(seed: int) -> None:
+    """Set the global generators to their state after ``seed``, below 2**32."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def restore_rng(saved: dict[str, Any]) -> None:

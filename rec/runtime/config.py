@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -20,6 +20,9 @@ class Section(BaseModel):
     """Base of every configuration section: immutable, unknown keys are errors, docstrings under fields."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True)
+
+    placement: ClassVar[tuple[str, ...]] = ()
+    """Dotted keys that say on how many processes the job runs: a run may go on with other values."""
 
 
 AnySection = TypeVar("AnySection", bound=Section)
@@ -108,6 +111,19 @@ def load(section: type[AnySection], path: Path, overrides: Sequence[str] = ()) -
 def to_yaml(section: Section) -> str:
     """The resolved configuration as YAML, every default written out."""
     return yaml.safe_dump(section.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def without(content: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """A copy of ``content`` that lacks the dotted ``keys``."""
+    result = copy.deepcopy(content)
+    for dotted in keys:
+        *parents, leaf = dotted.split(".")
+        target: Any = result
+        for key in parents:
+            target = target.get(key) if isinstance(target, dict) else None
+        if isinstance(target, dict):
+            target.pop(leaf, None)
+    return result
 
 
 def hash_of(content: Any) -> str:

@@ -6,8 +6,10 @@ import os
 import sys
 from collections.abc import Callable
 
-from rec.runtime.errors import EXIT_USER_ERROR, UserError
+from rec.runtime.errors import EXIT_TRY_AGAIN, EXIT_USER_ERROR, LostContact, Stopped, UserError
 from rec.runtime.memory import keep_freed_memory
+
+log = logging.getLogger(__name__)
 
 EXIT_INTERRUPTED = 130
 MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -23,7 +25,11 @@ def set_up_logging(role: str = "") -> None:
 
 
 def run_main(main: Callable[[], None], role: str = "", debug: bool = False) -> None:
-    """Run a process's entry function; a ``UserError``, or a full or forbidden disk, ends it with one line."""
+    """Run a process's entry function; a ``UserError``, or a full or forbidden disk, ends it with one line.
+
+    A job that was asked to stop ends with exit code 0: its launcher would take any other for a failure of one rank, and
+    kill the others.
+    """
     set_up_logging(role)
     keep_freed_memory()
     # Progress bars of libraries would drown our own lines in a log file.
@@ -43,6 +49,13 @@ def run_main(main: Callable[[], None], role: str = "", debug: bool = False) -> N
         where = f"{error.filename}: " if error.filename else ""
         sys.stderr.write(f"error: {where}{error.strerror}; once that is mended, start the same command again\n")
         sys.exit(EXIT_USER_ERROR)
+    except LostContact as error:
+        sys.stderr.write(f"{error}\n")
+        sys.stderr.flush()
+        # Not sys.exit: the libraries would wait for those who are gone once more when they are taken down.
+        os._exit(EXIT_TRY_AGAIN)
+    except Stopped as stopped:
+        log.info("%s", stopped)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(EXIT_INTERRUPTED)

@@ -1,11 +1,61 @@
 """Who I am among the processes of a job, and the few things that ranks agree on."""
 
+import contextlib
+import os
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch.distributed as dist
 
+from rec.runtime.errors import LostContact, UserError
+
 T = TypeVar("T")
+
+TIMEOUT = "RECALIGN_TIMEOUT_S"
+DEFAULT_TIMEOUT_S = 1800.0
+# What gloo, NCCL and the store say when a process, a node or a link is gone. They raise RuntimeErrors for bugs too.
+GONE = re.compile(
+    r"Timed out waiting|Connection (closed|reset|refused)|Broken pipe|No route to host|Network is unreachable|Socket"
+    r" Timeout|[Ww]ait timeout|remote process exited|Watchdog caught collective|connection was aborted|failed to recv",
+)
+
+
+def timeout() -> timedelta:
+    """How long ranks wait for each other before they give up; a setting of the site, not of the recipe.
+
+    Raises:
+        UserError: if RECALIGN_TIMEOUT_S is no number above 0.
+    """
+    given = os.environ.get(TIMEOUT, str(DEFAULT_TIMEOUT_S))
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise UserError(f"{TIMEOUT}={given} is no number of seconds")
+    return timedelta(seconds=seconds)
+
+
+@contextlib.contextmanager
+def lost_contact_is_named() -> Iterator[None]:
+    """Say in one line that other ranks are gone, where the libraries print a page about a failed operation.
+
+    Raises:
+        LostContact: instead of what they raise.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not GONE.search(str(error)):
+            raise
+        reason = " ".join(str(error).split())[:160]
+        raise LostContact(
+            f"lost contact with other processes of this job ({reason}): one of them, its node or the link to it is"
+            " gone. Start the same command again, and it goes on from its last checkpoint"
+        ) from error
 
 
 @dataclass(frozen=True)

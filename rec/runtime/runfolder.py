@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from rec.runtime import config, files
-from rec.runtime.errors import UserError
+from rec.runtime.errors import UserError, refuse_unless_told
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +28,12 @@ def is_run_config(path: Path) -> bool:
         return False
     with path.open("rb") as stream:
         return stream.readline() == CONFIG_HEADER.encode()
+
+
+def root_of(folder: Path) -> Path:
+    """The run folder that ``folder`` is, or that it holds one stage of; ``folder`` itself where there is none."""
+    above = Path(folder).absolute().parents[:2]
+    return next((path for path in (Path(folder), *above) if is_run_config(path / CONFIG)), Path(folder))
 
 
 class RunFolder:
@@ -45,23 +51,30 @@ class RunFolder:
             raise UserError(f"cannot create the run folder {path}: {error.strerror}") from error
 
     def claim(self, recipe: config.Section) -> None:
-        """Write the resolved recipe, or check that the one that is here is the same; the folder may have moved.
+        """Write the resolved recipe, after ``check``; raises what that does."""
+        self.check(recipe)
+        files.write_text(self.path / CONFIG, CONFIG_HEADER + config.to_yaml(recipe))
+
+    def check(self, recipe: config.Section) -> None:
+        """Check that this folder is new, or holds a run of the same recipe.
+
+        It may have moved, and the recipe's placement (on how many processes it runs) may be another.
 
         Raises:
             UserError: if the folder holds a run of another recipe, naming the first key that differs, or a
                 ``config.yaml`` of the user's own.
         """
-        target, now = self.path / CONFIG, recipe.model_dump(mode="json")
+        target = self.path / CONFIG
         if target.exists() and not is_run_config(target):
             raise UserError(f"{target} is not a run's; use another run folder")
         if target.exists():
-            before = config.read_recipe(target) | {"run": now.get("run")}
-            if before != now:
-                raise UserError(
-                    f"{self.path} holds a run of another recipe ({_first_difference(before, now)});"
-                    " use another run folder, or start over with --fresh"
+            now, ignored = recipe.model_dump(mode="json"), ("run", *recipe.placement)
+            before, after = (config.without(content, ignored) for content in (config.read_recipe(target), now))
+            if before != after:
+                refuse_unless_told(
+                    f"{self.path} holds a run of another recipe ({_first_difference(before, after)})",
+                    "use another run folder, start over with --fresh",
                 )
-        files.write_text(target, CONFIG_HEADER + config.to_yaml(recipe))
 
     def log(self, event: str, **fields: Any) -> None:
         """Append one line to the metrics file; one write call, so that lines of several processes never mix."""
@@ -134,7 +147,8 @@ class RunFolder:
             wait_s: how long to wait for a predecessor to die.
 
         Raises:
-            UserError: if a living process holds it; names its host and process id.
+            UserError: if a living process holds it, naming its process id, host and SLURM job; or if the file system
+                has no locks.
         """
         path = self.path / f".{role}.lock"
         with path.open("a+") as stream:
@@ -146,9 +160,15 @@ class RunFolder:
                     raise UserError(f"{self.path} is in use: its {role} runs as {owner}")
                 time.sleep(0.1)
             stream.truncate(0)
-            stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            stream.write(f"{this_process()}\n")
             stream.flush()
             yield
+
+
+def this_process() -> str:
+    """Who this is, for whoever finds the run in use."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return f"process {os.getpid()} on {socket.gethostname()}" + (f" in SLURM job {job}" if job else "")
 
 
 def _try_lock(stream: IO[str]) -> bool:
@@ -156,6 +176,11 @@ def _try_lock(stream: IO[str]) -> bool:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        raise UserError(
+            f"{stream.name} cannot be locked ({error.strerror}): nothing would keep two jobs off this run folder; mount"
+            " its file system with locks (Lustre: -o flock), or take another one"
+        ) from error
     return True
 
 

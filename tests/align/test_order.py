@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from align.config import MainJob
-from align.order import PairOrder, StepOrder, set_aside, training_data
+from align.config import AlignConfig, MainJob
+from align.order import PairOrder, StepOrder, Turns, set_aside, training_data
+from align.samples import SampleLog
 from rec.data.splits import CONTEXT, TEST, TRAIN, VALID
 from rec.runtime.config import build
 from rec.runtime.errors import UserError
@@ -82,3 +83,31 @@ def test_fewer_training_users_are_some_of_the_same_users(small_data):
     assert trained(1.0) == set(range(small_data.n_users))
     assert len(trained(0.5)) == small_data.n_users / 2
     assert trained(0.1) < trained(0.5)
+
+
+@pytest.mark.parametrize(("several", "stretch"), [(1, 4), (2, 1), (2, 4), (3, 5)])
+def test_every_step_is_one_generators_and_no_call_reaches_into_anothers(several, stretch):
+    generators = [Turns(number, several, stretch) for number in range(several)]
+    for step in range(100):
+        [owner] = [one for one in generators if one.has(step)]
+        end = owner.end(step)
+        assert step < end <= step + stretch
+        assert several == 1 or all(owner.has(other) for other in range(step, end))
+        for one in generators:
+            assert one.next(step) == next(other for other in range(step, 200) if one.has(other))
+
+
+def test_a_generators_place_is_its_first_step_without_a_batch(tmp_path):
+    log = SampleLog(tmp_path)
+    for step in (0, 1, 4, 5, 6):
+        log.append(step, [])
+    assert log.next_step() == 2
+    assert log.next_step(Turns(0, 2, 2).has) == 8
+    assert log.next_step(Turns(1, 2, 2).has) == 2
+
+
+def test_several_generators_do_not_know_what_each_other_said_last():
+    generator = {"processes": 2}
+    assert build(AlignConfig, {"generator": generator}).generator.processes == 2
+    with pytest.raises(UserError, match=r"others=newest needs generator\.processes=1"):
+        build(AlignConfig, {"generator": generator, "others": "newest"})

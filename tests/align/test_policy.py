@@ -89,8 +89,8 @@ def plain_steps(folder: Path, n: int) -> dict[str, torch.Tensor]:
     return dict(policy.named_parameters())
 
 
-def two_steps(out: Path, model: Path, port: int, **trainer: object) -> None:
-    """Run ``policy_steps`` on two ranks; what it writes is in ``out``."""
+def two_steps(out: Path, model: Path, port: int, launcher: str = "cpu", **trainer: object) -> None:
+    """Run ``policy_steps`` on two ranks, by one of the shipped YAML files; what it writes is in ``out``."""
     settings = {"processes": 2, "batch_size": 4, "lr": LR, "clip_norm": CLIP, "warmup_steps": 0, **trainer}
     objective = {"alpha": ALPHA, "samples": 2, "kl": "exact", "max_importance": 2.0}
     align = {"trainer": settings, "objective": objective, "wait_timeout_s": 60}
@@ -98,7 +98,8 @@ def two_steps(out: Path, model: Path, port: int, **trainer: object) -> None:
     recipe.write_text(yaml.safe_dump({"data": "none", "run": str(out), "align": align}))
     SampleLog(out / "samples").append(0, samples())
     command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/accelerate/cpu.yaml",
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"launch/accelerate/{launcher}.yaml",
+        "--num_machines", "1", "--num_processes", "2", "--main_process_ip", "127.0.0.1",
         "--main_process_port", str(port), "tests/align/policy_steps.py", str(recipe), str(model), str(out),
     ]  # fmt: skip
     environment = os.environ | {
@@ -109,9 +110,12 @@ def two_steps(out: Path, model: Path, port: int, **trainer: object) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_two_ranks_of_deepspeed_equal_plain_torch_and_resume_exactly(tmp_path, model, stage):
-    two_steps(tmp_path, model, 29600 + stage, zero_stage=stage)
+@pytest.mark.parametrize(
+    ("launcher", "stage", "offload"),
+    [("cpu", 1, False), ("gpu", 2, False), ("multi-node", 3, False), ("cpu", 3, True)],
+)
+def test_two_ranks_of_deepspeed_equal_plain_torch_and_resume_exactly(tmp_path, model, launcher, stage, offload):
+    two_steps(tmp_path, model, 29600 + stage, launcher, zero_stage=stage, offload=offload)
     for name, n in (("one-step", 1), ("two-steps", 2)):
         found, expected = load_file(tmp_path / f"{name}.safetensors"), plain_steps(model, n)
         assert set(expected) <= set(found) | {"lm_head.weight"}
@@ -184,6 +188,9 @@ def test_the_recipe_decides_what_deepspeed_leaves_open():
     assert content["train_micro_batch_size_per_gpu"] == 3
     assert content["gradient_clipping"] == 0.1
     assert content["bf16"] == {"enabled": True}
+    assert "offload_param" not in content["zero_optimization"]
+    offloaded = deepspeed_config(TrainerConfig(zero_stage=3, offload=True))
+    assert offloaded["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
 
 
 def test_the_default_objective_is_the_papers():

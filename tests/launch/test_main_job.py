@@ -31,11 +31,14 @@ from tiny_job import (
 from align.config import Stages, load_job
 from align.order import set_aside
 from align.samples import SampleLog
+from launch.cluster.rates import measured
+from launch.cluster.simulate import Simulation
 from llm.config import EncoderConfig
 from llm.text_encoder import TextEncoder
 from rec.data.prepared import Prepared
 from rec.runtime.checkpoint import Checkpoints
 from rec.runtime.runfolder import CONFIG, RunFolder
+from rec.runtime.stopping import STOP
 
 pytestmark = [pytest.mark.distributed, pytest.mark.vllm]
 
@@ -108,6 +111,18 @@ def test_an_undisturbed_run_is_what_the_paper_describes(finished):
         assert row["canary_max_difference"] < 1e-3
     assert {path.name for path in (finished.path / "plots").iterdir()} == {"alignment.png", "training.png"}
     assert_no_sample_lost_or_repeated(finished)
+
+
+def test_the_simulation_predicts_how_long_a_measured_run_took(finished):
+    """From how long each thing took and the rules of waiting alone, how long all of it took, and how stale it was."""
+    align = load_job(finished.path / CONFIG).align
+    found = Simulation(align, measured(finished), align.generator.processes).run()
+    refreshed, train = finished.events("refresh")[0], finished.steps("train")
+    begin = refreshed["time_s"] - refreshed["load_s"] - refreshed["canary_s"]
+    assert found.wall_s == pytest.approx(train[-1]["time_s"] - begin, rel=0.2)
+    lag = sum(row["lag_steps_mean"] for row in train) / len(train)
+    assert found.lag_steps_mean == pytest.approx(lag, abs=1.5)
+    assert found.lag_steps_max <= align.max_lag_steps
 
 
 def test_users_set_aside_reward_and_fit_no_recommender(finished, small_data):
@@ -209,8 +224,17 @@ def test_a_finished_run_says_so_and_another_recipe_is_refused(finished):
 
 
 def test_kill_nine_of_generator_rank_and_everything_changes_nothing(finished, tmp_path):
-    """One run that loses its generator, then a trainer rank, then all processes at once, and is started again."""
+    """One run that is stopped, loses its generator, then a trainer rank, then everything, and goes on each time."""
     run = before_alignment(finished, tmp_path)
+    process = start(run.path)
+    wait_until(lambda: len(run.steps("train")) > 2, process)
+    (run.path / STOP).touch()
+    assert "STOP asks for it: stopped in alignment" in finish(run.path, process)
+    assert run.result() is None
+    # What was done is saved, and no step is done twice.
+    assert Checkpoints(run.path / "checkpoints").newest().step == len(run.events("train"))
+    (run.path / STOP).unlink()
+
     process = start(run.path)
     wait_until(lambda: len(run.steps("train")) > 5, process)
     os.kill(run.events("generated")[-1]["pid"], signal.SIGKILL)

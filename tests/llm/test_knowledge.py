@@ -171,3 +171,26 @@ def test_a_damaged_file_is_named(small_data, model, tmp_path):
 def test_a_model_that_is_not_there_is_named(tmp_path):
     with pytest.raises(UserError, match="is no language model"):
         fingerprint(str(tmp_path / "none"))
+
+
+@pytest.mark.vllm
+def test_shards_are_done_in_any_order_and_end_with_the_same_file(small_data, model, asked, tmp_path):
+    whole, out = tmp_path / "whole.parquet", tmp_path / "out.parquet"
+    generate_knowledge(small_data, model, SETTINGS, whole, "v0")
+    alone = sum(asked)
+    asked.clear()
+    for shard in (2, 0, 0):
+        generate_knowledge(small_data, model, SETTINGS, out, "v0", (shard, 3))
+        assert not out.exists()
+    assert sum(asked) == round(alone * 2 / 3)
+    generate_knowledge(small_data, model, SETTINGS, out, "v0", (1, 3))
+    assert sum(asked) == alone
+    assert parquet.read_table(out).equals(parquet.read_table(whole))
+    assert not KnowledgeFile(out).parts.exists()
+
+
+@pytest.mark.parametrize("text", ["3", "1/0", "2/2", "-1/2", "a/b", "1/2/3"])
+def test_a_shard_that_is_none_is_refused(text):
+    with pytest.raises(ValueError):  # noqa: PT011 - the command says what is wrong with which text
+        knowledge.shard_of(text)
+    assert knowledge.shard_of("1/3") == (1, 3)

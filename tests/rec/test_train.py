@@ -20,6 +20,7 @@ from rec.config import RecConfig
 from rec.evaluate import evaluate_run
 from rec.job import grid_of, load_job, open_run
 from rec.models.base import Recommender
+from rec.runtime.checkpoint import Checkpoints
 from rec.runtime.config import build
 from rec.runtime.errors import UserError
 from rec.runtime.runfolder import RunFolder
@@ -178,11 +179,15 @@ def test_figures_on_validation_items_that_were_trained_on_are_refused(recipe):
 
 
 def launch(recipe: Path, processes: int, *overrides: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["--main_process_port", "0"] if processes > 1 else []
-    command += ["-m", "rec.train", "--config", str(recipe), *overrides]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    root = Path(__file__).parents[2]
+    # By a file for DeepSpeed, which a recommender does not use: with --cpu accelerate starts one process, whatever it
+    # is asked for.
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(root / "launch/accelerate/cpu.yaml"),
+        "--num_processes", str(processes), "--main_process_port", "0",
+        "-m", "rec.train", "--config", str(recipe), *overrides,
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -195,7 +200,9 @@ def test_two_processes_train_the_same_model_as_one(recipe):
         process = launch(path, processes)
         said, _ = process.communicate(timeout=900)
         assert process.returncode == 0, said
-        losses[processes] = [row["loss"] for row in RunFolder(load_job(path).run).steps("epoch")]
+        folder = RunFolder(load_job(path).run)
+        losses[processes] = [row["loss"] for row in folder.steps("epoch")]
+        assert Checkpoints(folder.path / "checkpoints").newest().world_size == processes
     assert losses[2] == pytest.approx(losses[1], rel=2e-4)
     assert len(losses[2]) == 4
 

@@ -37,10 +37,10 @@ def test_a_killed_and_resumed_run_equals_an_undisturbed_one(small_data, tmp_path
     whole = train(build_model(config, small_data), small_data, config, RunFolder(tmp_path / "a"), "test")
     saved = Checkpoints.save
 
-    def save_then_die(self, step, *args, **kwargs):
-        if step == killed_in_epoch + 1:
+    def save_then_die(self, step, state, *args, **kwargs):
+        if state["epoch"] == killed_in_epoch + 1:
             raise KeyboardInterrupt
-        return saved(self, step, *args, **kwargs)
+        return saved(self, step, state, *args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "save", save_then_die)

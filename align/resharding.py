@@ -1,0 +1,66 @@
+"""Going on with another number of ranks: DeepSpeed's universal checkpoint, made of an ordinary one when it is needed.
+
+An ordinary checkpoint of ZeRO holds one piece of every optimizer state for each rank, and DeepSpeed refuses to load it
+on more or fewer of them. The universal one holds whole states, a folder for each parameter.
+"""
+
+import logging
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from deepspeed import DeepSpeedEngine
+
+from rec.runtime import files
+from rec.runtime.ranks import Ranks
+
+log = logging.getLogger(__name__)
+
+UNIVERSAL = "universal"
+
+
+def make_universal(saved: Path, tag: str, ranks: Ranks) -> Path:
+    """The universal checkpoint beside ``saved``, converted by rank 0 if it is not there; every rank calls this.
+
+    Args:
+        saved: the folder that was given to ``DeepSpeedEngine.save_checkpoint``.
+        tag: of that call.
+
+    Raises:
+        RuntimeError: if DeepSpeed cannot convert it.
+    """
+    final, problem = saved.with_name(f"{saved.name}-{UNIVERSAL}"), None
+    if ranks.is_first and not final.exists():
+        temporary, begin = saved.with_name(f"{files.TEMPORARY_PREFIX}{final.name}"), time.monotonic()
+        shutil.rmtree(temporary, ignore_errors=True)
+        # AdamW keeps no count that the conversion needs in the place where it looks for it.
+        command = [
+            sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state",
+            "--input_folder", str(saved / tag), "--output_folder", str(temporary / tag),
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            problem = f"DeepSpeed cannot convert {saved / tag}: {done.stderr.strip().splitlines()[-1]}"
+        else:
+            files.publish_folder(temporary, final)
+            log.info("%s converted for another number of ranks in %.0f s", saved, time.monotonic() - begin)
+    problem = ranks.broadcast(problem)
+    if problem:
+        raise RuntimeError(problem)
+    return final
+
+
+def load_universal(engine: DeepSpeedEngine, folder: Path, tag: str) -> str | None:
+    """Restore what ``make_universal`` wrote; every rank calls this. Returns None if there was nothing.
+
+    The engine saves and loads ordinary checkpoints afterwards, as before.
+    """
+    # DeepSpeed reads this when it loads; in its configuration file it would hold for every later checkpoint too.
+    engine._config.load_universal_checkpoint = True
+    try:
+        loaded, _ = engine.load_checkpoint(str(folder), tag=tag)
+    finally:
+        engine._config.load_universal_checkpoint = False
+    return loaded

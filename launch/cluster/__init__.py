@@ -1,0 +1,1 @@
+"""Batch jobs on clusters: submitting them, looking at their run folders, checking an allocation, planning one."""

@@ -1,0 +1,121 @@
+"""``recalign doctor RUN``: which checkpoints there are, which of them are whole, what would be resumed, and why."""
+
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from align.config import MainJob, Stages
+from align.snapshots import SnapshotStore
+from rec.data.builtin import BUILTIN
+from rec.data.prepared import META
+from rec.job import RecJob
+from rec.runtime import files
+from rec.runtime.checkpoint import Checkpoints, Finding
+from rec.runtime.config import build, hash_of, read_recipe
+from rec.runtime.errors import UserError
+from rec.runtime.runfolder import CONFIG, RESULT, is_run_config
+from rec.runtime.stopping import STOP
+from rec.trainer import FINISHED
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What there is of one folder of checkpoints, newest first, and what a job that starts now would do."""
+
+    folder: Path
+    findings: list[Finding]
+    verdict: str
+
+
+def diagnose(run: Path) -> list[Diagnosis]:
+    """Examine every folder of checkpoints of a run.
+
+    Raises:
+        UserError: if it is no run folder.
+    """
+    if not is_run_config(run / CONFIG):
+        raise UserError(f"{run} is no run folder (no {CONFIG} that a run wrote)")
+    folders = [run / "checkpoints", *sorted(path for path in run.glob("*/**/checkpoints") if "step-" not in str(path))]
+    return [_diagnosis(run, folder) for folder in folders if folder.is_dir() or folder.parent == run]
+
+
+def _diagnosis(run: Path, folder: Path) -> Diagnosis:
+    findings = list(Checkpoints(folder).examine())
+    is_done = (folder.parent / FINISHED).exists() or (run / RESULT).exists()
+    newest = next((found.checkpoint for found in findings if found.checkpoint), None)
+    if is_done:
+        return Diagnosis(folder, findings, "nothing: this is finished")
+    if newest is None:
+        why = "none of them is whole" if findings else "there is none"
+        return Diagnosis(folder, findings, f"nothing, it begins at the beginning: {why}")
+    damaged = [found for found in findings if found.step > newest.step]
+    why = "the newest" if not damaged else f"the newest that is whole, {len(damaged)} after it are damaged"
+    differs = _differences(run, newest.meta) if folder.parent == run else []
+    if differs:
+        return Diagnosis(folder, findings, f"nothing: step-{newest.step} was written with {' and '.join(differs)}")
+    return Diagnosis(
+        folder, findings, f"step-{newest.step}: {why}; of {newest.world_size} ranks, any other number may go on"
+    )
+
+
+def _differences(run: Path, meta: dict[str, str]) -> list[str]:
+    """What of a checkpoint's recipe and data is another now."""
+    content = read_recipe(run / CONFIG)
+    if "align" in content:
+        job = build(MainJob, content)
+        now, data = job.identity, Stages(run).data_folder(job.data)
+    elif "llm" not in content:
+        job = build(RecJob, content)
+        now, data = hash_of(job.rec), run / "data" if job.data in BUILTIN else Path(job.data)
+    else:
+        return []
+    found = []
+    if "config_hash" in meta and meta["config_hash"] != now:
+        found.append(f"another recipe ({meta['config_hash']}, now {now})")
+    if not (data / META).is_file():
+        return [*found, f"data that is gone ({data})"]
+    content_hash = files.read_json(data / META).get("content_hash")
+    if "data_hash" in meta and meta["data_hash"] != content_hash:
+        found.append(f"other data ({meta['data_hash']}, now {content_hash} in {data})")
+    return found
+
+
+def further_remarks(run: Path) -> Iterator[str]:
+    """What else would matter to a job that starts now."""
+    if (run / STOP).exists():
+        yield f"{run / STOP} is there: a job that is started by hand would stop at once; delete it"
+    left = [path for path in run.rglob(f"{files.TEMPORARY_PREFIX}*") if path.is_dir()]
+    if left:
+        yield f"left behind by a kill, removed by the next save: {', '.join(map(str, left))}"
+    store = SnapshotStore(run / "snapshots")
+    versions, newest = store.versions(), store.newest()
+    if versions and newest is None:
+        yield "no snapshot is whole: the generator waits for the trainer to publish one"
+    elif newest is not None:
+        broken = [version for version in versions if version > newest.version]
+        yield f"the generator would load snapshot v{newest.version} of step {newest.step}" + (
+            f"; {len(broken)} after it are damaged" if broken else ""
+        )
+
+
+def print_diagnoses(run: Path) -> None:
+    """For people."""
+    for diagnosis in diagnose(run):
+        sys.stdout.write(f"{diagnosis.folder}\n")
+        for found in diagnosis.findings:
+            sys.stdout.write(f"  step-{found.step}: {_described(found)}\n")
+        sys.stdout.write(f"  would be resumed: {diagnosis.verdict}\n")
+    for remark in further_remarks(run):
+        sys.stdout.write(f"{remark}\n")
+
+
+def _described(found: Finding) -> str:
+    if found.checkpoint is None:
+        return f"damaged: {found.problem}"
+    described = files.read_json(found.folder / "manifest.json")["files"]
+    size = sum(facts["bytes"] for facts in described.values())
+    age_min = (time.time() - found.folder.stat().st_mtime) / 60
+    ranks = found.checkpoint.world_size
+    return f"whole, {ranks} ranks, {len(described)} files, {size / 2**20:,.1f} MiB, written {age_min:,.0f} minutes ago"

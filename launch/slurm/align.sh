@@ -1,0 +1,74 @@
+# What the scripts of alignment share: trainer and generators as two steps of one job, which meet in the run folder.
+GENERATOR_RESTARTS=3
+
+# divide: which nodes train and which generate, and how many processes each of them starts.
+divide() {
+  local n=${GENERATOR_NODES:-1}
+  if [ "$n" -gt 0 ]; then
+    GENERATORS=${GENERATORS:-$PER_NODE}
+    TRAINERS=("${HOSTS[@]:0:${#HOSTS[@]}-n}") GENERATORS_ON=("${HOSTS[@]: -n}")
+    TRAINER_OPTIONS="" GENERATOR_OPTIONS=""
+    [ ${#TRAINERS[@]} -gt 0 ] || { echo "error: ${#HOSTS[@]} nodes leave none to train on beside $n that generate"; exit 2; }
+  else # one node: its GPUs, or its cores, are divided
+    GENERATORS=${GENERATORS:-1}
+    TRAINERS=("${HOSTS[0]}") GENERATORS_ON=("${HOSTS[0]}")
+    [ -n "${SLURM_GPUS_ON_NODE:-}" ] && PER_NODE=$((PER_NODE - GENERATORS))
+    local cores=$((SLURM_CPUS_ON_NODE * GENERATORS / (GENERATORS + PER_NODE)))
+    if [ "$cores" -lt "$GENERATORS" ]; then # too few cores to give each of the two its own
+      TRAINER_OPTIONS=--overlap GENERATOR_OPTIONS=--overlap
+    else
+      TRAINER_OPTIONS="--exact --cpus-per-task=$((SLURM_CPUS_ON_NODE - cores))"
+      GENERATOR_OPTIONS="--exact --cpus-per-task=$((cores / GENERATORS))"
+    fi
+    if [ -n "${SLURM_GPUS_ON_NODE:-}" ]; then
+      TRAINER_OPTIONS+=" --gpus=$PER_NODE" GENERATOR_OPTIONS+=" --gpus=$GENERATORS"
+    fi
+  fi
+}
+
+# generate ARGUMENT...: the generators, started again when they die, which the trainer need not notice.
+generate() {
+  local attempt
+  for ((attempt = 0; attempt <= GENERATOR_RESTARTS; attempt++)); do
+    STEP_OPTIONS=$GENERATOR_OPTIONS step generator "$(join "${GENERATORS_ON[@]}")" "$GENERATORS" bash -c '
+      [ -n "${SLURM_GPUS_ON_NODE:-}" ] && export CUDA_VISIBLE_DEVICES=$(cut -d, -f$((SLURM_LOCALID + 1)) <<<"$CUDA_VISIBLE_DEVICES")
+      exec "$RECALIGN_PYTHON" -m align.generator --number "$SLURM_PROCID" --config "$@"' _ "$@" && return 0
+    stopped && return 0
+    note restarted '"job_part": "generator"'
+    echo "[batch] the generator died; starting it again"
+  done
+  echo "[batch] the generator died $GENERATOR_RESTARTS times: stopping the trainer at its next step"
+  touch "$RUN/STOP"
+  return 1
+}
+
+# align RECIPE [key=value ...]: all stages; those before and after the two jobs run on the first trainer node.
+align() {
+  local placement=("align.trainer.processes=$((${#TRAINERS[@]} * PER_NODE))"
+    "align.generator.processes=$((${#GENERATORS_ON[@]} * GENERATORS))") code
+  export PER_NODE
+  stage before --stop-before-alignment "$@" "${placement[@]}"
+  STEP_OPTIONS=$TRAINER_OPTIONS ranks trainer "$(join "${TRAINERS[@]}")" align.trainer --config "$@" "${placement[@]}" &
+  local trainer=$!
+  generate "$@" "${placement[@]}" &
+  local generators=$!
+  wait_for $trainer
+  code=$?
+  # Whatever the trainer ended with, nobody reads what they would still write; they may be done, or just stopping.
+  for _ in {1..20}; do kill -0 $generators 2>/dev/null && sleep 0.5; done
+  kill -TERM $generators 2>/dev/null
+  kill_steps
+  wait_for $generators
+  if [ $code -ne 0 ] || stopped; then finish $code; fi
+  stage after "$@" "${placement[@]}"
+  finish 0
+}
+
+# stage NAME ARGUMENT...: `recalign align` on the first trainer node; ends the job if it fails or is stopped.
+stage() {
+  local name=$1; shift
+  STEP_OPTIONS=$TRAINER_OPTIONS step "$name" "${TRAINERS[0]}" 1 "$RECALIGN_PYTHON" -m launch.cli align "$@" &
+  wait_for $!
+  local code=$?
+  if [ $code -ne 0 ] || stopped; then finish $code; fi
+}

@@ -1,0 +1,113 @@
+# What the batch scripts share. Sourced after site.sh; needs bash 4.3.
+#
+# No signal is meant to reach Python: the launcher would die of it before its ranks could save. On a warning (USR1: the
+# time is nearly up, or a job of higher priority wants the nodes) the batch shell touches RUN/STOP, the ranks see that
+# within a step, save and end, and the job is requeued. What does not end in time is killed, which costs no more than
+# the steps since the last checkpoint.
+set -uo pipefail # not -e: a trap makes wait return more than 128
+
+# note EVENT [FIELD]: one line in the run's metrics, which `recalign status` reads when the job is long gone.
+note() {
+  printf '{"event": "%s", "time_s": %s, "pid": %s, "job": "%s", "restart": %s, "nodes": "%s"%s}\n' \
+    "$1" "$(date +%s.%N)" $$ "$SLURM_JOB_ID" "$RESTART" "$SLURM_JOB_NODELIST" "${2:+, $2}" >>"$RUN/metrics.jsonl"
+}
+
+# begin RECIPE [key=value ...]: finds the run folder, and sets all that the steps need.
+begin() {
+  RESTART=${SLURM_RESTART_COUNT:-0}
+  local found
+  found=$("$RECALIGN_PYTHON" -m launch.cluster.where "$@") || exit 2
+  { read -r RUN; read -r LAUNCHER; } <<<"$found"
+  LOGS=$RUN/logs/job-$SLURM_JOB_ID-$RESTART
+  mkdir -p "$LOGS" "$RUN/slurm" && rm -f "$RUN/STOP" || exit 1
+  PER_NODE=${RECALIGN_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+  mapfile -t HOSTS < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+  export RECALIGN_PYTHON LAUNCHER PER_NODE TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
+  local cores=${SLURM_CPUS_ON_NODE:-$PER_NODE}
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > PER_NODE ? cores / PER_NODE : 1))}
+  export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+  [ -n "${SLURM_GPUS_ON_NODE:-}" ] || export DS_ACCELERATOR=cpu
+  if [ -n "$RECALIGN_INTERFACE" ]; then
+    export NCCL_SOCKET_IFNAME=$RECALIGN_INTERFACE GLOO_SOCKET_IFNAME=$RECALIGN_INTERFACE
+  fi
+  trap warned USR1
+  note attempt
+  echo "[batch] job $SLURM_JOB_ID, attempt $RESTART, on ${HOSTS[*]}: $RUN"
+}
+
+warned() {
+  note warned
+  echo "[batch] warned: stopping at the next step"
+  touch "$RUN/STOP"
+  { sleep "$RECALIGN_GRACE_S" && kill_steps; } &
+}
+
+# kill_steps: every step of the job, one by one: to kill the job's steps at once would be to cancel the job.
+kill_steps() {
+  squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format=%i | grep -v -e batch -e extern |
+    xargs -r -n 1 scancel --signal=KILL 2>/dev/null
+}
+
+stopped() { [ -e "$RUN/STOP" ]; }
+
+join() { local IFS=,; echo "$*"; }
+
+# address HOST: of its fast interface, or what its name resolves to.
+address() {
+  local command="hostname --ip-address"
+  [ -n "$RECALIGN_INTERFACE" ] && command="ip -4 -o addr show dev $RECALIGN_INTERFACE | awk '{sub(\"/.*\", \"\", \$4); print \$4}'"
+  srun --overlap --nodes=1 --ntasks=1 --nodelist="$1" bash -c "$command" | awk '{print $1; exit}'
+}
+
+# step NAME HOSTS TASKS_PER_NODE COMMAND...: one step on these nodes, its output in the attempt's folder of logs.
+step() {
+  local name=$1 per_node=$3 hosts=(${2//,/ }); shift 3
+  srun "${RECALIGN_SRUN[@]}" ${STEP_OPTIONS:-} --kill-on-bad-exit=1 --open-mode=append --nodes=${#hosts[@]} \
+    --ntasks=$((${#hosts[@]} * per_node)) --ntasks-per-node="$per_node" --nodelist="$(join "${hosts[@]}")" \
+    --output="$LOGS/$name-%t.log" "${RECALIGN_PREFIX[@]}" "$@"
+}
+
+# ranks NAME HOSTS MODULE ARGUMENT...: a training job, one launcher on each node. In single quotes, because each node
+# has to fill in its own number; of a step on some of the nodes these numbers count from 0 too.
+ranks() {
+  local name=$1 hosts=$2; shift 2
+  MASTER_ADDR=$(address "${hosts%%,*}")
+  export MASTER_ADDR
+  step "$name" "$hosts" 1 bash -c 'exec "$RECALIGN_PYTHON" -m accelerate.commands.launch --config_file "$LAUNCHER" \
+    --num_machines "$SLURM_NNODES" --num_processes $((SLURM_NNODES * PER_NODE)) --machine_rank "$SLURM_NODEID" \
+    --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT" -m "$@"' _ "$@"
+}
+
+# wait_for PID: its exit code, however often a trap interrupts the wait.
+wait_for() {
+  local code=0
+  while kill -0 "$1" 2>/dev/null; do wait "$1"; code=$?; done
+  return $code
+}
+
+# place: something that changes when the run gets any further.
+place() { ls "$RUN"/checkpoints "$RUN"/*/checkpoints "$RUN"/samples "$RUN"/*.json 2>/dev/null | cksum; }
+
+# finish CODE: the job's end. A run that was stopped, or died of something but had got further than before, is requeued.
+finish() {
+  local code=$1 why=""
+  trap '' USR1
+  if [ -e "$RUN/result.json" ]; then
+    note finished; echo "[batch] finished"; exit 0
+  elif stopped; then
+    why=stopped
+  elif grep -qs '^error: ' "$LOGS"/*.log; then # a user's mistake, which a requeue would repeat
+    grep -hs '^error: ' "$LOGS"/*.log | sort -u
+  elif [ "$(place)" != "$(cat "$RUN/slurm/place" 2>/dev/null)" ]; then
+    place >"$RUN/slurm/place"
+    why="died with exit code $code"
+  fi
+  if [ -z "$why" ] || [ "$RESTART" -ge "$RECALIGN_MAX_REQUEUES" ]; then
+    note failed "\"code\": $code"; echo "[batch] failed with exit code $code; see $LOGS"; exit $((code ? code : 1))
+  fi
+  note requeued "\"why\": \"$why\""
+  echo "[batch] $why: requeueing"
+  # A batch script that ends within the grace time counts as completed, and is not requeued by itself.
+  scontrol requeue "$SLURM_JOB_ID" && sleep 300
+  exit $((code ? code : 75))
+}

@@ -1,0 +1,260 @@
+"""Scripts as they are rendered, run folders as they are read, allocations as they are judged; without a scheduler."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from launch.cluster import check, doctor, submit
+from launch.cluster.status import follow, status
+from launch.cluster.submit import Wish
+from launch.cluster.where import run_of
+from rec.job import load_job
+from rec.runtime.checkpoint import Checkpoints
+from rec.runtime.config import hash_of
+from rec.runtime.errors import UserError
+from rec.runtime.runfolder import CONFIG, RunFolder
+from rec.runtime.stopping import STOP
+from rec.train import run as train_run
+
+ROOT = Path(__file__).parents[2]
+SLURM = ROOT / "launch" / "slurm"
+REC = {"model": {"dim": 16, "heads": 2, "blocks": 1, "max_length": 8}, "train": {"batch_size": 8, "epochs": 2}}
+
+
+@pytest.fixture
+def recipe(tmp_path, small_data) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"data": str(small_data.folder), "run": str(tmp_path / "run"), "rec": REC}))
+    return path
+
+
+def alignment(folder: Path) -> Path:
+    path = folder / "align.yaml"
+    path.write_text(yaml.safe_dump({"data": "ml-100k", "run": str(folder / "aligned"), "align": {"refresh_every": 50}}))
+    return path
+
+
+# --- scripts ---
+
+
+@pytest.mark.parametrize("path", sorted(SLURM.glob("*.s*")), ids=lambda path: path.name)
+def test_every_script_is_bash_and_leaves_the_site_to_one_file(path):
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    text = path.read_text()
+    if path.suffix == ".sbatch":
+        head = text.partition("#SBATCH")[0]
+        assert f"launch/slurm/{path.name}" in head, "it begins with the command that uses it"
+        assert "source launch/slurm/site.sh\n" in text
+        for setting in ("partition", "account", "qos", "gpus", "gres", "module", "ib0"):
+            assert setting not in text.partition("\ncd ")[0].replace(head, "")
+
+
+@pytest.mark.parametrize(
+    ("which", "nodes", "generators", "het", "expected"),
+    [
+        ("train", 2, None, False, ["#SBATCH --nodes=2\n", "rec.train --config"]),
+        ("align", 3, 1, False, ["#SBATCH --nodes=3\n", "GENERATOR_NODES=1\n", "\ndivide\n"]),
+        ("align", 1, None, False, ["#SBATCH --nodes=1\n", "GENERATOR_NODES=0\n"]),
+        ("align", 5, 2, True, ["#SBATCH --nodes=3 --ntasks", "#SBATCH hetjob\n#SBATCH --nodes=2 --ntasks"]),
+        ("pretrain", 2, None, False, ["#SBATCH --nodes=2\n", "llm.pretrain --config"]),
+    ],
+)
+def test_a_dry_run_is_a_whole_script_and_writes_nothing(recipe, tmp_path, which, nodes, generators, het, expected):
+    if which == "align":
+        recipe = alignment(tmp_path)
+    elif which == "pretrain":
+        recipe.write_text(yaml.safe_dump({"data": "x", "run": str(tmp_path / "run"), "llm": {"train": {"epochs": 1}}}))
+    wish = Wish(recipe, [], nodes, generators, het, ("--time=1:00:00",))
+    script, job = submit.submit(wish, "test", dry_run=True)
+    assert job is None
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    for text in (*expected, "#SBATCH --time=1:00:00\n", "/slurm/submission-1/recipe.yaml\nbegin", "kill_steps() {"):
+        assert text in script
+    assert "\nsource " not in script
+    # What comes after the first command sbatch does not read.
+    assert "#SBATCH" not in script.partition('cd "${SLURM_SUBMIT_DIR')[2].replace("# --- ", "")
+    assert not (tmp_path / "run").exists()
+
+
+def test_mistakes_are_found_before_anything_is_submitted(recipe, tmp_path, monkeypatch):
+    def refused(wish: Wish) -> str:
+        with pytest.raises(UserError) as caught:
+            submit.submit(wish, "test")
+        return str(caught.value)
+
+    aligned = alignment(tmp_path)
+    assert "did you mean 'lr'" in refused(Wish(recipe, ["rec.train.lrr=1"], 1))
+    assert "has no section align" in refused(Wish(recipe, [], 2, 1))
+    assert "--generator-nodes M" in refused(Wish(aligned, [], 2))
+    assert "leaves none of 2 nodes" in refused(Wish(aligned, [], 2, 2))
+    assert "divides one node, not 2" in refused(Wish(aligned, [], 2, 0))
+    assert "site settings not found" in refused(Wish(recipe, [], 1, site=tmp_path / "none.sh"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "there is no sbatch here" in refused(Wish(recipe, [], 1))
+    train_run(load_job(recipe), "test")
+    assert "is finished: there is nothing to submit" in refused(Wish(recipe, [], 1))
+    assert "holds a run of another recipe (rec.train.lr: 0.001 there, 0.5 now)" in refused(
+        Wish(recipe, ["rec.train.lr=0.5"], 1)
+    )
+
+
+def test_the_site_of_a_site_is_taken_instead_of_ours(recipe, tmp_path):
+    site = tmp_path / "site.sh"
+    site.write_text("export SBATCH_PARTITION=long  # of this test\n")
+    script, _ = submit.submit(Wish(recipe, [], 1, site=site), "test", dry_run=True)
+    assert "SBATCH_PARTITION=long  # of this test" in script
+
+
+def test_where_finds_the_run_of_any_recipe(recipe, tmp_path):
+    assert run_of(recipe, []) == tmp_path / "run"
+    assert run_of(recipe, ["run=elsewhere"]) == Path("elsewhere")
+    RunFolder(tmp_path / "run").claim(load_job(recipe))
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    assert run_of(moved / CONFIG, []) == moved
+    recipe.write_text("data: x\n")
+    with pytest.raises(UserError, match="missing key 'run'"):
+        run_of(recipe, [])
+
+
+# --- what a run folder tells ---
+
+
+def note(run: RunFolder, event: str, **more: object) -> None:
+    run.log(event, job="7", restart=0, nodes="n[1-2]", **more)
+
+
+def test_the_state_of_a_run_is_read_off_its_folder(recipe, tmp_path):
+    job = load_job(recipe)
+    with pytest.raises(UserError, match="is no run folder"):
+        status(tmp_path)
+    run = RunFolder(job.run)
+    run.claim(job)
+    assert status(run.path, time.time() + 500).state == "submitted"
+    note(run, "attempt")
+    assert status(run.path).state == "running"
+    for epoch in range(2):
+        run.log("epoch", step=epoch, loss=2.5 - epoch)
+    found = status(run.path)
+    assert any("epoch: 2 of 2" in line and "loss 1.5" in line for line in found.lines)
+    assert any("attempts: 1, warned 0 times; last on n[1-2]" in line for line in found.lines)
+    assert status(run.path, time.time() + 3600).state == "silent"
+    (run.path / STOP).touch()
+    assert status(run.path).state == "stopping"
+    assert status(run.path, time.time() + 3600).state == "stopped"
+    note(run, "requeued", why="stopped")
+    assert status(run.path).state == "requeued"
+    (run.path / STOP).unlink()
+    note(run, "attempt")
+    logs = run.path / "logs" / "job-7-1"
+    logs.mkdir(parents=True)
+    (logs / "train-0.log").write_text("starting\nerror: data/x is no prepared folder\n")
+    note(run, "failed", code=2)
+    found = status(run.path)
+    assert (found.state, found.sentence) == ("failed", "job 7 ended with exit code 2: data/x is no prepared folder")
+    run.write_result("x", "y", {}, [], 1.0)
+    assert status(run.path).state == "finished"
+
+
+def test_logs_are_those_of_the_latest_attempt_and_go_on_until_the_result(tmp_path):
+    run = RunFolder(tmp_path)
+    for attempt in (0, 1):
+        folder = tmp_path / "logs" / f"job-7-{attempt}"
+        folder.mkdir(parents=True)
+        (folder / "train-0.log").write_text("".join(f"attempt {attempt} line {nth}\n" for nth in range(5)) + "half a l")
+        os.utime(folder, (attempt, attempt))
+    assert list(follow(tmp_path, 2, forever=False)) == ["train-0: attempt 1 line 3", "train-0: attempt 1 line 4"]
+    lines = follow(tmp_path, 1, forever=True)
+    assert next(lines) == "train-0: attempt 1 line 4"
+    with (tmp_path / "logs" / "job-7-1" / "train-0.log").open("a") as stream:
+        stream.write("ine\n")
+    assert next(lines) == "train-0: half a line"
+    run.write_result("x", "y", {}, [], 1.0)
+    assert list(lines) == []
+
+
+def test_the_doctor_says_what_would_be_resumed_and_why(recipe, tmp_path, capsys):
+    job = load_job(recipe)
+    run = RunFolder(job.run)
+    with pytest.raises(UserError, match="is no run folder"):
+        doctor.diagnose(run.path)
+    run.claim(job)
+    [found] = doctor.diagnose(run.path)
+    assert found.verdict == "nothing, it begins at the beginning: there is none"
+    data_hash = json.loads((Path(job.data) / "meta.json").read_text())["content_hash"]
+    meta = {"config_hash": hash_of(job.rec), "data_hash": data_hash}
+    checkpoints = Checkpoints(run.path / "checkpoints", keep_last=9)
+    for step in (5, 10, 15):
+        checkpoints.save(step, {"weights": torch.zeros(3)}, meta)
+    (run.path / "checkpoints" / "step-15" / "rank-0.pt").write_bytes(b"cut")
+    (run.path / "checkpoints" / ".tmp-step-20").mkdir()
+    doctor.print_diagnoses(run.path)
+    said = capsys.readouterr().out
+    assert "step-15: damaged: rank-0.pt has 3 bytes, not" in said
+    assert "step-10: whole, 1 ranks, 1 files" in said
+    assert "would be resumed: step-10: the newest that is whole, 1 after it are damaged; of 1 ranks" in said
+    assert "left behind by a kill" in said
+    checkpoints.save(30, {}, {**meta, "config_hash": "0123"})
+    [found] = doctor.diagnose(run.path)
+    assert "was written with another recipe (0123, now" in found.verdict
+
+
+# --- an allocation ---
+
+
+def measured(**more: object) -> dict:
+    facts = {"rank": 0, "host": "a", "address": "10.0.0.1", "python": "3.11.7", "gpus": [], "cores": 8}
+    speeds = {"sees_the_folder": 0.01, "write_mb_per_s": 900.0, "skew_s": 0.0, "all_reduce_gb_per_s": 20.0}
+    versions = check.probe.facts()["versions"]
+    return {**facts, **speeds, "versions": versions, "locks_reach": True, **more}
+
+
+@pytest.mark.parametrize(
+    ("difference", "name"),
+    [
+        ({"address": "127.0.1.1"}, "addresses"),
+        ({"address": None}, "addresses"),
+        ({"sees_the_folder": None}, "shared folder"),
+        ({"sees_the_folder": 9.0}, "rename"),
+        ({"locks_reach": False}, "locks"),
+        ({"write_mb_per_s": 12.0}, "writing"),
+        ({"skew_s": -3.0}, "clocks"),
+        ({"python": "3.12.1"}, "python"),
+        ({"gpus": ["H100"]}, "gpus"),
+    ],
+)
+def test_what_is_wrong_with_one_node_is_named_with_its_remedy(difference, name, tmp_path):
+    fine = list(check.judge([measured(), measured(host="b", rank=1)], tmp_path))
+    assert all(result.fine for result in fine), fine
+    results = check.judge([measured(), measured(host="b", rank=1, **difference)], tmp_path)
+    assert [result.name for result in results if not result.fine] == [name]
+    assert check.REMEDIES[name]
+
+
+def test_a_slow_network_and_other_versions_are_named(tmp_path):
+    slow = [measured(all_reduce_gb_per_s=0.1), measured(host="b", all_reduce_gb_per_s=0.1)]
+    assert [result.name for result in check.judge(slow, tmp_path) if not result.fine] == ["all-reduce"]
+    old = measured(versions=measured()["versions"] | {"torch": "2.4.0"})
+    [pins] = [result for result in check.judge([old], tmp_path) if not result.fine]
+    assert (pins.name, "torch 2.4.0, tested with" in pins.found) == ("pins", True)
+
+
+@pytest.mark.distributed
+def test_two_processes_measure_each_other(tmp_path):
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29671",
+        "-m", "launch.cluster.check", "--folder", str(tmp_path),
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    said = {line[6:].partition(":")[0]: line for line in done.stdout.splitlines() if line[:4] in ("ok  ", "MEND")}
+    assert {"all-reduce", "rename", "locks", "clocks", "versions", "pins"} <= set(said), done.stdout + done.stderr
+    assert said["locks"] == "ok    locks: reach every node"
+    assert said["rename"].startswith("ok")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,200 @@
+"""Batch jobs under a real SLURM: what the scheduler may do to a run, and that none of it changes a bit of the result.
+
+A run whose samples are recorded trains on them again exactly (the trainer is a function of initial weights, seed and
+sample log), so the runs that are requeued and preempted are given the samples of the undisturbed one and must end like
+it. The runs whose generator is disturbed have samples of their own, and must equal their own replay.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from slurm_cluster import PATH, Cluster, started
+from tiny_job import RECIPE, ROOT, STEPS, assert_no_sample_lost_or_repeated, final_weights
+
+from align.config import Stages
+from align.samples import SampleLog
+from launch.cluster.status import status
+from rec.runtime.runfolder import CONFIG, METRICS, RunFolder
+
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.skipif(
+        not all(shutil.which(name, path=PATH) for name in ("slurmctld", "slurmd", "munged")),
+        reason="no SLURM here: launch/slurm/test-cluster.sh install",
+    ),
+]
+ALIGNMENT = ("--nodes", "3", "--generator-nodes", "1")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    with started(tmp_path_factory.mktemp("slurm") / "cluster") as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def finished(cluster: Cluster, small_data, tmp_path_factory) -> RunFolder:
+    """An undisturbed run: from a recipe to the result, two nodes training and one generating."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"data": str(small_data.folder), "run": str(folder / "run"), **RECIPE}))
+    job = cluster.submit(recipe, *ALIGNMENT)
+    run = RunFolder(folder / "run")
+    cluster.finish(job, run)
+    return run
+
+
+def again(finished: RunFolder, folder: Path, samples: int) -> RunFolder:
+    """The run as it was when alignment began, with so many batches of samples recorded.
+
+    With all of them, what the generator wrote and what is made of its texts at the end is there too.
+    """
+    run, whole = folder / "run", samples == STEPS
+    shutil.copytree(finished.path, run)
+    for name in ("checkpoints", "snapshots", "logs", "slurm", *(() if whole else ("seralm", "control"))):
+        shutil.rmtree(run / name)
+    for name in ("result.json", METRICS, *(() if whole else ("knowledge/aligned.parquet",))):
+        (run / name).unlink()
+    for row in finished.events() if whole else []:
+        if row["event"] in ("generated", "refresh"):
+            RunFolder(run).log(**row)
+    for path in sorted((run / "samples").glob("batch-*"))[samples:]:
+        path.unlink()
+    return RunFolder(run)
+
+
+def assert_same(run: RunFolder, other: RunFolder) -> None:
+    """Every step's losses, and the final weights, bit for bit."""
+    for key in ("policy_loss", "rec_loss", "kl"):
+        ours, theirs = ([row[key].hex() for row in folder.steps("train")] for folder in (run, other))
+        assert len(ours) == STEPS
+        assert ours == theirs
+    ours, theirs = final_weights(run), final_weights(other)
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def assert_equals_its_replay(run: RunFolder, folder: Path) -> None:
+    command = [sys.executable, "-m", "launch.cli", "align", "--replay", str(run.path), "--out", str(folder / "replay")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert_same(run, RunFolder(folder / "replay"))
+
+
+def test_two_nodes_train_one_generates_and_the_folder_tells_it(cluster, finished):
+    started_by = finished.events("trainer_started")[-1]
+    assert (started_by["world_size"], started_by["engine"]) == (2, "DeepSpeedEngine")
+    [attempt] = finished.events("attempt")
+    logs = finished.path / "logs" / f"job-{attempt['job']}-0"
+    assert {path.name for path in logs.iterdir()} == {
+        "before-0.log", "trainer-0.log", "trainer-1.log", "generator-0.log", "after-0.log",
+    }  # fmt: skip
+    assert_no_sample_lost_or_repeated(finished)
+    assert "finished" in (finished.path / "slurm" / f"batch-{attempt['job']}.out").read_text()
+
+    submission = finished.path / "slurm" / "submission-1"
+    environment = json.loads((submission / "environment.json").read_text())
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    assert environment["commit"] == commit
+    assert environment["job"] == attempt["job"]
+    assert environment["packages"]["torch"] == torch.__version__
+    assert yaml.safe_load((submission / "recipe.yaml").read_text())["run"] == str(finished.path)
+
+    said = cluster.recalign("status", finished.path)
+    assert said.startswith(f"{finished.path}: finished")
+    assert f"as job {attempt['job']} by 'recalign submit" in said
+    assert "last on n[1-3]" in said
+    assert "trainer-1: " in cluster.recalign("logs", finished.path, "-n", "3")
+
+
+def test_the_page_about_clusters_can_be_followed_command_for_command(tmp_path):
+    """Every command of the first section of docs/cluster.md; the run and the cluster are in folders of this test."""
+    section = (ROOT / "docs" / "cluster.md").read_text().partition("## From nothing")[2].partition("\n## ")[0]
+    commands = re.findall(r"^\$ (.+)$", section, re.MULTILINE)
+    assert len(commands) == 9
+    places = {"/tmp/slurm": str(tmp_path / "slurm"), "runs": str(tmp_path / "runs")}
+    (tmp_path / "runs").mkdir()
+    own = f"--sbatch=--chdir={ROOT} run={tmp_path}/runs/sasrec-closed-world"
+    script = ["set -eu", 'recalign() { "$RECALIGN_PYTHON" -m launch.cli "$@"; }', "export -f recalign"]
+    for command in commands:
+        command = re.sub(r"(?<!recipes/)\b(runs)\b|/tmp/slurm", lambda found: places[found[0]], command)
+        if "submit" in command:
+            command += f" {own}"
+        if command.startswith("salloc"):  # which looks for a program, and finds something to mend on one machine
+            command = command.replace("recalign", f"{sys.executable} -m launch.cli") + " || test $? = 1"
+        script.append(f"echo '$ {command}'; {command}")
+    environment = {**os.environ, "PATH": PATH, "PYTHONPATH": str(ROOT), "RECALIGN_PYTHON": sys.executable}
+    done = subprocess.run(
+        ["bash", "-c", "\n".join(script)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
+    )
+    subprocess.run([str(ROOT / "launch/slurm/test-cluster.sh"), "stop", str(tmp_path / "slurm")], check=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for said in ("ranks: 2 on n1, n2", "MEND  addresses", "Submitted job", "sasrec-closed-world: finished", "step-"):
+        assert said in done.stdout, done.stdout + done.stderr
+
+
+def test_a_requeued_job_goes_on_where_it_was(cluster, finished, tmp_path):
+    run = again(finished, tmp_path, STEPS)
+    job = cluster.submit(run.path / CONFIG, *ALIGNMENT)
+    cluster.wait(job, run, lambda: len(run.steps("train")) > 5)
+    cluster.run("scontrol", "requeue", job)
+    cluster.finish(job, run)
+    assert len(run.events("attempt")) == 2
+    assert_same(run, finished)
+
+
+def test_a_job_that_a_higher_priority_takes_the_nodes_from_goes_on_afterwards(cluster, finished, tmp_path):
+    run = again(finished, tmp_path, STEPS)
+    job = cluster.submit(run.path / CONFIG, *ALIGNMENT, "--sbatch=--partition=main")
+    cluster.wait(job, run, lambda: len(run.steps("train")) > 5)
+    urgent = ("--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    cluster.run("sbatch", *urgent)
+    cluster.wait(job, run, lambda: bool(run.events("requeued")))
+    assert status(run.path).state == "requeued"
+    cluster.finish(job, run)
+    assert len(run.events("warned")) == 1
+    [requeued] = run.events("requeued")
+    assert requeued["why"] == "stopped"
+    # Nothing was computed twice: every rank saved the step at which all of them stopped.
+    assert len(run.events("train")) == STEPS
+    assert_same(run, finished)
+
+
+def test_a_job_whose_time_is_up_goes_on_although_its_generator_hangs(cluster, finished, tmp_path):
+    run = again(finished, tmp_path, STEPS // 2)
+    job = cluster.submit(run.path / CONFIG, *ALIGNMENT, "--sbatch=--time=60 --signal=B:USR1@25")
+    cluster.wait(job, run, lambda: bool(run.events("generated")))
+    generator = run.events("generated")[-1]["pid"]
+    os.kill(generator, signal.SIGSTOP)  # neither generates nor sees that it is to stop
+    elapsed = cluster.run("squeue", "--noheader", f"--jobs={job}", "--format=%M").strip().split(":")
+    minutes = (int(elapsed[-2]) * 60 + int(elapsed[-1]) + 30) // 60 + 1
+    cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
+    cluster.wait(job, run, lambda: bool(run.events("requeued")))
+    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
+    cluster.finish(job, run)
+    assert len(run.events("warned")) == 1
+    assert_no_sample_lost_or_repeated(run)
+    assert_equals_its_replay(run, tmp_path)
+
+
+def test_a_generator_that_is_killed_is_started_again_beside_the_trainer(cluster, finished, tmp_path):
+    run = again(finished, tmp_path, 0)
+    job = cluster.submit(run.path / CONFIG, *ALIGNMENT)
+    cluster.wait(job, run, lambda: len(run.steps("train")) > 5)
+    os.kill(run.events("generated")[-1]["pid"], signal.SIGKILL)
+    cluster.finish(job, run)
+    assert {row["job_part"] for row in run.events("restarted")} == {"generator"}
+    assert len({row["pid"] for row in run.events("generated")}) == 2
+    assert len({row["pid"] for row in run.events("train")}) == 1
+    assert len(run.events("attempt")) == 1
+    assert_no_sample_lost_or_repeated(run)
+    assert SampleLog(Stages(run.path).samples).next_step() == STEPS
+    assert_equals_its_replay(run, tmp_path)
