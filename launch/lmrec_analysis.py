@@ -42,9 +42,9 @@ def inference(job: LMRecJob, users: int) -> list[dict[str, Any]]:
     owners = data.instances("test")[0][rows]
     items, lengths = data.histories("test", rows, model.config.max_length)
     heads = model.model.heads[TARGET]
-    features = torch.randn(len(rows), heads.user.in_features, device=heads.user.weight.device)
+    features = torch.randn(len(rows), heads.user.width, device=heads.user.linear.weight.device)
     table = model.item_vectors()
-    graph = _light_gcn(data, heads.user.in_features)
+    graph = _light_gcn(data, heads.user.width)
     kinds: dict[str, tuple[int, Callable[[], Any]]] = {
         "Transformer on history logs": (_count(model.model), lambda: model.score_all(owners, items, lengths)),
         "LightGCN": (_count(graph), lambda: graph.score_all(owners, items[:, -1:], torch.ones_like(lengths))),
