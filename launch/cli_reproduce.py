@@ -64,7 +64,7 @@ def _reproduce(arguments: argparse.Namespace) -> None:
     from launch import lmrec_tables, tables
 
     if hasattr(study.study, "pretrain"):
-        lmrec_tables.print_means(result["means"], result["claims"])
+        lmrec_tables.print_study(result)
     else:
         tables.print_study(result)
     sys.stdout.write(

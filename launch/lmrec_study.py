@@ -15,7 +15,7 @@ from typing import Any, Self
 import matplotlib
 from pydantic import Field, model_validator
 
-from launch import pretraining
+from launch import lmrec_analysis, pretraining
 from launch.bench.lmrec import packed_and_padded
 from launch.controls import Popularity, Transitions
 from launch.study import means
@@ -78,6 +78,12 @@ class LMRecStudy(Section):
     """Popularity and last-item transitions too."""
     packing_steps: int = Field(10, ge=0)
     """Steps by which packed and padded rows are compared; 0 leaves it out."""
+    sizes: bool = False
+    """Draw HR@10 by parameters (Fig. 4)."""
+    inference_users: int = Field(0, ge=0)
+    """Compare inference times for one batch of so many users (Table 6), with the first variant."""
+    curvature_batches: int = Field(0, ge=0)
+    """Hessian eigenvalues of every variant over so many batches (Fig. 5)."""
     paper: dict[str, dict[str, float]] = Field(default_factory=dict)
     """The paper's HR@10 and NDCG@10 by variant, printed beside ours."""
 
@@ -121,6 +127,8 @@ class LMRecStudyRun:
             summed += [{"variant": name, "seeds": 0, "paper": self.study.paper[name]} for name in missing]
             packing = self._packing(job, folder)
             self._draw(folder)
+            more = {"packing": packing} if packing else {}
+            more |= self._analyse(folder, rows)
             folder.log("studied", seconds=round(time.monotonic() - begin, 1))
             return folder.write_result(
                 command,
@@ -130,7 +138,7 @@ class LMRecStudyRun:
                 sum(row["seconds"] for row in folder.events("studied")),
                 claims(rows, self.study.paper, packing),
                 means=summed,
-                **({"packing": packing} if packing else {}),
+                **more,
             )
 
     def _add(self, seed: int, name: str, variant: VariantConfig) -> None:
@@ -169,7 +177,8 @@ class LMRecStudyRun:
         else:
             found = result["rows"]
         rate = facts["tokens"] / max(1e-9, facts["seconds"])
-        return [{**told, **row, "steps": facts["steps"], "tokens_per_s": round(rate, 1)} for row in found]
+        more = {"steps": facts["steps"], "parameters": facts["parameters"], "tokens_per_s": round(rate, 1)}
+        return [{**told, **row, **more} for row in found]
 
     def _controls(self, job: LMRecJob) -> list[dict[str, Any]]:
         data, found = Prepared.load(Path(job.data)), []
@@ -190,6 +199,24 @@ class LMRecStudyRun:
             folder.log("packing", **packed_and_padded(job, self.study.packing_steps))
             known = folder.events("packing")
         return {name: known[-1][name] for name in ("packed", "padded")}
+
+    def _analyse(self, folder: RunFolder, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Tables and plots of the analyses that the recipe asks for; what takes long is done once."""
+        study, found = self.study, {}
+        if study.sizes:
+            lmrec_analysis.draw_sizes(folder.path / "sizes.png", rows)
+        if study.inference_users:
+            found["inference"] = lmrec_analysis.inference(next(iter(self.jobs.values()))[-1], study.inference_users)
+            lmrec_analysis.draw_inference(folder.path / "inference.png", found["inference"])
+        if study.curvature_batches:
+            known = {row["variant"]: row["values"] for row in folder.events("eigenvalues")}
+            for (seed, name), own in self.jobs.items():
+                if seed == study.seeds[0] and name not in known:
+                    known[name] = lmrec_analysis.eigenvalues(own[-1], study.curvature_batches)
+                    folder.log("eigenvalues", variant=name, values=known[name])
+            found["eigenvalues"] = [lmrec_analysis.summary(name, values) for name, values in known.items()]
+            lmrec_analysis.draw_eigenvalues(folder.path / "eigenvalues.png", known)
+        return found
 
     def _draw(self, folder: RunFolder) -> None:
         """Write ``lmrec.png``: losses of every run, step by step."""

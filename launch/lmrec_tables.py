@@ -42,17 +42,23 @@ def print_probe(result: dict[str, Any], run: Path) -> None:
     out.print(f"Everything is in {run}: result.json, features/", soft_wrap=True)
 
 
-def print_means(means: Sequence[dict[str, Any]], claims: Sequence[dict[str, Any]]) -> None:
-    """Means over seeds beside the paper's figures and simple controls; then the claims."""
+def print_study(result: dict[str, Any]) -> None:
+    """Means over seeds beside the paper's figures and simple controls; the analyses; then the claims."""
     table = Table("variant", "seeds", *METRICS, "the paper's", caption="± is the standard error over seeds")
-    for row in means:
+    for row in result["means"]:
         seeds = str(row["seeds"]) if row["seeds"] else "-"
         paper = " / ".join(f"{row['paper'][name]:.4f}" for name in METRICS) if row.get("paper") else "-"
         found = _figures(row) if METRICS[0] in row else ("-", "-")
         table.add_row(row["variant"], seeds, *found, paper)
     out = console()
     out.print(table)
-    _print_claims(claims, out)
+    for name in ("inference", "eigenvalues"):
+        if rows := result.get(name):
+            table = Table(*rows[0], title=name)
+            for row in rows:
+                table.add_row(*map(_number, row.values()))
+            out.print(table)
+    _print_claims(result["claims"], out)
 
 
 def print_bench(result: dict[str, Any]) -> None:

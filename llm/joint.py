@@ -15,7 +15,7 @@ from llm.corpus import IGNORED, LanguageBatch
 from llm.packing import PADDING, Packed, hidden_states
 from rec.linear_cross_entropy import linear_cross_entropy
 
-LANGUAGE = "language"
+INITIAL_STD, LEAST_DEVIATION = 0.02, 1e-2
 PairLoss = Literal["bce", "softmax"]
 CrossEntropy = Literal["chunked", "liger"]
 
@@ -92,16 +92,56 @@ def language_loss(hidden: Tensor, table: Tensor, targets: Tensor, kind: CrossEnt
     return linear_cross_entropy(hidden, table, targets)
 
 
+class Head(nn.Module):
+    """W z of Eq. 4, for z that is standardised.
+
+    The states of [EOS] are nearly the same for every text: what they have in common is a hundred times what they
+    differ by. Trained from scratch on raw states, two towers soon lose the difference, and the loss stays at that of a
+    constant. Therefore z is moved and scaled to mean 0 and deviation 1, entry by entry: over the batch while training
+    (a forward pass on one rank; the statistics are constants for the gradient), over many training pairs afterwards.
+    That is an affine map before W: the finished model is Eq. 4's with a bias.
+
+    Args:
+        width: d of W ∈ R^(d x d).
+        standardise: False is Eq. 4 as printed.
+    """
+
+    def __init__(self, width: int, standardise: bool = True) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width, bias=False)
+        nn.init.normal_(self.linear.weight, std=INITIAL_STD)
+        self.standardise, self.width = standardise, width
+        self.statistics: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[P, D] of states [P, D]."""
+        if not self.standardise:
+            return self.linear(states)
+        mean, deviation = self.statistics or _statistics(states)
+        return self.linear((states - mean) / deviation)
+
+    def fix(self, states: Tensor) -> None:
+        """Use the statistics of these states [P, D] from now on."""
+        self.statistics = _statistics(states)
+
+
+def _statistics(states: Tensor) -> tuple[Tensor, Tensor]:
+    own = states.detach().float()
+    deviation = own.std(0, correction=0) + LEAST_DEVIATION
+    return own.mean(0).to(states.dtype), deviation.to(states.dtype)
+
+
 class Heads(nn.Module):
     """W_u and W_i of one task (Eq. 4); every task has its own (Fig. 1).
 
     Args:
         width: d of W ∈ R^(d x d).
+        standardise: see ``Head``.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, standardise: bool = True) -> None:
         super().__init__()
-        self.user, self.item = (nn.Linear(width, width, bias=False) for _ in range(2))
+        self.user, self.item = (Head(width, standardise) for _ in range(2))
 
 
 class JointModel(nn.Module):
@@ -118,6 +158,7 @@ class JointModel(nn.Module):
         bf16: autocast the decoder to bfloat16.
         exact_head: compute the LM's cross-entropy in float32 even so.
         cross_entropy: which kernel does.
+        standardise: see ``Head``.
     """
 
     def __init__(
@@ -128,10 +169,11 @@ class JointModel(nn.Module):
         bf16: bool = False,
         exact_head: bool = False,
         cross_entropy: CrossEntropy = "chunked",
+        standardise: bool = True,
     ) -> None:
         super().__init__()
         self.decoder = decoder
-        self.heads = nn.ModuleDict({task: Heads(decoder.config.hidden_size) for task in tasks})
+        self.heads = nn.ModuleDict({task: Heads(decoder.config.hidden_size, standardise) for task in tasks})
         self.pairs, self.bf16, self.exact_head, self.cross_entropy = pairs, bf16, exact_head, cross_entropy
 
     def forward(self, batch: LanguageBatch | PairBatch) -> Tensor:
@@ -178,7 +220,9 @@ class JointModel(nn.Module):
     def _nothing_of(self, tasks: Iterable[str]) -> Tensor | float:
         """0, with gradients of 0 for the heads of these tasks."""
         zeros = self.decoder.get_input_embeddings().weight.new_zeros(1, self.decoder.config.hidden_size)
-        return sum(part(zeros).sum() for task in tasks for part in (self.heads[task].user, self.heads[task].item))
+        return sum(
+            part.linear(zeros).sum() for task in tasks for part in (self.heads[task].user, self.heads[task].item)
+        )
 
     def _autocast(self, ids: Tensor) -> torch.autocast:
         return torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from llm.corpus import ItemTokens
-from llm.joint import JointModel
+from llm.joint import Head, JointModel
 from llm.packing import Packed
 from llm.recommendation import TextRows
 from rec.models.base import Recommender
@@ -18,7 +18,7 @@ from rec.runtime import files
 from rec.runtime.config import Section
 
 # Not beside the decoder's weights: vLLM reads every safetensors file of a model's folder.
-HEADS = "heads.safetensors"
+HEADS, STATISTICS = "heads.safetensors", ("mean", "deviation")
 ITEMS_AT_ONCE, HISTORIES_AT_ONCE = 1024, 64
 
 
@@ -81,16 +81,39 @@ def save_model(
 ) -> None:
     """Write gathered weights: the decoder as any Hugging Face model under ``name``, the heads beside that folder."""
     decoder = {key.removeprefix("decoder."): value for key, value in weights.items() if key.startswith("decoder.")}
-    heads = {key.removeprefix("heads."): value for key, value in weights.items() if key.startswith("heads.")}
     model.decoder.save_pretrained(folder / name, state_dict=decoder)
     tokenizer.save_pretrained(folder / name)
-    if heads:
-        temporary = folder / f"{files.TEMPORARY_PREFIX}{HEADS}"
-        save_file(heads, temporary)
-        files.fsync(temporary)
-        temporary.replace(folder / HEADS)
+    if heads := {key.removeprefix("heads."): value for key, value in weights.items() if key.startswith("heads.")}:
+        _write(folder, heads)
 
 
-def load_heads(folder: Path) -> dict[str, Tensor]:
-    """W_u and W_i of every task of a finished run."""
-    return load_file(folder / HEADS)
+def save_heads(folder: Path, model: JointModel) -> None:
+    """Write W_u and W_i of every task, and the statistics of their features."""
+    heads = {name: value.cpu() for name, value in model.heads.state_dict().items()}
+    for name, head in _named(model):
+        if head.statistics is not None:
+            heads |= {f"{name}.{key}": value.cpu() for key, value in zip(STATISTICS, head.statistics, strict=True)}
+    _write(folder, heads)
+
+
+def load_heads(folder: Path, model: JointModel) -> bool:
+    """Give a model the heads that were written there; whether their statistics were too."""
+    found = load_file(folder / HEADS)
+    known = True
+    for name, head in _named(model):
+        statistics = [found.pop(f"{name}.{key}", None) for key in STATISTICS]
+        if known := known and statistics[0] is not None:
+            head.statistics = tuple(value.to(head.linear.weight.device) for value in statistics)
+    model.heads.load_state_dict(found)
+    return known
+
+
+def _named(model: JointModel) -> list[tuple[str, Head]]:
+    return [(name, module) for name, module in model.heads.named_modules() if isinstance(module, Head)]
+
+
+def _write(folder: Path, heads: dict[str, Tensor]) -> None:
+    temporary = folder / f"{files.TEMPORARY_PREFIX}{HEADS}"
+    save_file({name: value.contiguous() for name, value in heads.items()}, temporary)
+    files.fsync(temporary)
+    temporary.replace(folder / HEADS)

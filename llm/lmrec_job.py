@@ -75,6 +75,11 @@ class RecommendConfig(Section):
     """Random items a step, shared by its pairs; a pair leaves out those that its user took."""
     recommendation_weight: float = Field(1e-2, gt=0)
     """λ of Eq. 6 at the first step."""
+    standardise: bool = True
+    """Whether W_u and W_i read [EOS] states that are standardised, without which small decoders trained from scratch
+    collapse; false is Eq. 4 as printed."""
+    heads_lr_factor: float = Field(1.0, gt=0)
+    """Learning rate of W_u and W_i, in multiples of the decoder's."""
     micro_histories: int = Field(64, ge=1)
     """Histories a forward pass, on one rank."""
 

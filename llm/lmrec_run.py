@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from llm.corpus import ItemTokens, PackedBatches
 from llm.joint import JointModel
 from llm.lmrec import build_lmrec
-from llm.lmrec_evaluation import LMRecRecommender, load_heads, save_model
+from llm.lmrec_evaluation import LMRecRecommender, load_heads, save_heads, save_model
 from llm.lmrec_job import TARGET, LMRecJob, LMRecTrainConfig, TaskConfig
 from llm.mixture import Source, TaskData, mix
 from llm.prompts import item_texts
@@ -33,6 +33,7 @@ from rec.runtime.ranks import Ranks
 from rec.runtime.runfolder import RunFolder
 
 MODEL, TOKENIZER, FINISHED = "model", "tokenizer", "finished.json"
+STATISTICS_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,8 @@ def build_model(job: LMRecJob, tokenizer: PreTrainedTokenizerBase) -> JointModel
     pairs = llm.recommend.loss if llm.recommend else "bce"
     # Loss scaling has to reach the head's gradients before they are rounded to float16.
     exact = train.precision == "fp16"
-    return JointModel(decoder, names, pairs, train.precision == "bf16", exact, train.cross_entropy)
+    standardise = llm.recommend is not None and llm.recommend.standardise
+    return JointModel(decoder, names, pairs, train.precision == "bf16", exact, train.cross_entropy, standardise)
 
 
 def make_plan(job: LMRecJob, inputs: Inputs, ranks: Ranks, model: JointModel, device: torch.device) -> Plan:
@@ -187,13 +189,7 @@ def make_plan(job: LMRecJob, inputs: Inputs, ranks: Ranks, model: JointModel, de
             documents, context, eos, train.rows, train.micro_rows, train.seed, ranks.rank, ranks.size
         )
     if llm.recommend is not None:
-        tasks = [
-            RecommendationTask(
-                name, number, task.data, ItemTokens(inputs.tokenizer, task.texts, context - 1), llm.recommend,
-                context, train.seed, ranks.rank, ranks.size,
-            )
-            for number, (name, task) in enumerate(inputs.tasks.items())
-        ]  # fmt: skip
+        tasks = _tasks(job, inputs, ranks)
     first, final = llm.recommend.recommendation_weight if llm.recommend else 0.0, train.final_fraction
     parameters = sum(parameter.numel() for parameter in model.decoder.parameters())
     return Plan(
@@ -202,13 +198,25 @@ def make_plan(job: LMRecJob, inputs: Inputs, ranks: Ranks, model: JointModel, de
         language,
         train.checkpoint_every,
         tasks,
-        lambda step: recommendation_weight(step, train.steps, first, final),
+        # Alone, L2 has nothing to be weighed against; a small λ would only bring its gradients near AdamW's epsilon.
+        lambda step: recommendation_weight(step, train.steps, first, final) if llm.language else 1.0,
         train.validate_every,
         train.validation_users,
         train.patience,
         flops_per_token(model.decoder.config, parameters, context),
         peak_flops(device),
     )
+
+
+def _tasks(job: LMRecJob, inputs: Inputs, ranks: Ranks) -> list[RecommendationTask]:
+    context, seed = job.llm.lmrec.context, job.llm.train.seed
+    return [
+        RecommendationTask(
+            name, number, task.data, ItemTokens(inputs.tokenizer, task.texts, context - 1), job.llm.recommend,
+            context, seed, ranks.rank, ranks.size,
+        )
+        for number, (name, task) in enumerate(inputs.tasks.items())
+    ]  # fmt: skip
 
 
 def _start_group(train: LMRecTrainConfig) -> None:
@@ -232,12 +240,13 @@ def _end_group(train: LMRecTrainConfig) -> None:
         end_group()
 
 
-def _engine(model: JointModel, train: LMRecTrainConfig) -> Engine:
+def _engine(model: JointModel, job: LMRecJob) -> Engine:
+    train, factor = job.llm.train, job.llm.recommend.heads_lr_factor if job.llm.recommend else 1.0
     if not train.zero_stage:
-        return PlainEngine(model, train.lr, train.weight_decay, train.betas, train.eps, train.clip_norm)
+        return PlainEngine(model, train.lr, train.weight_decay, train.betas, train.eps, train.clip_norm, factor)
     from llm.zero import ZeroEngine, make_accelerator
 
-    return ZeroEngine(model, train, make_accelerator(train))
+    return ZeroEngine(model, train, make_accelerator(train), factor)
 
 
 def _train(job: LMRecJob, inputs: Inputs, folder: RunFolder, ranks: Ranks) -> None:
@@ -247,7 +256,7 @@ def _train(job: LMRecJob, inputs: Inputs, folder: RunFolder, ranks: Ranks) -> No
     train = job.llm.train
     training = Training(
         plan,
-        _engine(model, train),
+        _engine(model, job),
         folder,
         {"config_hash": job.identity, "data_hash": inputs.data_hash},
         "LMRec",
@@ -268,12 +277,30 @@ def _train(job: LMRecJob, inputs: Inputs, folder: RunFolder, ranks: Ranks) -> No
 def trained(job: LMRecJob, inputs: Inputs) -> LMRecRecommender:
     """The recommender of a finished run, on its target task."""
     decoder = AutoModelForCausalLM.from_pretrained(str(Path(job.run) / MODEL), dtype=torch.float32)
-    model = JointModel(decoder, [TARGET, *job.llm.tasks], bf16=job.llm.train.precision == "bf16")
-    model.heads.load_state_dict(load_heads(Path(job.run)))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    names, bf16, standardise = list(inputs.tasks), job.llm.train.precision == "bf16", job.llm.recommend.standardise
+    model = JointModel(decoder, names, bf16=bf16, standardise=standardise).to(device).eval()
+    known = load_heads(Path(job.run), model)
+    if standardise and not known:
+        for task in _tasks(job, inputs, Ranks()):
+            fix_statistics(model, task, device)
+        save_heads(Path(job.run), model)
     context = job.llm.lmrec.context
     tokens = ItemTokens(inputs.tokenizer, inputs.tasks[TARGET].texts, context - 1)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
     return LMRecRecommender(model, TARGET, tokens, context).eval()
+
+
+@torch.no_grad()
+def fix_statistics(model: JointModel, task: RecommendationTask, device: torch.device) -> None:
+    """Give a task's heads the statistics of the finished decoder's features over some thousand training pairs."""
+    users, items = [], []
+    for step in range(STATISTICS_STEPS):
+        for part in task.parts(step)[0]:
+            own = part.to(device)
+            users.append(model.features(own.histories, own.users))
+            items.append(model.features(own.items, own.vectors))
+    model.heads[task.name].user.fix(torch.cat(users))
+    model.heads[task.name].item.fix(torch.cat(items))
 
 
 def _conclude(job: LMRecJob, inputs: Inputs, folder: RunFolder, command: str) -> dict[str, Any]:

@@ -162,6 +162,8 @@ def train_heads(features: Features, data: Prepared, config: ProbeConfig) -> tupl
     """W_u and W_i by Eq. 5 on frozen features, stopped by the validation loss; and the steps that it took."""
     torch.manual_seed(config.seed)
     heads = Heads(features.items.shape[1])
+    heads.user.fix(features.users)
+    heads.item.fix(features.items)
     optimizer = torch.optim.AdamW(heads.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     loss_of, count = (pair_loss if config.loss == "bce" else softmax_loss), min(config.negatives, data.n_items)
     known = _known(data)

@@ -49,11 +49,25 @@ class Engine(Protocol):
         """Restore what ``state`` and ``save`` kept."""
 
 
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices with weight decay, biases and norms without."""
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
-    vectors = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+def parameter_groups(model: JointModel, weight_decay: float, heads_lr_factor: float = 1.0) -> list[dict[str, Any]]:
+    """The decoder's matrices with weight decay, its biases and norms without; the heads, if any, with a rate of their
+    own, a multiple of the decoder's.
+    """
+    matrices = [parameter for parameter in model.decoder.parameters() if parameter.dim() > 1]
+    vectors = [parameter for parameter in model.decoder.parameters() if parameter.dim() <= 1]
+    heads = list(model.heads.parameters())
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay, "lr_factor": 1.0},
+        {"params": vectors, "weight_decay": 0.0, "lr_factor": 1.0},
+        {"params": heads, "weight_decay": weight_decay, "lr_factor": heads_lr_factor},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The decoder's learning rate, and the multiple of it that other groups have."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_factor"]
 
 
 class PlainEngine:
@@ -66,6 +80,7 @@ class PlainEngine:
         betas: of AdamW.
         eps: of AdamW.
         clip_norm: largest norm of all gradients together.
+        heads_lr_factor: learning rate of the heads, in multiples of the decoder's.
     """
 
     def __init__(
@@ -76,14 +91,16 @@ class PlainEngine:
         betas: tuple[float, float],
         eps: float,
         clip_norm: float,
+        heads_lr_factor: float = 1.0,
     ) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model, self.clip_norm = model.to(self.device).train(), clip_norm
-        self.optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr, betas=betas, eps=eps)
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(model, weight_decay, heads_lr_factor), lr=lr, betas=betas, eps=eps
+        )
 
     def step(self, parts: Sequence[Part], lr: float) -> list[float]:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.optimizer, lr)
         self.optimizer.zero_grad(set_to_none=True)
         losses = []
         for part in parts:

@@ -19,7 +19,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from llm.corpus import LanguageBatch
 from llm.joint import JointModel, PairBatch
 from llm.lmrec_job import LMRecTrainConfig
-from llm.update import Part, parameter_groups
+from llm.update import Part, parameter_groups, set_learning_rate
 from rec.runtime.errors import UserError
 
 TAG, TIMEOUT = "engine", timedelta(hours=2)
@@ -77,14 +77,17 @@ class ZeroEngine:
         model: made before the accelerator, which shards whatever is made after it under ZeRO-3.
         train: of the recipe.
         accelerator: from ``make_accelerator``.
+        heads_lr_factor: learning rate of the heads, in multiples of the decoder's.
     """
 
-    def __init__(self, model: JointModel, train: LMRecTrainConfig, accelerator: Accelerator) -> None:
+    def __init__(
+        self, model: JointModel, train: LMRecTrainConfig, accelerator: Accelerator, heads_lr_factor: float = 1.0
+    ) -> None:
         self.device = accelerator.device
         # The loss reads the tied table outside of the layer that owns it; ZeRO-3 must be told to gather it there too.
         deepspeed.zero.register_external_parameter(model, model.decoder.get_output_embeddings().weight)
         optimizer = torch.optim.AdamW(
-            parameter_groups(model, train.weight_decay), lr=train.lr, betas=train.betas, eps=train.eps
+            parameter_groups(model, train.weight_decay, heads_lr_factor), lr=train.lr, betas=train.betas, eps=train.eps
         )
         self.engine = accelerator.prepare(model.train(), optimizer)[0]
         # accelerate and DeepSpeed both fall back to other values without a word.
@@ -92,8 +95,7 @@ class ZeroEngine:
         assert self.engine.zero_optimization_stage() == train.zero_stage
 
     def step(self, parts: Sequence[Part], lr: float) -> list[float]:
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.engine.optimizer, lr)
         losses = []
         for nth, part in enumerate(parts, start=1):
             self.engine.set_gradient_accumulation_boundary(nth == len(parts))

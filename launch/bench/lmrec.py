@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from llm.corpus import IGNORED, LanguageBatch, PackedBatches
+from llm.joint import JointModel
 from llm.lmrec_job import LMRecJob, load_job
 from llm.lmrec_run import build_model, read_inputs
 from llm.mixture import histories
@@ -99,7 +101,7 @@ def measure(job: LMRecJob, name: str, steps: int) -> dict[str, Any]:
     rate = {"packed": _packed, "padded": _padded, "trainer": _trainer}[name](job, steps)
     if name != "packed":
         return {"tokens_per_s": round(rate, 1)}
-    model = build_model(job, _inputs(job)[1])
+    model = _model(job, eos=0)
     parameters = sum(parameter.numel() for parameter in model.decoder.parameters())
     flops = rate * flops_per_token(model.decoder.config, parameters, job.llm.lmrec.context)
     share = flops / matmul_rate(torch.bfloat16 if job.llm.train.precision == "bf16" else torch.float32)
@@ -170,17 +172,19 @@ def _preset_125m(train: dict[str, Any], rows: int = 1) -> tuple[PlainEngine, Lan
     documents = [Document(own) for row in ids for own in row]
     packed = pack(documents, [list(range(4 * row, 4 * row + 4)) for row in range(rows)], 0, 2048)
     labels = packed.ids.masked_fill(packed.positions == 0, IGNORED)
-    model = build_model(job, _Vocabulary())
+    model = _model(job, eos=0)
     return _engine(job, model), LanguageBatch(packed.ids, labels, packed)
 
 
+@dataclass(frozen=True)
 class _Vocabulary:
-    """As much of a tokenizer as a model is built from."""
+    """As much of a tokenizer as a model is built from: the recipe's vocabulary, whatever a small catalog yields."""
 
-    eos_token_id = 0
+    size: int
+    eos_token_id: int
 
     def __len__(self) -> int:
-        return 50_258
+        return self.size
 
 
 def _inputs(job: LMRecJob) -> tuple[list[list[int]], PreTrainedTokenizerBase]:
@@ -190,7 +194,11 @@ def _inputs(job: LMRecJob) -> tuple[list[list[int]], PreTrainedTokenizerBase]:
     return histories(task, inputs.tokenizer, job.llm.lmrec.context, job.llm.train.seed), inputs.tokenizer
 
 
-def _engine(job: LMRecJob, model: torch.nn.Module) -> PlainEngine:
+def _model(job: LMRecJob, eos: int) -> JointModel:
+    return build_model(job, _Vocabulary(job.llm.lmrec.vocabulary, eos))
+
+
+def _engine(job: LMRecJob, model: JointModel) -> PlainEngine:
     train = job.llm.train
     return PlainEngine(model, train.lr, train.weight_decay, train.betas, train.eps, train.clip_norm)
 
@@ -201,13 +209,15 @@ def _packed(job: LMRecJob, steps: int) -> float:
     batches = PackedBatches(
         documents, job.llm.lmrec.context, tokenizer.eos_token_id, train.micro_rows, train.micro_rows, train.seed
     )
-    return _timed(_engine(job, build_model(job, tokenizer)), [batches.parts(step)[0] for step in range(steps + 1)])
+    return _timed(
+        _engine(job, _model(job, tokenizer.eos_token_id)), [batches.parts(step)[0] for step in range(steps + 1)]
+    )
 
 
 def _padded(job: LMRecJob, steps: int) -> float:
     """A document a row, in random order, padded to the longest of its batch: as many places a step as packed rows."""
     documents, tokenizer = _inputs(job)
-    return _timed(_engine(job, build_model(job, tokenizer)), _padded_batches(job, documents, tokenizer, steps))
+    return _timed(_engine(job, _model(job, tokenizer.eos_token_id)), _padded_batches(job, documents, tokenizer, steps))
 
 
 def _padded_batches(
@@ -258,7 +268,7 @@ def _trainer(job: LMRecJob, steps: int) -> float:
         bf16=train.precision == "bf16", logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(), dataloader_num_workers=0,
     )  # fmt: skip
-    decoder = build_model(job, tokenizer).decoder
+    decoder = _model(job, tokenizer.eos_token_id).decoder
     if not torch.cuda.is_available():
         decoder.set_attn_implementation("eager")  # its faster one here
     trainer = Trainer(decoder, arguments, train_dataset=rows, callbacks=[Clock()])

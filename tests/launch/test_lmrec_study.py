@@ -27,6 +27,7 @@ JOB = {
 }
 STUDY = {
     "pretrain": "job.yaml", "run": "unused", "seeds": [0, 1], "packing_steps": 1,
+    "sizes": True, "inference_users": 8, "curvature_batches": 1,
     "variants": {
         "LMRec -lm": ["llm.language=false"],
         "LMRec": [],
@@ -62,7 +63,12 @@ def test_a_study_runs_its_variants_once_and_says_what_holds(tmp_path, recipe):
     assert (by_name["BST"]["seeds"], by_name["BST"]["paper"]) == (0, STUDY["paper"]["BST"])
     assert result["packing"]["packed"] > 0 < result["packing"]["padded"]
     assert result["claims"][0]["id"] == "LMRec beats LMRec -lm in HR@10"
-    assert (tmp_path / "study" / "lmrec.png").stat().st_size > 10_000
+    for name in ("lmrec", "sizes", "inference", "eigenvalues"):
+        assert (tmp_path / "study" / f"{name}.png").stat().st_size > 5_000
+    assert [row["model"] for row in result["inference"]][1:] == ["LightGCN", "LMRec^TL on user features"]
+    assert result["inference"][0]["parameters"] > result["inference"][2]["parameters"] == 2 * 32 * 32
+    assert [row["variant"] for row in result["eigenvalues"]] == list(STUDY["variants"])
+    assert all(row["smallest"] <= row["median"] <= row["largest"] for row in result["eigenvalues"])
     assert "0.3000 / 0.2000" in done.stdout
     assert "last-item transitions" in done.stdout
     own = tmp_path / "study" / "seed-0"

@@ -13,7 +13,11 @@ ROOT = Path(__file__).parents[2]
 STEPS = 12
 LLM = {
     "lmrec": {"vocabulary": 400, "context": 48, "dim": 32, "layers": 2, "heads": 2},
-    "recommend": {"pairs": 16, "prefixes": 2, "negatives": 8, "recommendation_weight": 0.5, "micro_histories": 2},
+    # Without standardising, whose statistics are each rank's own, two ranks are one process.
+    "recommend": {
+        "pairs": 16, "prefixes": 2, "negatives": 8, "recommendation_weight": 0.5, "micro_histories": 2,
+        "standardise": False,
+    },
     "train": {
         "steps": STEPS, "rows": 8, "micro_rows": 2, "lr": 5e-3, "validate_every": 3, "validation_users": 15,
         "checkpoint_every": 4, "precision": "fp32", "clip_norm": 0.5,

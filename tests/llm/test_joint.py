@@ -10,7 +10,7 @@ from transformers import GPT2LMHeadModel
 
 from llm.config import LMRecConfig
 from llm.corpus import HistoryCorpus, ItemTokens, PackedBatches
-from llm.joint import JointModel, pair_loss, softmax_loss
+from llm.joint import Head, JointModel, pair_loss, softmax_loss
 from llm.lmrec import build_lmrec
 from llm.lmrec_evaluation import LMRecRecommender
 from llm.lmrec_job import RecommendConfig
@@ -42,7 +42,7 @@ def tokens(tokenizer, texts):
 def model(tokenizer):
     torch.manual_seed(0)
     size = LMRecConfig(dim=32, heads=2, layers=2, context=CONTEXT)
-    return JointModel(build_lmrec(size, len(tokenizer), tokenizer.eos_token_id), ["target"])
+    return JointModel(build_lmrec(size, len(tokenizer), tokenizer.eos_token_id), ["target"], standardise=False)
 
 
 def make_task(data, tokens, **more):
@@ -80,6 +80,22 @@ def test_the_language_loss_is_eq_1_token_by_token(small_data, texts, tokenizer, 
             count += len(ids) - 1
     assert batches.learnt_tokens(3) == count == sum(part.tokens for part in batches.parts(3))
     assert learnt / count == pytest.approx(total / count, rel=1e-5)
+
+
+def test_heads_standardise_by_the_batch_then_by_what_is_fixed_and_are_eq_4_without():
+    torch.manual_seed(0)
+    head, plain = Head(4), Head(4, standardise=False)
+    plain.load_state_dict(head.state_dict())
+    one, other = (3 + 2 * torch.randn(50, 4) for _ in range(2))
+
+    def by(states):
+        return (other - states.mean(0)) / (states.std(0, correction=0) + 1e-2) @ head.linear.weight.T
+
+    torch.testing.assert_close(head(other), by(other))
+    head.fix(one)
+    torch.testing.assert_close(head(other), by(one))
+    torch.testing.assert_close(head(other[:1]), by(one)[:1])
+    torch.testing.assert_close(plain(other), other @ head.linear.weight.T)
 
 
 def test_every_epoch_reads_every_document_once(small_data, texts, tokenizer):

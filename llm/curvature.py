@@ -1,0 +1,51 @@
+"""The largest Hessian eigenvalues of the recommendation loss (LMRec, appendix C and Fig. 5).
+
+Subspace iteration on Hessian-vector products, each two passes of autograd: a few lines of plain torch, as the libraries
+for it are no longer kept up.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from llm.joint import JointModel, PairBatch
+
+
+def top_eigenvalues(
+    loss: Tensor, parameters: Sequence[nn.Parameter], count: int, iterations: int = 30, seed: int = 0
+) -> Tensor:
+    """[count] eigenvalues of the Hessian that are largest in magnitude, largest first.
+
+    Args:
+        loss: a scalar that can be differentiated twice.
+        parameters: by which.
+        count: how many.
+        iterations: of the subspace; the error of an eigenvalue falls with the square of its ratio to the next one.
+        seed: of the vectors that it begins with.
+    """
+    gradients = torch.autograd.grad(loss, parameters, create_graph=True)
+    generator = torch.Generator().manual_seed(seed)
+    size = sum(parameter.numel() for parameter in parameters)
+    basis = torch.linalg.qr(torch.randn(size, count, generator=generator).to(loss.device)).Q
+    values = torch.zeros(count)
+    for _ in range(iterations):
+        product = torch.stack([_product(gradients, parameters, column) for column in basis.T], 1)
+        values = torch.linalg.eigvalsh((basis.T @ product + product.T @ basis) / 2)
+        basis = torch.linalg.qr(product).Q
+    return values[values.abs().argsort(descending=True)].cpu()
+
+
+def _product(gradients: Sequence[Tensor], parameters: Sequence[nn.Parameter], vector: Tensor) -> Tensor:
+    """[size] H v."""
+    pieces = vector.split([parameter.numel() for parameter in parameters])
+    inner = sum((gradient.flatten() * piece).sum() for gradient, piece in zip(gradients, pieces, strict=True))
+    found = torch.autograd.grad(inner, parameters, retain_graph=True)
+    return torch.cat([part.flatten() for part in found])
+
+
+def curvature(model: JointModel, batches: Sequence[PairBatch], count: int = 5, iterations: int = 30) -> Tensor:
+    """[batches, count] of L2 by the decoder's weights, batch by batch, in float32."""
+    model.bf16 = False
+    parameters = [parameter for parameter in model.decoder.parameters() if parameter.requires_grad]
+    return torch.stack([top_eigenvalues(model(batch), parameters, count, iterations) for batch in batches])
