@@ -235,9 +235,9 @@ def test_kill_nine_of_generator_rank_and_everything_changes_nothing(finished, tm
     assert Checkpoints(run.path / "checkpoints").newest().step == len(run.events("train"))
     (run.path / STOP).unlink()
 
-    begun = len(run.steps("train"))
+    begun, written = len(run.steps("train")), len(run.events("generated"))
     process = start(run.path)
-    wait_until(lambda: len(run.steps("train")) > begun + 2, process)
+    wait_until(lambda: len(run.steps("train")) > begun + 2 and len(run.events("generated")) > written, process)
     os.kill(run.events("generated")[-1]["pid"], signal.SIGKILL)
     wait_until(lambda: len(run.steps("train")) > begun + 8, process)
     os.kill(run.events("train")[-1]["pid"], signal.SIGKILL)
