@@ -103,8 +103,7 @@ def test_two_nodes_train_one_generates_and_the_folder_tells_it(cluster, finished
 
     submission = finished.path / "slurm" / "submission-1"
     environment = json.loads((submission / "environment.json").read_text())
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    assert environment["commit"] == commit
+    subprocess.run(["git", "cat-file", "-e", f"{environment['commit']}^{{commit}}"], cwd=ROOT, check=True)
     assert environment["job"] == attempt["job"]
     assert environment["packages"]["torch"] == torch.__version__
     assert yaml.safe_load((submission / "recipe.yaml").read_text())["run"] == str(finished.path)
