@@ -11,6 +11,36 @@ from launch.commands import add_command
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
     """Define them below ``commands``."""
+    _add_submit(commands)
+    _add_plan(commands)
+    check = add_command(commands, "check", _check, "measure whether an allocation is fit for a job", """\
+examples:
+  salloc --nodes 2 recalign check --folder /scratch/runs
+  recalign check                    # this machine alone
+""")  # fmt: skip
+    check.add_argument("--folder", type=Path, default=Path(), help="where runs are to live (default: here)")
+
+    status = add_command(commands, "status", _status, "say what a run is doing, from its files alone", """\
+examples:
+  recalign status runs/mine
+  watch -n 5 recalign status runs/mine
+""")  # fmt: skip
+    logs = add_command(commands, "logs", _logs, "show the logs of a run's latest attempt", """\
+examples:
+  recalign logs runs/mine
+  recalign logs runs/mine -f        # until it is finished
+""")  # fmt: skip
+    logs.add_argument("-f", "--follow", action="store_true", help="go on with what is added")
+    logs.add_argument("-n", "--lines", type=int, default=20, help="of every log, to begin with (default: 20)")
+    doctor = add_command(commands, "doctor", _doctor, "say which checkpoints are whole and what would be resumed", """\
+examples:
+  recalign doctor runs/mine
+""")  # fmt: skip
+    for parser in (status, logs, doctor):
+        parser.add_argument("run", type=Path, help="run folder")
+
+
+def _add_submit(commands: argparse._SubParsersAction) -> None:
     submit = add_command(commands, "submit", _submit, "submit a recipe as a SLURM job", """\
 examples:
   recalign submit launch/recipes/sasrec-beauty.yaml --nodes 1
@@ -28,35 +58,8 @@ The script, the resolved recipe, the commit and the packages are kept in RUN/slu
     submit.add_argument("--site", type=Path, help="site settings (default: launch/slurm/site.sh)")
     submit.add_argument("--dry-run", action="store_true", help="print the script, submit and write nothing")
 
-    status = add_command(commands, "status", _status, "say what a run is doing, from its files alone", """\
-examples:
-  recalign status runs/mine
-  watch -n 5 recalign status runs/mine
-""")  # fmt: skip
-    status.add_argument("run", type=Path, help="run folder")
 
-    logs = add_command(commands, "logs", _logs, "show the logs of a run's latest attempt", """\
-examples:
-  recalign logs runs/mine
-  recalign logs runs/mine -f        # until it is finished
-""")  # fmt: skip
-    logs.add_argument("run", type=Path, help="run folder")
-    logs.add_argument("-f", "--follow", action="store_true", help="go on with what is added")
-    logs.add_argument("-n", "--lines", type=int, default=20, help="of every log, to begin with (default: 20)")
-
-    doctor = add_command(commands, "doctor", _doctor, "say which checkpoints are whole and what would be resumed", """\
-examples:
-  recalign doctor runs/mine
-""")  # fmt: skip
-    doctor.add_argument("run", type=Path, help="run folder")
-
-    check = add_command(commands, "check", _check, "measure whether an allocation is fit for a job", """\
-examples:
-  salloc --nodes 2 recalign check --folder /scratch/runs
-  recalign check                    # this machine alone
-""")  # fmt: skip
-    check.add_argument("--folder", type=Path, default=Path(), help="where runs are to live (default: here)")
-
+def _add_plan(commands: argparse._SubParsersAction) -> None:
     plan = add_command(commands, "plan", _plan, "say whether alignment fits the GPUs, and how to divide them", """\
 examples:
   recalign plan launch/recipes/seralm-llama2.yaml --nodes 2 --gpus 8 --gpu-memory 80

@@ -1,6 +1,7 @@
 """How a ``recalign`` command is defined: one handler, one line of summary, examples in ``--help``."""
 
 import argparse
+import contextlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -51,5 +52,8 @@ def delete_run(folder: Path) -> None:
     if not folder.is_dir() or (not is_run_config(folder / CONFIG) and any(folder.iterdir())):
         raise UserError(f"{folder} is no run folder (no {CONFIG} that a run wrote); not deleting it")
     run = RunFolder(folder)
-    with run.lock("launcher"), run.lock("trainer"), run.lock("generator"):
+    roles = [path.name.removeprefix(".").removesuffix(".lock") for path in folder.glob(".*.lock")]
+    with contextlib.ExitStack() as held:
+        for role in {"launcher", "trainer", "generator", *roles}:
+            held.enter_context(run.lock(role))
         shutil.rmtree(folder)

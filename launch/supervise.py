@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 POLL_S, STOP_GRACE_S, LOG_TAIL_LINES = 0.2, 10.0, 200
 MISTAKE = "error: "
-EXCEPTION = re.compile(r"(\[rank\d+\]: )?[\w.]*(?<!ChildFailed)(Error|Exception|Interrupt)\b.*")
+EXCEPTION = re.compile(r"(\[rank\d+\]: )?[\w.]*(?<!ChildFailed)(Error|Exception|Interrupt)\b.*|lost contact with .*")
 
 
 @dataclass

@@ -72,6 +72,8 @@ def test_every_recipe_loads_and_begins_with_its_command(path):
 def test_every_deepspeed_file_says_what_must_be_explicit(path):
     content = json.loads(path.read_text())
     assert content["zero_optimization"]["stage"] == int(path.stem.split("_")[0].removeprefix("zero"))
+    assert next(iter(content)) == "_comment"
+    assert f"align.trainer.zero_stage={content['zero_optimization']['stage']}" in content["_comment"]
     for key in ("gradient_clipping", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "bf16"):
         assert key in content
 

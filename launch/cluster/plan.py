@@ -11,6 +11,7 @@ from align.config import MainJob, load_job
 from launch.cluster import memory, rates
 from launch.cluster.memory import Memory, Shape
 from launch.cluster.simulate import Prediction, Simulation
+from launch.cluster.where import ONE_PROCESS
 from rec.runtime.config import read_recipe
 from rec.runtime.errors import UserError
 from rec.runtime.runfolder import RunFolder
@@ -98,21 +99,21 @@ def _option(
         taken = rates.reckoned(job, shape, machines.hardware, ranks, -(-ranks // machines.gpus))
     else:
         run = RunFolder(measured_in)
-        measured_on = run.events("trainer_started")[-1]["world_size"]
-        taken = rates.on_ranks(rates.measured(run), measured_on, ranks)
+        found = rates.measured(run)
+        taken = rates.on_ranks(found, run.events("trainer_started")[-1]["world_size"], ranks)
     prediction = Simulation(job.align, taken, generators).run()
     return Option(ranks, generators, needed, needed.total <= machines.gpu_bytes, prediction)
 
 
 def load(recipe: Path, overrides: list[str]) -> MainJob:
-    """The recipe of an alignment job.
+    """The recipe of an alignment job, on one process each: a plan looks for better numbers.
 
     Raises:
         UserError: if it is another kind of recipe.
     """
     if "align" not in read_recipe(recipe):
         raise UserError(f"{recipe} has no section align: recalign plan is about alignment")
-    return load_job(recipe, overrides)
+    return load_job(recipe, [*overrides, *ONE_PROCESS])
 
 
 def print_plan(plan: Plan, machines: Machines, console: Console | None = None) -> None:

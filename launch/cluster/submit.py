@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from align.config import MainJob
-from launch.cluster.where import run_of
+from launch.cluster.where import ONE_PROCESS, run_of
 from rec.job import RecJob
 from rec.runtime import files
 from rec.runtime.config import Section, apply_overrides, build, read_recipe, without
@@ -142,7 +142,8 @@ def _resolved(wish: Wish) -> tuple[dict[str, Any], str]:
     if kind in sections:
         # How many processes there are is decided by the nodes.
         content = without(content, sections[kind].placement)
-        job = build(sections[kind], content)
+        # One process divides every batch; whether the nodes' processes do is seen when there are any.
+        job = build(sections[kind], apply_overrides(content, ONE_PROCESS if kind == "align" else ()))
         if run.is_dir():
             RunFolder(run).check(job)
     return content, kind

@@ -12,6 +12,9 @@ from rec.runtime.errors import UserError
 from rec.runtime.logs import run_main
 from rec.runtime.runfolder import is_run_config
 
+# Overrides of an alignment's recipe where only the nodes will say how many processes there are: one divides any batch.
+ONE_PROCESS = ("align.trainer.processes=1", "align.generator.processes=1")
+
 
 def run_of(recipe: Path, overrides: list[str]) -> Path:
     """The run folder that a recipe of any kind names; of a run's own ``config.yaml``, where that lies now.

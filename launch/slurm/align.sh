@@ -37,7 +37,7 @@ generate() {
     note restarted '"job_part": "generator"'
     echo "[batch] the generator died; starting it again"
   done
-  echo "[batch] the generator died $GENERATOR_RESTARTS times: stopping the trainer at its next step"
+  echo "[batch] the generator dies again and again: stopping the trainer at its next step"
   touch "$RUN/STOP"
   return 1
 }

@@ -36,7 +36,7 @@ from rec.runtime.ranks import Ranks
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -189,6 +189,8 @@ class Checkpoints:
         try:
             manifest = files.read_json(folder / MANIFEST)
             problem = files.what_differs(folder, manifest["files"])
+            if manifest["schema_version"] != SCHEMA_VERSION:
+                problem = f"schema version {manifest['schema_version']}, this program reads {SCHEMA_VERSION}"
             checkpoint = Checkpoint(folder, step, manifest["meta"], manifest["world_size"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             problem = f"no readable {MANIFEST} ({type(error).__name__})"
@@ -198,7 +200,7 @@ class Checkpoints:
         for found in self.examine():
             if found.checkpoint is not None:
                 return found.checkpoint
-            log.warning("ignoring incomplete checkpoint %s: %s", found.folder, found.problem)
+            log.warning("ignoring checkpoint %s: %s", found.folder, found.problem)
         return None
 
     def _prune(self, saved: int) -> None:

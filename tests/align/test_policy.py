@@ -14,9 +14,10 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from align.config import LoRAConfig, ObjectiveConfig, TrainerConfig
+from align.config import LoRAConfig, MainJob, ObjectiveConfig, TrainerConfig
 from align.policy import Rows, deepspeed_config, layers_to_adapt
 from align.samples import Sample, SampleLog, Text
+from align.trainer import make_accelerator
 from llm.config import LMRecConfig
 from llm.lmrec import build_lmrec
 from rec.runtime.errors import UserError
@@ -191,6 +192,12 @@ def test_the_recipe_decides_what_deepspeed_leaves_open():
     assert "offload_param" not in content["zero_optimization"]
     offloaded = deepspeed_config(TrainerConfig(zero_stage=3, offload=True))
     assert offloaded["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+
+
+def test_a_stage_that_the_launchers_file_names_is_refused_not_ignored(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", "mine.json")
+    with pytest.raises(UserError, match=r"the ZeRO stage is the recipe's .* take deepspeed_config_file mine\.json out"):
+        make_accelerator(MainJob(data="x", run="y"))
 
 
 def test_the_default_objective_is_the_papers():

@@ -64,16 +64,21 @@ def start_replay(run: Path, *more: str, **options: object) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, **options)
 
 
-def replay_of(run: RunFolder, folder: Path, *overrides: str) -> RunFolder:
+def start_trainer(run: RunFolder, folder: Path, *overrides: str, ranks: int = 2) -> subprocess.Popen:
     """Train again from the recorded samples alone, as a cluster user would."""
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/accelerate/cpu.yaml",
-        "--main_process_port", "29655", "-m", "align.trainer", "--config", str(run.path / CONFIG),
-        "--replay-into", str(folder / "replay"), *overrides,
+        "--num_processes", str(ranks), "--main_process_port", "29655",
+        "-m", "align.trainer", "--config", str(run.path / CONFIG), "--replay-into", str(folder / "replay"), *overrides,
     ]  # fmt: skip
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def replay_of(run: RunFolder, folder: Path, *overrides: str, ranks: int = 2) -> RunFolder:
+    process = start_trainer(run, folder, *overrides, ranks=ranks)
+    _, said = process.communicate(timeout=900)
+    assert process.returncode == 0, said[-3000:]
     return RunFolder(folder / "replay")
 
 
@@ -157,6 +162,29 @@ def test_zero_three_trains_the_same_models_from_the_same_samples(finished, tmp_p
         torch.testing.assert_close(three[name], value, rtol=0.02, atol=0.02, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_a_trainer_of_two_ranks_is_stopped_and_one_goes_on_with_the_same_samples(finished, tmp_path):
+    process = start_trainer(finished, tmp_path)
+    folder = RunFolder(tmp_path / "replay")
+    wait_until(lambda: len(folder.steps("train")) > 5, process)
+    (folder.path / STOP).touch()
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert "STOP asks for it: stopped after step" in said
+    (folder.path / STOP).unlink()
+    stopped_at = len(folder.events("train"))
+    assert Checkpoints(folder.path / "checkpoints").newest().step == stopped_at < STEPS
+
+    replay_of(finished, tmp_path, "align.trainer.processes=1", ranks=1)
+    assert [row["world_size"] for row in folder.events("trainer_started")] == [2, 1]
+    ours, theirs = folder.steps("train"), finished.steps("train")
+    # What is known of the samples alone is the same at every step; nothing was done twice.
+    assert [row["reward"].hex() for row in ours] == [row["reward"].hex() for row in theirs]
+    assert len(folder.events("train")) == STEPS
+    assert [row["kl"].hex() for row in ours[:stopped_at]] == [row["kl"].hex() for row in theirs[:stopped_at]]
+    for name, value in final_weights(folder).items():
+        torch.testing.assert_close(value, final_weights(finished)[name], rtol=0.02, atol=0.02)
+
+
 def test_a_replay_of_other_samples_ends_elsewhere_and_says_so(finished, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished.path, run)
@@ -235,19 +263,20 @@ def test_kill_nine_of_generator_rank_and_everything_changes_nothing(finished, tm
     assert Checkpoints(run.path / "checkpoints").newest().step == len(run.events("train"))
     (run.path / STOP).unlink()
 
+    begun, written = len(run.steps("train")), len(run.events("generated"))
     process = start(run.path)
-    wait_until(lambda: len(run.steps("train")) > 5, process)
+    wait_until(lambda: len(run.steps("train")) > begun + 2 and len(run.events("generated")) > written, process)
     os.kill(run.events("generated")[-1]["pid"], signal.SIGKILL)
-    wait_until(lambda: len(run.steps("train")) > 13, process)
+    wait_until(lambda: len(run.steps("train")) > begun + 8, process)
     os.kill(run.events("train")[-1]["pid"], signal.SIGKILL)
-    wait_until(lambda: len(run.steps("train")) > 23, process)
+    wait_until(lambda: len(run.steps("train")) > begun + 16, process)
     assert {row["job"] for row in run.events("restarted")} == {"generator", "trainer"}
 
     jobs = {row["pid"] for row in run.events() if row["event"] in ("train", "generated")}
     process.kill()
     process.wait()
     assert_dead(jobs)
-    assert Checkpoints(run.path / "checkpoints").newest().step >= 18
+    assert Checkpoints(run.path / "checkpoints").newest().step >= begun + 12
     # What a kill in the middle of a publication leaves behind.
     broken = run.path / "snapshots" / "v000099"
     (broken / "llm").mkdir(parents=True)

@@ -7,7 +7,7 @@ from transformers import LlamaConfig
 
 from align.config import AlignConfig, MainJob, TrainerConfig
 from launch.cluster.memory import Shape, generator_memory, host_memory, shape_of, trainer_memory
-from launch.cluster.plan import Machines, plan
+from launch.cluster.plan import Machines, load, plan
 from launch.cluster.rates import Hardware, measured
 from launch.cluster.simulate import Rates, Simulation
 from rec.runtime.config import build
@@ -157,6 +157,15 @@ def test_rates_are_the_means_of_what_was_logged(tmp_path):
         run.log("refresh", step=nth, load_s=0.02, canary_s=0.03)
     found = measured(run)
     assert found == Rates(*(pytest.approx(value, rel=1e-6) for value in (1.05, 0.5, 0.25, 0.2, 0.3, 0.05)))
+
+
+def test_a_recipe_is_planned_whatever_its_own_processes_are(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("data: x\nrun: y\nalign: {trainer: {processes: 5, batch_size: 48}}\n")
+    assert load(recipe, []).align.trainer.batch_size == 48
+    recipe.write_text("data: x\nrun: y\nrec: {}\n")
+    with pytest.raises(UserError, match="has no section align"):
+        load(recipe, [])
 
 
 def test_a_shape_counts_texts_that_reward_and_those_that_only_fit(job):

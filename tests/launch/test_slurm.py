@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from pyarrow import parquet
 from slurm_cluster import PATH, Cluster, started
 from tiny_job import RECIPE, ROOT, STEPS, assert_no_sample_lost_or_repeated, final_weights
 
@@ -102,8 +103,7 @@ def test_two_nodes_train_one_generates_and_the_folder_tells_it(cluster, finished
 
     submission = finished.path / "slurm" / "submission-1"
     environment = json.loads((submission / "environment.json").read_text())
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    assert environment["commit"] == commit
+    subprocess.run(["git", "cat-file", "-e", f"{environment['commit']}^{{commit}}"], cwd=ROOT, check=True)
     assert environment["job"] == attempt["job"]
     assert environment["packages"]["torch"] == torch.__version__
     assert yaml.safe_load((submission / "recipe.yaml").read_text())["run"] == str(finished.path)
@@ -198,3 +198,25 @@ def test_a_generator_that_is_killed_is_started_again_beside_the_trainer(cluster,
     assert_no_sample_lost_or_repeated(run)
     assert SampleLog(Stages(run.path).samples).next_step() == STEPS
     assert_equals_its_replay(run, tmp_path)
+
+
+@pytest.mark.parametrize(("options", "ranks"), [((*ALIGNMENT, "--het"), 2), (("--nodes", "1"), 1)])
+def test_nodes_of_two_kinds_and_one_node_alone_divide_the_work_too(cluster, finished, tmp_path, options, ranks):
+    run = again(finished, tmp_path, STEPS)
+    cluster.finish(cluster.submit(run.path / CONFIG, *options), run)
+    assert run.events("trainer_started")[-1]["world_size"] == ranks
+    if ranks == 2:
+        assert_same(run, finished)
+    assert_no_sample_lost_or_repeated(run)
+
+
+def test_a_catalogs_texts_are_written_by_an_array_of_tasks(cluster, finished, tmp_path):
+    out = tmp_path / "knowledge.parquet"
+    log = f"--output={tmp_path}/task-%a.out"
+    script = ROOT / "launch" / "slurm" / "knowledge.sbatch"
+    cluster.run("sbatch", "--wait", "--array=0-1", log, script, finished.path, "--out", out)
+    table = parquet.read_table(out)
+    assert table.num_rows == 30 * RECIPE["llm"]["knowledge"]["texts"]
+    assert len(table["vector"][0]) == RECIPE["llm"]["lmrec"]["dim"]
+    aligned = parquet.read_table(Stages(finished.path).final_knowledge)
+    assert table["text"].to_pylist() == aligned["text"].to_pylist()

@@ -81,12 +81,16 @@ def test_what_is_named_like_a_checkpoint_and_is_none_is_named_with_its_reason(tm
         save(checkpoints, step)
     (tmp_path / "step-2" / "two").write_bytes(b"short")
     (tmp_path / "step-3" / "rank-0.pt").unlink()
+    save(checkpoints, 6)
+    manifest = tmp_path / "step-6" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"schema_version": 2', '"schema_version": 1'))
     (tmp_path / "step-4").mkdir()
     (tmp_path / "step-4" / "holiday.jpg").write_bytes(b"foreign")
     (tmp_path / "step-5").write_text("a file")
     (tmp_path / "step-x").mkdir()
     found = {finding.step: finding.problem for finding in checkpoints.examine()}
-    assert list(found) == [5, 4, 3, 2, 1]
+    assert list(found) == [6, 5, 4, 3, 2, 1]
+    assert found[6] == "schema version 1, this program reads 2"
     assert found[1] is None
     assert found[2] == "two has 5 bytes, not 100"
     assert found[3] == "rank-0.pt is missing"
