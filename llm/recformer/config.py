@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rec.config import EvaluateConfig
+from rec.protocol import PRESETS
 from rec.runtime.config import Section
 
 TunedLayers = Literal["all", "none"] | list[Annotated[int, Field(ge=0)]]
@@ -15,8 +16,8 @@ class TextConfig(Section):
     """Items as text: "title …, brand …, category …", one key and one value an attribute (RECFORMER, 2.1)."""
 
     attributes: list[str] = Field(["title", "brand", "category"], min_length=1)
-    """Columns of the prepared ``items.parquet`` in the order in which they are read; those that a catalog lacks are left
-    out, so that one recipe serves catalogs that differ. A column's name is its key."""
+    """Columns of the prepared ``items.parquet`` in the order in which they are read; those that a catalog lacks are
+    left out, so that one recipe serves catalogs that differ. A column's name is its key."""
     attribute_tokens: int = Field(32, ge=1)
     """Tokens of one attribute, key and value together; what is longer is cut."""
     allow_empty: bool = False
@@ -118,6 +119,16 @@ class RecformerFinetuneConfig(OptimizerConfig):
     train_table: bool = False
     """In stage-FT2 train the item table along (Elephant, Table 5); otherwise it is fixed."""
     evaluate: EvaluateConfig = EvaluateConfig(cutoffs=(5, 10, 50))
+    """Of validation; its cutoffs are those of the test too."""
+    protocols: list[str] = Field(["elephant-100", "elephant-full"], min_length=1)
+    """Presets under which the test items are ranked at the end."""
+
+    @field_validator("protocols")
+    @classmethod
+    def _are_known(cls, names: list[str]) -> list[str]:
+        if unknown := [name for name in names if name not in PRESETS]:
+            raise ValueError(f"unknown protocol {unknown[0]!r}; there are: {', '.join(PRESETS)}")
+        return names
 
 
 class RecformerSettings(Section):

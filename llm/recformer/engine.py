@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
+from accelerate import Accelerator, DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from llm.recformer.config import OptimizerConfig, RecformerSettings
@@ -40,9 +40,10 @@ def make_accelerator(settings: RecformerSettings, stage: OptimizerConfig) -> Acc
     # Named on CPU, or several processes would each believe that they are alone; one alone refuses a name, but to
     # DeepSpeed, which wants a group even then.
     named = not on_gpu and (several or plugin is not None)
-    group = [InitProcessGroupKwargs(backend="gloo")] if named else []
+    kwargs = [DistributedDataParallelKwargs(broadcast_buffers=False)]
+    kwargs += [InitProcessGroupKwargs(backend="gloo")] if named else []
     accelerator = Accelerator(
-        deepspeed_plugin=plugin, kwargs_handlers=group, cpu=not on_gpu and plugin is None, mixed_precision="no"
+        deepspeed_plugin=plugin, kwargs_handlers=kwargs, cpu=not on_gpu and plugin is None, mixed_precision="no"
     )
     if accelerator.num_processes != settings.processes:
         raise UserError(

@@ -10,7 +10,7 @@ backbone. A Longformer attends in a sliding window, and globally from and to [CL
 import importlib.util
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ class RecformerConfig(PreTrainedConfig):
     """Of a RECFORMER's folder: the backbone's config, and what was read of items and histories."""
 
     model_type = "recformer"
-    sub_configs = {"backbone_config": AutoConfig}
+    sub_configs: ClassVar[dict[str, type]] = {"backbone_config": AutoConfig}
 
     def __init__(
         self,

@@ -88,13 +88,14 @@ class Pretraining:
                 row = self._step(step)
                 if (step + 1) % self.stage.evaluate_every == 0 or step + 1 == self.total:
                     row["valid_accuracy"] = self._validate(step + 1)
-                if (step + 1) % self.stage.checkpoint_every == 0:
-                    state = {"best": self.best, "best_step": self.best_step, "weights": self.best_weights}
-                    self.engine.save(self.checkpoints, step + 1, state, self.meta)
                 if self.ranks.is_first:
                     self.run.log("pt_step", step=step, **row)
                     speed = row["tokens"] / row["seconds"]
                     advance(step + 1, f"loss {row['loss']:.3f}  accuracy {row['accuracy']:.2f}  {speed:,.0f} tokens/s")
+                # After the log, which a kill in between would lose a line of.
+                if (step + 1) % self.stage.checkpoint_every == 0:
+                    state = {"best": self.best, "best_step": self.best_step, "weights": self.best_weights}
+                    self.engine.save(self.checkpoints, step + 1, state, self.meta)
         self._finish()
         return self.folder / MODEL
 

@@ -201,7 +201,7 @@ def test_a_share_of_the_users_is_drawn_and_smaller_shares_are_part_of_larger_one
 def test_batches_do_not_depend_on_how_they_are_shared_out(bert, small_data, tmp_path, monkeypatch):
     from rec.runtime.ranks import Ranks
 
-    objective, whole = make_setting(bert, small_data.folder, tmp_path, {})
+    _, whole = make_setting(bert, small_data.folder, tmp_path, {})
     found = []
     for rank in range(2):
         monkeypatch.setattr(Ranks, "current", classmethod(lambda cls, rank=rank: cls(rank, 2)))
