@@ -1,18 +1,10 @@
 """How both jobs start: their one argument, and dying with whoever started them."""
 
 import argparse
-import ctypes
-import os
-import signal
-import sys
 from pathlib import Path
 
 from align.config import MainJob, load_job
-
-PR_SET_PDEATHSIG = 1
-# Looked up now: between fork and exec, where die_with_parent runs too, the loader may be locked.
-PRCTL = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform.startswith("linux") else None
-PARENT = "RECALIGN_PARENT"
+from rec.runtime.parent import die_with_parent_if_asked
 
 
 def read_arguments(description: str, replay: bool = False) -> tuple[MainJob, argparse.Namespace]:
@@ -31,12 +23,5 @@ def read_arguments(description: str, replay: bool = False) -> tuple[MainJob, arg
             help="train again on the run's sample log, writing to this folder",
         )
     arguments = parser.parse_args()
-    if PARENT in os.environ:
-        die_with_parent()
+    die_with_parent_if_asked()
     return load_job(arguments.config, arguments.overrides), arguments
-
-
-def die_with_parent() -> None:
-    """Get SIGKILL when the parent process dies, however it dies (Linux): no orphan ever writes to a run folder."""
-    if PRCTL is not None:
-        PRCTL(PR_SET_PDEATHSIG, signal.SIGKILL)

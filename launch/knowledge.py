@@ -11,7 +11,6 @@ from pyarrow import parquet
 
 from align.config import MainJob, Stages, load_job
 from align.snapshots import SnapshotStore
-from align.start import die_with_parent
 from launch import supervise
 from llm.config import LLMConfig
 from llm.knowledge import fingerprint
@@ -21,6 +20,7 @@ from rec.runtime import config, files
 from rec.runtime.arrow_files import write_table
 from rec.runtime.config import hash_of
 from rec.runtime.errors import UserError
+from rec.runtime.parent import die_with_parent
 from rec.runtime.runfolder import CONFIG
 
 log = logging.getLogger(__name__)

@@ -21,9 +21,9 @@ import torch
 
 from align.config import MainJob, Stages
 from align.samples import SampleLog
-from align.start import PARENT, die_with_parent
 from rec.runtime.checkpoint import Checkpoints
 from rec.runtime.errors import UserError
+from rec.runtime.parent import PARENT, die_with_parent
 from rec.runtime.progress import progress
 from rec.runtime.runfolder import CONFIG, RunFolder
 
@@ -125,10 +125,10 @@ def _watch(job: MainJob, run: RunFolder, children: list[Child]) -> None:
         for child in children:
             child.start()
         with progress("Align", job.align.trainer.steps) as advance:
-            follow = _Follower(run)
+            follow = Follower(run)
             while first.process.poll() != 0:
                 for child in children:
-                    _restart_if_dead(child, job.align.max_restarts, run)
+                    restart_if_dead(child, job.align.max_restarts, run)
                 row = follow.newest("train")
                 if row:
                     lag, wait = row["lag_steps"], row["waited_s"]
@@ -139,7 +139,8 @@ def _watch(job: MainJob, run: RunFolder, children: list[Child]) -> None:
             child.stop()
 
 
-def _restart_if_dead(child: Child, max_restarts: int, run: RunFolder) -> None:
+def restart_if_dead(child: Child, max_restarts: int, run: RunFolder) -> None:
+    """Start a job again that has died; raises what ``align`` does."""
     code = child.process.poll()
     if code is None or code == 0:
         return
@@ -168,7 +169,7 @@ def _trainer(job: MainJob, into: Path | None = None) -> Child:
         sys.executable, "-m", "accelerate.commands.launch",
         "--config_file", str(resources.files("launch.accelerate").joinpath(config)),
         "--num_processes", str(job.align.trainer.processes),
-        "--main_process_port", str(_free_port()),
+        "--main_process_port", str(free_port()),
         "-m", "align.trainer", "--config", str(job.run / CONFIG),
         *(["--replay-into", str(into)] if into else []),
     ]  # fmt: skip
@@ -229,19 +230,21 @@ def _visible(gpus: list[str]) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
-class _Follower:
+class Follower:
     """Reads the lines that were added to the metrics file since the last look."""
 
     def __init__(self, run: RunFolder) -> None:
         self.run, self.offset = run, 0
 
-    def newest(self, event: str) -> dict | None:
+    def newest(self, *events: str) -> dict | None:
+        """The last of the new lines of these kinds, if there is one."""
         rows, self.offset = self.run.events_from(self.offset)
-        found = [row for row in rows if row["event"] == event]
+        found = [row for row in rows if row["event"] in events]
         return found[-1] if found else None

@@ -89,7 +89,7 @@ class Pretraining:
                 if (step + 1) % self.stage.evaluate_every == 0 or step + 1 == self.total:
                     row["valid_accuracy"] = self._validate(step + 1)
                 if self.ranks.is_first:
-                    self.run.log("pt_step", step=step, **row)
+                    self.run.log("pt_step", step=step, epoch=step // self.steps, **row)
                     speed = row["tokens"] / row["seconds"]
                     advance(step + 1, f"loss {row['loss']:.3f}  accuracy {row['accuracy']:.2f}  {speed:,.0f} tokens/s")
                 # After the log, which a kill in between would lose a line of.

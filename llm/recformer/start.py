@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from llm.recformer.job import RecformerJob, load_job
 from rec.runtime.errors import UserError
+from rec.runtime.parent import die_with_parent_if_asked
 from rec.runtime.runfolder import RunFolder
 
 
@@ -22,6 +23,7 @@ def run_stage(
     parser.add_argument("--config", type=Path, required=True, help="a recipe, or the config.yaml of a run folder")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"e.g. llm.recformer.{stage}.lr=1e-4")
     arguments = parser.parse_args()
+    die_with_parent_if_asked()
     job = load_job(arguments.config, arguments.overrides)
     if getattr(job.settings, stage) is None:
         raise UserError(f"{arguments.config} has no llm.recformer.{stage} section: there is nothing to do")
