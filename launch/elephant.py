@@ -19,7 +19,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from launch import elephant_claims, recformer, vectors
+from launch import elephant_attention, elephant_claims, elephant_sizes, recformer, vectors
 from llm.recformer.config import RecformerSettings
 from llm.recformer.job import RecformerJob
 from rec.config import RecConfig
@@ -137,6 +137,8 @@ class ElephantRun:
             serving = elephant_claims.serving(
                 {key: self._folder(*key) for key in ranks if key[3] == self.study.seeds[0]}
             )
+            attention = self._attention()
+            elephant_sizes.draw(self.out, elephant_claims.means(rows), self._shares())
             folder.log("studied", seconds=round(time.monotonic() - begin, 1))
             return folder.write_result(
                 command,
@@ -147,6 +149,7 @@ class ElephantRun:
                 elephant_claims.claims(rows, ranks, serving, self.first),
                 means=elephant_claims.means(rows),
                 serving=serving,
+                attention=attention,
                 speed={name: self._speed(name) for name in self.settings},
             )
 
@@ -233,6 +236,17 @@ class ElephantRun:
             raise UserError(f"variants with {what} vectors need recformer.{'finetune' if what == 'FT' else 'pretrain'}")
         vectors.write(str(job.run), Path(self.data), path, what)
         return path
+
+    def _attention(self) -> dict[str, Any] | None:
+        """Fig. 1: the first RECFORMER's maps beside its backbone's."""
+        job, before = self._finetuning(self.first), self._pretraining(self.first)
+        if job is None or before is None:
+            return None
+        tuned = job.finetune_folder / "FT1" / "model"
+        return elephant_attention.analyse(before.settings, tuned, job.open(self.data), job.tokens, self.out)
+
+    def _shares(self) -> dict[str, float]:
+        return {name: own.pretrain.share for name, own in self.settings.items() if own.pretrain is not None}
 
     # the recommenders
 

@@ -29,3 +29,15 @@ def print_stages(result: dict[str, Any], run: Path) -> None:
     for stage, speed in result["speed"].items():
         out.print(f"stage-{stage.upper()}: {speed['tokens']:,.0f} tokens, {speed['tokens_per_s']:,.0f} a second")
     out.print(f"Everything is in {run}: result.json, metrics.jsonl, pretrain/, finetune/", soft_wrap=True)
+
+
+def print_bench(result: dict[str, Any]) -> None:
+    """One row a way of cutting up the encoder's work, then the claim."""
+    out = console()
+    table = Table("way", "useful tokens/s", "places computed a token", "s a step", title="stage-PT")
+    for row in result["rows"]:
+        figures = f"{row['tokens_per_s']:,.0f}", f"{row['places_per_token']:.2f}", f"{row['seconds_per_step']:.2f}"
+        table.add_row(row["way"], *figures)
+    out.print(table)
+    for claim in result["claims"]:
+        out.print(f"{claim['id']}: {'yes' if claim['holds'] else 'NO'} ({claim['figure']})")

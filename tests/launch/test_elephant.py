@@ -1,6 +1,7 @@
 """The Elephant's study end to end on a tiny catalog, its claims, and ``recalign vectors`` from every kind of model."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, safe_open
+from transformers import AutoModel, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "llm" / "recformer"))
 from backbones import save_bert
@@ -19,9 +21,11 @@ from llm.config import LMRecConfig
 from llm.lmrec import build_lmrec
 from llm.tokenizer import train_tokenizer
 from rec.evaluation import Metrics
-from rec.job import open_run
+from rec.job import load_job, open_run
 from rec.models.base import Recommender
 from rec.runtime.errors import UserError
+from rec.runtime.runfolder import RunFolder
+from rec.train import run as train
 
 ROOT = Path(__file__).parents[2]
 
@@ -82,6 +86,8 @@ def test_every_cell_of_the_table_is_there_with_its_seeds(study):
     assert row["NDCG@10_se"] == pytest.approx(abs(own[0] - own[1]) / 2)
     letters = {claim["id"].partition("(")[2][0] for claim in result["claims"] if claim["id"].startswith("SASRec")}
     assert letters == set("abcde")
+    assert set(result["attention"]) == {"backbone", "tuned"}
+    assert (run.out / "attention.png").is_file()
     assert result["serving"]["parameters"][0] == result["serving"]["parameters"][1]
     elephant_claims.print_study(result)
 
@@ -126,17 +132,15 @@ def test_vectors_of_a_recformers_run_by_stage(study, small_data, tmp_path, capsy
     # A saved model folder is as good as a run.
     vectors.write(str(pretrained / "pretrain/model"), small_data.folder, tmp_path / "folder.safetensors")
     torch.testing.assert_close(load_file(tmp_path / "folder.safetensors")["vectors"], found["PT"])
-    with pytest.raises(UserError, match="stage-FT of .* is not finished"):
+    with pytest.raises(UserError, match=r"stage-FT of .* is not finished"):
         vectors.write(str(pretrained), small_data.folder, tmp_path / "x", "FT")
-    with pytest.raises(UserError, match="--item-text .* has no meaning here"):
+    with pytest.raises(UserError, match=r"--item-text .* has no meaning here"):
         vectors.write(str(pretrained), small_data.folder, tmp_path / "x", item_text="{title}")
 
 
 def test_vectors_of_a_causal_lm_are_the_states_of_eos(small_data, tmp_path):
     torch.manual_seed(0)
-    texts = [
-        f"{title}, {kind}" for title, kind in zip(*(small_data.items[name].to_pylist() for name in ("title", "kind")))
-    ]
+    texts = [f"{row['title']}, {row['kind']}" for row in small_data.items.to_pylist()]
     tokenizer = train_tokenizer(texts, 400, 48)
     model = build_lmrec(LMRecConfig(dim=32, heads=2, layers=1, context=48), len(tokenizer), tokenizer.eos_token_id)
     model.save_pretrained(tmp_path / "lm")
@@ -153,17 +157,62 @@ def test_vectors_of_a_causal_lm_are_the_states_of_eos(small_data, tmp_path):
         assert json.loads(stored.metadata()["item_ids"]) == small_data.items["item_id"].to_pylist()
 
 
-def test_vectors_of_a_sentence_encoder_and_of_nothing(backbone, small_data, tmp_path, capsys, monkeypatch):
+def test_vectors_of_a_sentence_encoder_are_means_and_go_into_a_recommender(
+    backbone, small_data, tmp_path, capsys, monkeypatch
+):
     out = tmp_path / "sentence.safetensors"
     command = ["recalign", "vectors", str(backbone), "--data", str(small_data.folder), "--out", str(out)]
     monkeypatch.setattr(sys, "argv", command)
-    with pytest.raises(UserError, match="no end-of-sequence"):
-        vectors.write(str(backbone), small_data.folder, out)
+    cli.main()
+    assert "30 items, width 32" in capsys.readouterr().out
+    found = load_file(out)["vectors"]
+    tokenizer, model = AutoTokenizer.from_pretrained(backbone), AutoModel.from_pretrained(backbone).eval()
+    own = tokenizer(small_data.items["title"][7].as_py(), return_tensors="pt")
+    expected = torch.nn.functional.layer_norm(model(**own).last_hidden_state[0].mean(0), (32,))
+    torch.testing.assert_close(found[7], expected, rtol=1e-4, atol=1e-4)
+    recipe = tmp_path / "train.yaml"
+    items = {"kind": "vectors", "file": str(out)}
+    rec = {"model": {"dim": 16, "max_length": 8}, "items": items, "train": {"epochs": 1, "batch_size": 16}}
+    recipe.write_text(yaml.safe_dump({"data": str(small_data.folder), "run": str(tmp_path / "run"), "rec": rec}))
+    with pytest.raises(UserError, match=r"width 32, the model's dim is 16: .* or rec\.items\.projection=true"):
+        train(load_job(recipe), "test")
+    assert train(load_job(recipe, ["rec.items.projection=true", f"run={tmp_path / 'other'}"]), "test")["rows"]
+
+
+def test_what_gives_no_vectors_is_one_clear_line(backbone, small_data, tmp_path):
     with pytest.raises(UserError, match="neither a run folder nor a model"):
-        vectors.write(str(tmp_path / "nothing"), small_data.folder, out)
+        vectors.write(str(tmp_path / "nothing"), small_data.folder, tmp_path / "x")
     with pytest.raises(UserError, match="--stage 'PT' has no meaning"):
-        vectors.write(str(backbone), small_data.folder, out, "PT")
-    assert cli
+        vectors.write(str(backbone), small_data.folder, tmp_path / "x", "PT")
+
+
+@pytest.mark.distributed
+def test_recformers_that_differ_share_what_they_have_in_common(study, small_data, backbone, tmp_path):
+    _, before, _ = study
+    more = {
+        "recformers": {
+            "fixed table": [],
+            "trained table": ["finetune.train_table=true"],
+            "less": ["pretrain.share=0.5"],
+        },
+        "models": {"SASRec": {"model": {"dim": 32, "heads": 2, "blocks": 1, "max_length": 8}, "train": {"epochs": 1}}},
+        "variants": ["random", "trainable PT", "id+PT"],
+        "headline": [],
+        "lrs": [1e-3],
+    }
+    run = ElephantRun(recipe_of(tmp_path, small_data.folder, backbone, **more))
+    shutil.copytree(before.study.run, run.study.run, ignore=shutil.ignore_patterns("SASRec", "BERT4Rec", "tiny*"))
+    result = run.execute("test")
+    assert len(list(run.study.run.glob("pretrained-*"))) == 2
+    first, second = (run.out / "finetuned" / name / "finetune" for name in ("fixed table", "trained table"))
+    for name in ("finished.json", "item_vectors.safetensors"):
+        assert (first / "FT1" / name).read_bytes() == (second / "FT1" / name).read_bytes()
+    assert not RunFolder(second.parent).events("ft1_step")
+    cells = [(row["variant"], row["recformer"]) for row in result["means"] if row["model"] == "SASRec"]
+    names = ("fixed table", "trained table", "less")
+    of_each = [(variant, name) for name in names for variant in ("trainable PT", "id+PT")]
+    assert sorted(cells) == sorted([("random", "fixed table"), *of_each])
+    assert (run.out / "sizes.png").is_file()
 
 
 def metrics(ranks: list[float]) -> Metrics:
