@@ -174,7 +174,7 @@ class ElephantRun:
         settings = self.settings[name]
         if settings.pretrain is None:
             return None
-        own = settings.model_copy(update={"finetune": None, "tokens": self.study.run / "tokens"})
+        own = settings.model_copy(update={"finetune": None})
         content = {"data": (own.pretrain.sources or [self.data])[0], "run": "-", "llm": {"recformer": own.model_dump()}}
         job = build(RecformerJob, content)
         mark = hash_of([job.identity("pretrain"), own.pretrain.sources or [self.data]])
@@ -185,7 +185,7 @@ class ElephantRun:
         if settings.finetune is None:
             return None
         backbone = settings.backbone if before is None else str(before.pretrain_folder / "model")
-        update = {"pretrain": None, "backbone": backbone, "tokens": self.study.run / "tokens"}
+        update = {"pretrain": None, "backbone": backbone}
         own = settings.model_copy(update=update).model_dump()
         content = {"data": self.data, "run": str(self.out / "finetuned" / name), "llm": {"recformer": own}}
         return build(RecformerJob, content)
@@ -297,7 +297,7 @@ class ElephantRun:
 
 def _first_stage(job: RecformerJob) -> str:
     """A hash of what decides stage-FT1 alone."""
-    content = json.loads(job.settings.model_dump_json(exclude={"tokens", "processes", "zero_stage"}))
+    content = json.loads(job.settings.model_dump_json(exclude={"processes", "zero_stage"}))
     for key in ("fixed_epochs", "train_table"):
         (content["finetune"] or {}).pop(key, None)
     return hash_of([content, job.data])

@@ -70,7 +70,6 @@ def _job(job: RecformerJob, out: Path, name: str) -> RecformerJob:
     changes = [f"llm.recformer.pretrain.{key}={str(value).lower()}" for key, value in WAYS[name].items()]
     content = apply_overrides(job.model_dump(mode="json"), changes)
     content |= {"run": str(out / name.replace(" ", "-"))}
-    content["llm"]["recformer"]["tokens"] = str(out / "tokens")
     return build(RecformerJob, content)
 
 

@@ -1,6 +1,5 @@
 """The ``llm.recformer`` section of a recipe."""
 
-from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -144,8 +143,6 @@ class RecformerSettings(Section):
     """Ranks of the whole job."""
     zero_stage: Literal[0, 1, 2] = 0
     """0: DDP. RECFORMER is small (150M parameters with Longformer), so sharding weights (stage 3) is not offered."""
-    tokens: Path | None = None
-    """Where tokenised catalogs are kept; null for ``tokens`` in the run folder."""
     pretrain: RecformerPretrainConfig | None = None
     """stage-PT; null leaves it out."""
     finetune: RecformerFinetuneConfig | None = None

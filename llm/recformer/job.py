@@ -40,7 +40,7 @@ class RecformerJob(Section):
     @property
     def tokens(self) -> Path:
         """Where tokenised catalogs are kept."""
-        return self.settings.tokens or self.run / "tokens"
+        return self.run / "tokens"
 
     @property
     def pretrain_folder(self) -> Path:
@@ -54,7 +54,7 @@ class RecformerJob(Section):
 
     def identity(self, stage: Literal["pretrain", "finetune"]) -> str:
         """A hash of everything that decides a stage's result: not where the run lies, nor the other stage alone."""
-        content = self.settings.model_dump(mode="json", exclude={"tokens", "processes", "zero_stage"})
+        content = self.settings.model_dump(mode="json", exclude={"processes", "zero_stage"})
         if stage == "pretrain":
             content.pop("finetune")
         return hash_of(content)
