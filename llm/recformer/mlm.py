@@ -10,6 +10,7 @@ from transformers import AutoModelForMaskedLM
 
 from llm.recformer.batches import TokenSequences
 from rec.linear_cross_entropy import linear_cross_entropy
+from rec.runtime.packages import quiet
 
 AS_MASK, AS_RANDOM = 0.8, 0.1  # the rest stays as it is
 # Where a masked LM's head keeps (dense, LayerNorm, output bias).
@@ -64,7 +65,8 @@ class MaskedLMHead(nn.Module):
     def load_pretrained(self, name: str) -> bool:
         """Take the head of the masked LM ``name``; False, and nothing taken, if that has none."""
         try:
-            model, info = AutoModelForMaskedLM.from_pretrained(name, output_loading_info=True, dtype=torch.float32)
+            with quiet():  # it has a page to say about a head that is not there
+                model, info = AutoModelForMaskedLM.from_pretrained(name, output_loading_info=True, dtype=torch.float32)
         except (OSError, ValueError):
             return False
         weights, missing = model.state_dict(), set(info["missing_keys"])

@@ -269,7 +269,7 @@ def test_a_mistake_is_found_before_anything_runs(small_data, tmp_path, more, mes
 )
 def test_every_shipped_study_is_in_order(path, tmp_path):
     run = ElephantRun(path, [f"run={tmp_path}"])
-    assert path.read_text().startswith(f"# recalign reproduce {path.stem}")
+    assert path.read_text().startswith(f"# recalign reproduce {path.stem} --target {run.study.target}\n")
     assert run.data == run.study.targets[run.study.target]
     for variant in run.study.variants:
         for model in run.study.models:
