@@ -6,7 +6,17 @@ import sys
 from importlib import resources
 from pathlib import Path
 
-from launch import cli_bench, cli_data, cli_llm, cli_pretrain, cli_rec, cli_reproduce, cli_serve, cli_vectors
+from launch import (
+    cli_bench,
+    cli_data,
+    cli_llm,
+    cli_pretrain,
+    cli_rec,
+    cli_report,
+    cli_reproduce,
+    cli_serve,
+    cli_vectors,
+)
 from launch.commands import add_command, add_run_options, delete_run
 from rec.runtime.errors import UserError
 from rec.runtime.logs import run_main
@@ -69,6 +79,7 @@ examples:
     cli_vectors.add_commands(commands)
     cli_data.add_commands(commands)
     cli_reproduce.add_commands(commands)
+    cli_report.add_commands(commands)
     cli_bench.add_commands(commands)
     return parser
 
