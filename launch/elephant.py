@@ -138,12 +138,13 @@ class ElephantRun:
                 {key: self._folder(*key) for key in ranks if key[3] == self.study.seeds[0]}
             )
             attention = self._attention()
+            described = {name: protocol.described() for name, protocol in self.protocols.items()}
             elephant_sizes.draw(self.out, elephant_claims.means(rows), self._shares())
             folder.log("studied", seconds=round(time.monotonic() - begin, 1))
             return folder.write_result(
                 command,
                 hash_of(self.study),
-                {name: protocol.described() for name, protocol in self.protocols.items()},
+                {"hash": hash_of([protocol.hash for protocol in self.protocols.values()]), **described},
                 rows,
                 sum(row["seconds"] for row in folder.events("studied")),
                 elephant_claims.claims(rows, ranks, serving, self.first),

@@ -10,6 +10,8 @@ from torch import Tensor
 from llm.recformer.config import SizeConfig
 from llm.recformer.text import CLS, PADDING, ItemTokens
 
+LIKE, LEAST_SHARE = 0.8, 1 / 8  # of a part's longest sequence, and of its size
+
 
 @dataclass(frozen=True)
 class TokenSequences:
@@ -122,15 +124,19 @@ class TokenBatch:
 def parts_of(lengths: np.ndarray, part_tokens: int, multiple: int = 1) -> list[np.ndarray]:
     """Rows in parts of like length, the longest first, each of at most ``part_tokens`` tokens with its padding.
 
-    A sequence that is longer than that is a part of its own. Lengths are rounded up to a ``multiple``.
+    A sequence that is longer than that is a part of its own, and a part that holds an eighth of it takes none that is
+    much shorter than its longest. Lengths are rounded up to a ``multiple``.
     """
     padded = -(-lengths // multiple) * multiple
     parts: list[list[int]] = []
     for row in np.argsort(-padded, kind="stable").tolist():
-        if parts and (len(parts[-1]) + 1) * padded[parts[-1][0]] <= part_tokens:
-            parts[-1].append(row)
-        else:
-            parts.append([row])
+        if parts:
+            count, longest = len(parts[-1]), padded[parts[-1][0]]
+            is_like = padded[row] >= LIKE * longest or count * longest < LEAST_SHARE * part_tokens
+            if is_like and (count + 1) * longest <= part_tokens:
+                parts[-1].append(row)
+                continue
+        parts.append([row])
     return [np.array(part) for part in parts]
 
 

@@ -88,6 +88,13 @@ def test_parts_hold_every_row_once_and_keep_to_their_size():
         padded = -(-lengths[part].max() // 8) * 8
         assert len(part) == 1 or len(part) * padded <= 128
     assert [len(part) for part in parts_of(np.array([300, 2]), 128)] == [1, 1]
+    # What is much shorter does not wait for what is long, though all of it would fit.
+    long_and_short = np.array([200] * 8 + [30] * 8)
+    parts = parts_of(long_and_short, 8192)
+    assert [long_and_short[part].tolist() for part in parts] == [[200] * 8, [30] * 8]
+    spread = np.random.default_rng(0).integers(20, 250, size=128)
+    places = sum(len(part) * spread[part].max() for part in parts_of(spread, 8192))
+    assert places < 1.2 * spread.sum()
 
 
 def test_attributes_that_are_too_long_are_cut_and_said(tokenizer, caplog):
