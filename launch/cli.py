@@ -17,6 +17,7 @@ from launch import (
     cli_report,
     cli_reproduce,
     cli_serve,
+    cli_vectors,
 )
 from launch.commands import add_command, add_run_options, delete_run
 from rec.runtime.errors import RESUME_ANYWAY, UserError
@@ -79,6 +80,7 @@ examples:
     cli_serve.add_commands(commands)
     cli_llm.add_commands(commands)
     cli_pretrain.add_commands(commands)
+    cli_vectors.add_commands(commands)
     cli_data.add_commands(commands)
     cli_reproduce.add_commands(commands)
     cli_report.add_commands(commands)

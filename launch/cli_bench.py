@@ -44,6 +44,17 @@ examples:
     lmrec.add_argument("--only", help="measurements, separated by commas (default: all)")
     lmrec.add_argument("--out", type=Path, default=Path("runs/bench-lmrec"), help="folder of the measurements")
 
+    recformer = add_command(names, "recformer", _recformer, "stage-PT beside the authors' four padded passes", """\
+examples:
+  recalign bench recformer launch/recipes/recformer-beauty.yaml
+  recalign bench recformer my.yaml --steps 5 llm.recformer.pretrain.batch_size=16
+""")  # fmt: skip
+    recformer.add_argument("recipe", type=Path, help="with an llm.recformer.pretrain section")
+    recformer.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the recipe")
+    recformer.add_argument("--steps", type=int, default=5, help="timed a round and way (default: 5)")
+    recformer.add_argument("--rounds", type=int, default=4, help="turns of each way (default: 4)")
+    recformer.add_argument("--out", type=Path, default=Path("runs/bench-recformer"), help="folder of the result")
+
     bench = add_command(names, "rec", _rec, "recommenders beside RecBole, RecTools and RePlay", """\
 examples:
   python -m launch.bench.peers --setup                 # once: RecBole, RecTools, RePlay, each in its environment
@@ -98,6 +109,18 @@ def _latency(arguments: argparse.Namespace) -> None:
 
     out, command = arguments.out or arguments.run / "latency", shlex.join(["recalign", *sys.argv[1:]])
     tables.print_latency(latency.run(arguments.run, out, arguments.requests, command))
+
+
+def _recformer(arguments: argparse.Namespace) -> None:
+    if min(arguments.steps, arguments.rounds) < 1:
+        raise UserError("--steps and --rounds: at least one each")
+
+    from launch import recformer_tables
+    from launch.bench import recformer
+
+    measured, command = (arguments.steps, arguments.rounds), shlex.join(["recalign", *sys.argv[1:]])
+    result = recformer.run(arguments.recipe, arguments.overrides, *measured, arguments.out, command)
+    recformer_tables.print_bench(result)
 
 
 def _rec(arguments: argparse.Namespace) -> None:

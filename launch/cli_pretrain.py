@@ -1,19 +1,20 @@
-"""``recalign pretrain`` and ``recalign probe``: language models of behaviour histories."""
+"""``recalign pretrain`` and ``recalign probe``: language models that are trained on behaviour."""
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
 from launch.commands import add_command, add_run_options, delete_run
-from rec.runtime.errors import UserError
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
     """Define them below ``commands``."""
-    pretrain = add_command(commands, "pretrain", _pretrain, "train LMRec on behaviour histories", """\
+    pretrain = add_command(commands, "pretrain", _pretrain, "train LMRec, or RECFORMER's stages, on behaviour", """\
 examples:
   recalign pretrain launch/recipes/lmrec-online-retail.yaml
   recalign pretrain my.yaml llm.language=false run=runs/lmrec-lm      # LMRec -lm
+  recalign pretrain launch/recipes/recformer-beauty.yaml              # a recipe with llm.recformer is RECFORMER's
   recalign pretrain runs/lmrec/config.yaml                            # resume a run
   accelerate launch --config_file launch/accelerate/gpu.yaml -m llm.pretrain --config my.yaml   # what it starts
 """)  # fmt: skip
@@ -33,7 +34,11 @@ def _pretrain(arguments: argparse.Namespace) -> None:
     from llm import lmrec_job
 
     if lmrec_job.is_recformer(lmrec_job.read(arguments.recipe, arguments.overrides)):
-        raise UserError(f"{arguments.recipe} is a recipe of RECFORMER: start -m llm.recformer.pretrain with it")
+        from launch import recformer
+
+        command = shlex.join(["recalign", *sys.argv[1:]])
+        recformer.run_command(arguments.recipe, arguments.overrides, arguments.fresh, command)
+        return
     job = lmrec_job.load_job(arguments.recipe, arguments.overrides)
     if arguments.fresh:
         delete_run(job.run)
@@ -44,8 +49,6 @@ def _pretrain(arguments: argparse.Namespace) -> None:
 
 
 def _probe(arguments: argparse.Namespace) -> None:
-    import shlex
-
     from llm import probe
 
     job = probe.load_job(arguments.recipe, arguments.overrides)

@@ -20,12 +20,14 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 examples:
   recalign reproduce closed-world                           # does alignment work? three seeds, in runs/closed-world
   recalign reproduce closed-world seeds=[0] job.align.trainer.steps=200 --out runs/quick
+  recalign reproduce elephant-table3 --target amazon-beauty-2014
   recalign reproduce my-study.yaml                          # resumes, or prints the table of a finished one
 
 Keys of the study are overridden as they are, those of its main jobs behind "job.".
 """)  # fmt: skip
     reproduce.add_argument("study", metavar="NAME|RECIPE", help=f"one of: {', '.join(_names())}; or a YAML file")
     reproduce.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the study")
+    reproduce.add_argument("--target", help="of the Elephant's studies: the domain that is evaluated on")
     reproduce.add_argument("--out", type=Path, help="run folder (default: the recipe's)")
     reproduce.add_argument("--fresh", action="store_true", help="delete the run folder first")
 
@@ -54,6 +56,11 @@ def _reproduce(arguments: argparse.Namespace) -> None:
     elif path.suffix not in (".yaml", ".yml"):
         raise UserError(f"unknown study {arguments.study!r}; there are: {', '.join(_names())}, or name a YAML file")
     out = [f"run={json.dumps(str(arguments.out))}"] if arguments.out else []
+    if "recformer" in read_recipe(path):
+        _reproduce_elephant(arguments, path, out)
+        return
+    if arguments.target:
+        raise UserError(f"--target has no meaning for {arguments.study}: it is no study of the Elephant's")
 
     overrides = [*arguments.overrides, *out]
     study = _lmrec_study(path, overrides) if "pretrain" in read_recipe(path) else _study(path, overrides)
@@ -69,4 +76,19 @@ def _reproduce(arguments: argparse.Namespace) -> None:
         tables.print_study(result)
     sys.stdout.write(
         f"\nEverything is in {study.study.run}: result.json, and a run folder for every seed and variant\n"
+    )
+
+
+def _reproduce_elephant(arguments: argparse.Namespace, path: Path, out: list[str]) -> None:
+    target = [f"target={json.dumps(arguments.target)}"] if arguments.target else []
+
+    from launch import elephant_claims
+    from launch.elephant import ElephantRun
+
+    study = ElephantRun(path, [*arguments.overrides, *target, *out])
+    if arguments.fresh:
+        delete_run(study.out)
+    elephant_claims.print_study(study.execute(shlex.join(["recalign", *sys.argv[1:]])))
+    sys.stdout.write(
+        f"\nEverything is in {study.out}: result.json, vectors/, and a run folder for every cell and seed\n"
     )

@@ -149,7 +149,11 @@ def text_of(value: Any) -> str:
 
 
 def _identity(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: row[key] for key in ("variant", "model", "method", "part", "trained_on") if key in row}
+    return {
+        key: row[key]
+        for key in ("variant", "model", "method", "recformer", "protocol", "part", "trained_on")
+        if key in row
+    }
 
 
 def _metrics(row: dict[str, Any]) -> dict[str, Any]:

@@ -246,8 +246,8 @@ class Follower:
     def __init__(self, run: RunFolder) -> None:
         self.run, self.offset = run, 0
 
-    def newest(self, event: str) -> dict | None:
-        """The last of the new lines of that kind, if there is one."""
+    def newest(self, *events: str) -> dict | None:
+        """The last of the new lines of these kinds, if there is one."""
         rows, self.offset = self.run.events_from(self.offset)
-        found = [row for row in rows if row["event"] == event]
+        found = [row for row in rows if row["event"] in events]
         return found[-1] if found else None

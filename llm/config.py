@@ -4,6 +4,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from llm.recformer.config import RecformerSettings
 from rec.runtime.config import Section
 
 PRESETS: dict[str, dict[str, int]] = {
@@ -140,3 +141,5 @@ class LLMConfig(Section):
     knowledge: KnowledgeConfig = KnowledgeConfig()
     encoder: EncoderConfig = EncoderConfig()
     engine: EngineConfig = EngineConfig()
+    recformer: RecformerSettings | None = None
+    """A RECFORMER; a recipe with this section trains one."""

@@ -26,7 +26,7 @@ class TextEncoder:
     """
 
     def __init__(self, model: str | Path, config: EncoderConfig) -> None:
-        self.tokenizer = load_tokenizer(model)
+        self.tokenizer = load_tokenizer(model, has_end=False)
         try:
             self.model = AutoModel.from_pretrained(str(model)).eval().requires_grad_(False)
         except (OSError, ValueError) as error:

@@ -37,8 +37,12 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, context: int) -> PreT
     )
 
 
-def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: str | Path, has_end: bool = True) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to a model.
+
+    Args:
+        model: folder or hub name.
+        has_end: whether an end-of-sequence token is needed; encoders have none.
 
     Raises:
         UserError: if there is none, or it has no end-of-sequence token.
@@ -51,7 +55,7 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, KeyError, TypeError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"{model} has no usable tokenizer: {first}") from error
-    if tokenizer.eos_token_id is None:
+    if has_end and tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {model} has no end-of-sequence token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

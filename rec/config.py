@@ -1,5 +1,6 @@
 """The ``rec`` section of a recipe."""
 
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
@@ -45,6 +46,10 @@ class TrainConfig(Section):
     """Through torch.compile: a minute of compiling, then faster steps, most of all on GPU."""
     checkpoint_every: int = Field(5, ge=1)
     """Epochs between checkpoints."""
+    start: Path | None = None
+    """A finished run of the same model and kind of items, whose weights are started from (Elephant, further-train)."""
+    tune: Literal["all", "items", "model"] = "all"
+    """Train everything, the items' vectors alone, or everything but these."""
     seed: int = 42
 
 

@@ -41,11 +41,36 @@ def build_model(
 ) -> Recommender:
     """An untrained recommender with the item encoder that ``make_encoder`` makes, by default ``config.items``.
 
-    Its weights are a function of ``config.train.seed``.
+    Its weights are a function of ``config.train.seed``, or those of the run that ``config.train.start`` names.
+
+    Raises:
+        UserError: if that run is none, or another kind of model, or nothing is left to train.
     """
     torch.manual_seed(config.train.seed)
     items = make_encoder() if make_encoder else make_items(config.items, data, config.model.dim)
-    return MODELS[config.model.name].for_data(config.model, items, data, fit_ends(data, config.train.on))
+    model = MODELS[config.model.name].for_data(config.model, items, data, fit_ends(data, config.train.on))
+    if config.train.start is not None:
+        _take_weights(model, config.train.start, data)
+    for name, parameter in model.named_parameters():
+        if config.train.tune != "all" and name.startswith("items.") != (config.train.tune == "items"):
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(f"rec.train.tune={config.train.tune} leaves nothing to train: the items' vectors are frozen")
+    return model
+
+
+def _take_weights(model: Recommender, start: Path, data: Prepared) -> None:
+    """Load the weights of the finished run ``start``, which may have kept its items' vectors frozen."""
+    if not (start / FINISHED).is_file():
+        raise UserError(f"rec.train.start: {start} holds no finished recommender (no {FINISHED})")
+    trained_on = files.read_json(start / FINISHED).get("data_hash", data.meta["content_hash"])
+    if trained_on != data.meta["content_hash"]:
+        raise UserError(f"rec.train.start: {start} was trained on other data than {data.folder} holds")
+    try:
+        model.load_state_dict(Recommender.from_pretrained(start / MODEL).state_dict())
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"rec.train.start: {start} is another kind of model or items: {reason}") from None
 
 
 def train(model: Recommender, data: Prepared, config: RecConfig, run: RunFolder, title: str) -> Recommender:

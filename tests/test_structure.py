@@ -11,6 +11,7 @@ from align.config import MainJob, TrainerConfig
 from align.policy import deepspeed_config
 from llm.lmrec_job import LMRecJob
 from llm.probe import ProbeJob
+from llm.recformer.job import RecformerJob
 from rec.job import RecJob
 from rec.runtime import config
 
@@ -58,9 +59,9 @@ def test_files_and_functions_stay_small_and_documented(path):
 @pytest.mark.parametrize("path", sorted((ROOT / "launch" / "recipes").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_recipe_loads_and_begins_with_its_command(path):
     content = config.read_recipe(path)
-    kind = MainJob if "align" in content else RecJob
-    if kind is RecJob and "llm" in content:
-        kind = ProbeJob if "probe" in content["llm"] else LMRecJob
+    kind, llm = MainJob if "align" in content else RecJob, content.get("llm", {})
+    if kind is RecJob and llm:
+        kind = RecformerJob if "recformer" in llm else ProbeJob if "probe" in llm else LMRecJob
     job = config.load(kind, path)
     assert config.load(kind, path) == job
     head = path.read_text(encoding="utf-8").split("\n\n")[0]

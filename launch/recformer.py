@@ -1,0 +1,144 @@
+"""``recalign pretrain`` of a RECFORMER: its stages as jobs on this machine, as a cluster user would start them."""
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from launch import recformer_tables, supervise
+from launch.commands import delete_run
+from llm.recformer.job import RecformerJob, load_job
+from rec.runtime import files
+from rec.runtime.checkpoint import Checkpoints
+from rec.runtime.config import hash_of
+from rec.runtime.errors import UserError
+from rec.runtime.progress import progress
+from rec.runtime.runfolder import CONFIG, RunFolder
+
+MAX_RESTARTS = 3
+FINISHED = "finished.json"
+EVENTS = {"pretrain": ("pt_step",), "finetune": ("ft1_step", "ft2_step")}
+
+
+def run_command(recipe: Path, overrides: Sequence[str], fresh: bool, command: str) -> None:
+    """What ``recalign pretrain`` does with a recipe that has an ``llm.recformer`` section."""
+    job = load_job(recipe, overrides)
+    if fresh:
+        delete_run(job.run)
+    recformer_tables.print_stages(run(job, command), job.run)
+
+
+def run(job: RecformerJob, command: str) -> dict[str, Any]:
+    """Run the stages of the recipe that are not done; the content of ``result.json``.
+
+    Raises:
+        UserError: with a job's own message, if that called it a user's mistake; or if the recipe has no stages.
+        RuntimeError: if a job keeps dying; with the end of its log.
+    """
+    stages = [name for name in ("pretrain", "finetune") if getattr(job.settings, name) is not None]
+    if not stages:
+        raise UserError("llm.recformer has neither a pretrain nor a finetune section: there is nothing to do")
+    folder = RunFolder(job.run)
+    with folder.lock("launcher"):
+        folder.claim(job)
+        finished = folder.result()
+        if finished is not None:
+            return finished
+        for stage in stages:
+            begin = time.monotonic()
+            if not _is_finished(job, stage):
+                _watch(job, stage)
+                folder.log("stage", title=stage, seconds=round(time.monotonic() - begin, 1))
+        wall_s = sum(row["seconds"] for row in folder.events("stage"))
+        identity = hash_of([job.identity("finetune"), job.data])
+        return folder.write_result(command, identity, {}, rows_of(job), wall_s, speed=speed_of(folder))
+
+
+def rows_of(job: RecformerJob) -> list[dict[str, Any]]:
+    """What the finished stages found: in-batch accuracy of stage-PT, test figures of the others by protocol."""
+    rows: list[dict[str, Any]] = []
+    if job.settings.pretrain is not None:
+        facts = files.read_json(job.pretrain_folder / FINISHED)
+        rows.append({"model": "RECFORMER", "stage": "PT", "part": "valid", **facts})
+    if job.settings.finetune is not None:
+        for stage in ("FT1", "FT2"):
+            facts = files.read_json(job.finetune_folder / stage / FINISHED)
+            told = {"model": "RECFORMER", "stage": stage, "part": "test", "best_epoch": facts["best_epoch"]}
+            rows += [{**told, "protocol": name, **figures} for name, figures in facts["test"].items()]
+    return rows
+
+
+def speed_of(folder: RunFolder) -> dict[str, dict[str, float]]:
+    """Useful tokens (no padding) a second of every stage, but for the first steps, in which kernels are made."""
+    found = {}
+    for event in ("pt_step", "ft1_step", "ft2_step"):
+        rows = folder.steps(event)
+        rows = rows[min(5, len(rows) // 2) :]
+        if rows:
+            tokens, seconds = (sum(row[name] for row in rows) for name in ("tokens", "seconds"))
+            found[event.removesuffix("_step")] = {"tokens": tokens, "tokens_per_s": round(tokens / seconds, 1)}
+    return found
+
+
+def _is_finished(job: RecformerJob, stage: str) -> bool:
+    if stage == "pretrain":
+        return (job.pretrain_folder / FINISHED).exists()
+    return all((job.finetune_folder / name / FINISHED).exists() for name in ("FT1", "FT2"))
+
+
+def _watch(job: RecformerJob, stage: str) -> None:
+    """Start one stage and watch it to its end."""
+    folder, config = RunFolder(job.run), getattr(job.settings, stage)
+    child = supervise.Child(
+        f"{stage} job", _command(job, stage), _environment(job), job.run / "logs" / f"{stage}.log",
+        lambda: _place(job, stage), None,
+    )  # fmt: skip
+    try:
+        child.start()
+        follow = supervise.Follower(folder)
+        with progress(stage, config.epochs) as advance:
+            while child.process.poll() != 0:
+                supervise.restart_if_dead(child, MAX_RESTARTS, folder)
+                row = follow.newest(*EVENTS[stage])
+                if row:
+                    title = row["event"].removesuffix("_step").upper()
+                    speed = row["tokens"] / row["seconds"]
+                    advance(row["epoch"], f"epochs of stage-{title}  loss {row['loss']:.3f}  {speed:,.0f} tokens/s")
+                time.sleep(supervise.POLL_S)
+    finally:
+        child.stop()
+
+
+def _place(job: RecformerJob, stage: str) -> int:
+    """How far a stage got, as a number that only grows."""
+    if stage == "pretrain":
+        return Checkpoints(job.pretrain_folder / "checkpoints").last_step()
+    done = [job.finetune_folder / name for name in ("FT1", "FT2")]
+    finished = sum((folder / FINISHED).exists() for folder in done)
+    return finished * 10**9 + Checkpoints(done[min(finished, 1)] / "checkpoints").last_step()
+
+
+def _command(job: RecformerJob, stage: str) -> list[str]:
+    accelerate = "gpu.yaml" if torch.cuda.is_available() else "cpu.yaml"
+    module = ["-m", f"llm.recformer.{stage}", "--config", str(job.run / CONFIG)]
+    if job.settings.processes == 1 and not job.settings.zero_stage:
+        return [sys.executable, *module]
+    return [
+        sys.executable, "-m", "accelerate.commands.launch",
+        "--config_file", str(resources.files("launch.accelerate").joinpath(accelerate)),
+        "--num_processes", str(job.settings.processes), "--main_process_port", str(supervise.free_port()), *module,
+    ]  # fmt: skip
+
+
+def _environment(job: RecformerJob) -> dict[str, str]:
+    own = {"TOKENIZERS_PARALLELISM": "false"}
+    if torch.cuda.is_available():
+        return own
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = int(os.environ.get("OMP_NUM_THREADS", max(1, allowed // job.settings.processes)))
+    return own | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}

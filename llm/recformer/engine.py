@@ -1,0 +1,161 @@
+"""A model under ``accelerate launch``: DDP, or DeepSpeed ZeRO-1 or 2, on CPU or GPU, in checkpoints of our own."""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import Tensor, nn
+
+from llm.recformer.config import OptimizerConfig, RecformerSettings
+from rec.runtime.checkpoint import Checkpoints
+from rec.runtime.config import hash_of
+from rec.runtime.errors import UserError
+from rec.runtime.ranks import Ranks
+
+ENGINE_TAG = "engine"
+
+
+def make_accelerator(settings: RecformerSettings, stage: OptimizerConfig) -> Accelerator:
+    """The process group (gloo on CPU, NCCL on GPU), and DeepSpeed if the recipe asks for it: the recipe decides,
+    whatever accelerate's own configuration says.
+
+    Raises:
+        UserError: if another number of processes was started than the recipe says.
+    """
+    # DeepSpeed compiles with the first ninja it finds, and two versions of it rebuild each other's work every time.
+    own = Path(sys.executable).parent
+    os.environ["PATH"] = f"{own}{os.pathsep}{os.environ.get('PATH', '')}"
+    on_gpu, several = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", "1")) > 1
+    plugin = None
+    if settings.zero_stage:
+        plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(settings, stage))
+    else:
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+    # Named on CPU, or several processes would each believe that they are alone; one alone refuses a name, but to
+    # DeepSpeed, which wants a group even then.
+    named = not on_gpu and (several or plugin is not None)
+    kwargs = [DistributedDataParallelKwargs(broadcast_buffers=False)]
+    kwargs += [InitProcessGroupKwargs(backend="gloo")] if named else []
+    accelerator = Accelerator(
+        deepspeed_plugin=plugin, kwargs_handlers=kwargs, cpu=not on_gpu and plugin is None, mixed_precision="no"
+    )
+    if accelerator.num_processes != settings.processes:
+        raise UserError(
+            f"llm.recformer.processes is {settings.processes}, but {accelerator.num_processes} were started; give"
+            " accelerate launch the same --num_processes"
+        )
+    return accelerator
+
+
+def deepspeed_config(settings: RecformerSettings, stage: OptimizerConfig) -> dict[str, Any]:
+    """The shipped DeepSpeed JSON of the recipe's stage, with what must be explicit filled in from the recipe."""
+    content = json.loads(resources.files("ds_configs").joinpath(f"zero{settings.zero_stage}.json").read_text())
+    content["train_micro_batch_size_per_gpu"] = stage.batch_size // settings.processes
+    content["gradient_clipping"] = stage.clip_norm or 0.0
+    return content
+
+
+class Engine:
+    """One module in training: its optimizer, its rate, its checkpoints.
+
+    Args:
+        module: gives a scalar loss; called through the engine once a step.
+        stage: how it is trained.
+        settings: how many processes, and which kind of sharding.
+        total: steps after which the rate is 0.
+        accelerator: from ``make_accelerator``.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        stage: OptimizerConfig,
+        settings: RecformerSettings,
+        total: int,
+        accelerator: Accelerator,
+    ) -> None:
+        self.module, self.stage, self.total, self.accelerator = module, stage, total, accelerator
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=stage.lr, weight_decay=stage.weight_decay)
+        self.engine, self.optimizer = accelerator.prepare(module, optimizer)
+        self.sharded = settings.zero_stage > 0
+        self.ranks = Ranks.current()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module is."""
+        return self.accelerator.device
+
+    def update(self, step: int, *inputs: Any) -> tuple[Tensor, Any]:
+        """One optimizer step; returns the loss of this rank before it and what else the module gave.
+
+        Dropout is a function of (seed, step, rank), so a resumed run draws the same.
+        """
+        torch.manual_seed(int(hash_of([self.stage.seed, step, self.ranks.rank])[:15], 16))
+        for group in self.optimizer.param_groups:
+            group["lr"] = linear_rate(step, self.total, self.stage)
+        self.module.train()
+        loss, told = self.engine(*inputs)
+        if self.sharded:  # clips by its own configuration
+            self.engine.backward(loss)
+            self.engine.step()
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
+            self.accelerator.backward(loss)
+            if self.stage.clip_norm is not None:
+                self.accelerator.clip_grad_norm_(self.module.parameters(), self.stage.clip_norm)
+            self.optimizer.step()
+        return loss.detach(), told
+
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of all weights, on the CPU; ZeRO-1 and 2 keep them whole on every rank."""
+        return {name: value.detach().cpu().clone() for name, value in self.module.state_dict().items()}
+
+    def save(self, checkpoints: Checkpoints, step: int, state: dict[str, Any], meta: dict[str, Any]) -> None:
+        """Write a checkpoint of ``step`` finished steps with this rank's ``state``; every rank calls this."""
+        if self.sharded:
+            checkpoints.save(step, state, meta, self._write)
+            return
+        own = {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
+        checkpoints.save(step, {**state, **own}, meta)
+
+    def resume(self, checkpoints: Checkpoints, meta: dict[str, Any]) -> tuple[int, dict[str, Any]] | None:
+        """Restore the newest checkpoint: the steps that it had finished and the rank's state; None without one."""
+        found = checkpoints.resume(meta)
+        if found is None:
+            return None
+        checkpoint, state = found
+        if self.sharded:
+            loaded, _ = self.engine.load_checkpoint(str(checkpoint.folder / "engine"), tag=ENGINE_TAG)
+            if loaded is None:
+                raise RuntimeError(f"DeepSpeed found nothing to load in {checkpoint.folder / 'engine'}")
+        else:
+            self.module.load_state_dict(state.pop("module"))
+            self.optimizer.load_state_dict(state.pop("optimizer"))
+        return checkpoint.step, state
+
+    def _write(self, folder: Path) -> None:
+        # DeepSpeed's own "latest" file is not atomic, and not needed: our manifest decides.
+        self.engine.save_checkpoint(str(folder / "engine"), tag=ENGINE_TAG, save_latest=False)
+
+
+def linear_rate(step: int, total: int, stage: OptimizerConfig) -> float:
+    """Linear warm-up to ``stage.lr``, then linear decay to 0 after ``total`` steps; a pure function of the step."""
+    if step < stage.warmup_steps:
+        return stage.lr * (step + 1) / stage.warmup_steps
+    return stage.lr * max(0.0, (total - step) / max(1, total - stage.warmup_steps))
+
+
+def mean_over_ranks(values: Sequence[float | Tensor], device: torch.device) -> list[float]:
+    """The means over ranks, the same on every rank."""
+    total = torch.stack([torch.as_tensor(value, dtype=torch.float64).to(device) for value in values])
+    ranks = Ranks.current()
+    if ranks.size > 1:
+        torch.distributed.all_reduce(total)
+    return (total / ranks.size).tolist()

@@ -1,0 +1,80 @@
+"""The recipe of a RECFORMER, and where its stages lie in the run folder."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from llm.config import LLMConfig
+from llm.recformer.config import RecformerSettings
+from rec.data.builtin import BUILTIN, prepare_builtin
+from rec.data.prepared import Prepared
+from rec.runtime.config import Section, hash_of, load
+from rec.runtime.ranks import Ranks
+from rec.runtime.runfolder import is_run_config
+
+Stage = Literal["vanilla", "PT", "FT"]
+
+
+class RecformerJob(Section):
+    """A recipe with an ``llm.recformer`` section."""
+
+    data: str
+    """The prepared folder, or built-in data set, that is fine-tuned on; and pretrained on if no sources are named."""
+    run: Path
+    """The run folder."""
+    llm: LLMConfig
+
+    @model_validator(mode="after")
+    def _has_recformer(self) -> Self:
+        if self.llm.recformer is None:
+            raise ValueError("llm.recformer is missing: without it a recipe is not a RECFORMER's")
+        return self
+
+    @property
+    def settings(self) -> RecformerSettings:
+        """The ``llm.recformer`` section."""
+        return self.llm.recformer
+
+    @property
+    def tokens(self) -> Path:
+        """Where tokenised catalogs are kept."""
+        return self.run / "tokens"
+
+    @property
+    def pretrain_folder(self) -> Path:
+        """Of stage-PT."""
+        return self.run / "pretrain"
+
+    @property
+    def finetune_folder(self) -> Path:
+        """Of stage-FT1 and stage-FT2."""
+        return self.run / "finetune"
+
+    def identity(self, stage: Literal["pretrain", "finetune"]) -> str:
+        """A hash of everything that decides a stage's result: not where the run lies, nor the other stage alone."""
+        content = self.settings.model_dump(mode="json", exclude={"processes", "zero_stage"})
+        if stage == "pretrain":
+            content.pop("finetune")
+        return hash_of(content)
+
+    def open(self, name: str) -> Prepared:
+        """A prepared folder; a built-in data set is prepared in the run folder first. Every rank calls this."""
+        if name not in BUILTIN:
+            return Prepared.load(Path(name))
+        folder, ranks = self.run / "data" / name, Ranks.current()
+        if ranks.is_first:
+            prepare_builtin(name, folder)
+        ranks.barrier()
+        return Prepared.load(folder)
+
+
+def load_job(path: Path, overrides: Sequence[str] = ()) -> RecformerJob:
+    """Read a recipe; the ``config.yaml`` of a run folder means that folder, wherever it lies now.
+
+    Raises:
+        UserError: on a missing file, an unknown key or an impossible value.
+    """
+    here = [f"run={path.parent}"] if is_run_config(path) else []
+    return load(RecformerJob, path, [*here, *overrides])

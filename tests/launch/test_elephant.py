@@ -1,0 +1,278 @@
+"""The Elephant's study end to end on a tiny catalog, its claims, and ``recalign vectors`` from every kind of model."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, safe_open
+from transformers import AutoModel, AutoTokenizer
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "llm" / "recformer"))
+from backbones import save_bert
+from tiny_recformer import RECFORMER
+
+from launch import cli, elephant_claims, vectors
+from launch.elephant import TABLE_3, ElephantRun
+from llm.config import LMRecConfig
+from llm.lmrec import build_lmrec
+from llm.tokenizer import train_tokenizer
+from rec.evaluation import Metrics
+from rec.job import load_job, open_run
+from rec.models.base import Recommender
+from rec.runtime.errors import UserError
+from rec.runtime.runfolder import RunFolder
+from rec.train import run as train
+
+ROOT = Path(__file__).parents[2]
+
+
+def recipe_of(folder: Path, data: Path, backbone: Path, **more: object) -> Path:
+    recformer = {**RECFORMER, "backbone": str(backbone)}
+    recformer["pretrain"] = {**recformer["pretrain"], "sources": [str(data)], "epochs": 2}
+    recformer["finetune"] = {**recformer["finetune"], "epochs": 2, "fixed_epochs": 1, "evaluate_every": 1}
+    model = {"dim": 32, "heads": 2, "blocks": 1, "max_length": 8}
+    train = {"batch_size": 16, "epochs": 2}
+    evaluate = {"cutoffs": [5, 10]}
+    content = {
+        "run": str(folder / "out"),
+        "target": "tiny",
+        "targets": {"tiny": str(data)},
+        "recformer": recformer,
+        "models": {
+            name: {"model": {"name": name, **model}, "train": train, "evaluate": evaluate}
+            for name in ("SASRec", "BERT4Rec")
+        },
+        "lrs": [1e-3, 5e-3],
+        "rate_epochs": 1,
+        "seeds": [1, 2],
+        "headline": ["random", "further items"],
+        "protocols": ["elephant-full"],
+        "cutoffs": [5, 10],
+        **more,
+    }
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory) -> Path:
+    return save_bert(tmp_path_factory.mktemp("bert") / "model")
+
+
+@pytest.fixture(scope="module")
+def study(small_data, backbone, tmp_path_factory):
+    path = recipe_of(tmp_path_factory.mktemp("elephant"), small_data.folder, backbone)
+    run = ElephantRun(path)
+    return path, run, run.execute("recalign reproduce test")
+
+
+@pytest.mark.distributed
+def test_every_cell_of_the_table_is_there_with_its_seeds(study):
+    _, run, result = study
+    cells = {(row["model"], row["variant"], row.get("seed")) for row in result["rows"] if "protocol" in row}
+    for model in ("SASRec", "BERT4Rec"):
+        for variant in TABLE_3:
+            seeds = (1, 2) if variant in ("random", "further items") else (1,)
+            assert {seed for name, own, seed in cells if (name, own) == (model, variant)} == set(seeds)
+    assert {("RECFORMER", "RECFORMER FT1", 1), ("RECFORMER", "RECFORMER FT2", 1)} <= cells
+    [row] = [row for row in result["means"] if (row["model"], row["variant"]) == ("SASRec", "random")]
+    own = [row["NDCG@10"] for row in result["rows"] if (row["model"], row["variant"]) == ("SASRec", "random")]
+    assert row["NDCG@10"] == pytest.approx(sum(own) / 2)
+    assert row["NDCG@10_se"] == pytest.approx(abs(own[0] - own[1]) / 2)
+    letters = {claim["id"].partition("(")[2][0] for claim in result["claims"] if claim["id"].startswith("SASRec")}
+    assert letters == set("abcde")
+    assert set(result["attention"]) == {"backbone", "tuned"}
+    assert (run.out / "attention.png").is_file()
+    assert result["serving"]["parameters"][0] == result["serving"]["parameters"][1]
+    elephant_claims.print_study(result)
+
+
+@pytest.mark.distributed
+def test_tables_begin_as_the_vectors_that_they_are_named_after(study):
+    _, run, _ = study
+    vectors_of = {what: load_file(run.out / "vectors" / f"{what}.safetensors")["vectors"] for what in ("PT", "FT")}
+    assert not torch.equal(vectors_of["PT"], vectors_of["FT"])
+    frozen = Recommender.from_pretrained(run.out / "SASRec/frozen-FT/seed-1/model")
+    expected = vectors_of["FT"] * (0.02 / vectors_of["FT"].std())
+    torch.testing.assert_close(frozen.items.vectors.weight[1:], expected)
+    further = open_run(run.out / "SASRec/further-items/seed-1")
+    assert further.rec.train.tune == "items"
+    assert str(further.rec.train.start).endswith("SASRec/frozen-FT/seed-1")
+    table = load_file(run.out / "finetuned/RECFORMER/finetune/FT1/item_vectors.safetensors")["vectors"]
+    assert torch.equal(table, vectors_of["FT"])
+
+
+@pytest.mark.distributed
+def test_a_finished_study_says_what_it_found_and_trains_nothing(study, monkeypatch):
+    path, _, result = study
+    monkeypatch.setattr("launch.recformer._watch", None)
+    monkeypatch.setattr("rec.train.train", None)
+    again = ElephantRun(path).execute("recalign reproduce test")
+    assert again["rows"] == result["rows"]
+    assert [claim["holds"] for claim in again["claims"][:-1]] == [claim["holds"] for claim in result["claims"][:-1]]
+
+
+@pytest.mark.distributed
+def test_vectors_of_a_recformers_run_by_stage(study, small_data, tmp_path, capsys):
+    _, run, _ = study
+    [pretrained] = run.study.run.glob("pretrained-*")
+    finetuned = run.out / "finetuned" / "RECFORMER"
+    found = {}
+    for stage, source in (("vanilla", pretrained), ("PT", pretrained), ("FT", finetuned)):
+        out = tmp_path / f"{stage}.safetensors"
+        vectors.write(str(source), small_data.folder, out, stage)
+        found[stage] = load_file(out)["vectors"]
+        torch.testing.assert_close(found[stage], load_file(run.out / "vectors" / f"{stage}.safetensors")["vectors"])
+    assert not torch.equal(found["vanilla"], found["PT"])
+    # A saved model folder is as good as a run.
+    vectors.write(str(pretrained / "pretrain/model"), small_data.folder, tmp_path / "folder.safetensors")
+    torch.testing.assert_close(load_file(tmp_path / "folder.safetensors")["vectors"], found["PT"])
+    with pytest.raises(UserError, match=r"stage-FT of .* is not finished"):
+        vectors.write(str(pretrained), small_data.folder, tmp_path / "x", "FT")
+    with pytest.raises(UserError, match=r"--item-text .* has no meaning here"):
+        vectors.write(str(pretrained), small_data.folder, tmp_path / "x", item_text="{title}")
+
+
+def test_vectors_of_a_causal_lm_are_the_states_of_eos(small_data, tmp_path):
+    torch.manual_seed(0)
+    texts = [f"{row['title']}, {row['kind']}" for row in small_data.items.to_pylist()]
+    tokenizer = train_tokenizer(texts, 400, 48)
+    model = build_lmrec(LMRecConfig(dim=32, heads=2, layers=1, context=48), len(tokenizer), tokenizer.eos_token_id)
+    model.save_pretrained(tmp_path / "lm")
+    tokenizer.save_pretrained(tmp_path / "lm")
+    out = tmp_path / "vectors.safetensors"
+    vectors.write(str(tmp_path / "lm"), small_data.folder, out, item_text="{title}, {kind}")
+    found = load_file(out)["vectors"]
+    for row in (0, 13, 29):
+        ids = torch.tensor([[*tokenizer(texts[row])["input_ids"], tokenizer.eos_token_id]])
+        expected = model.eval().transformer(ids).last_hidden_state[0, -1]
+        torch.testing.assert_close(found[row], expected, rtol=1e-4, atol=1e-5)
+    with safe_open(out, framework="pt") as stored:
+        assert "[EOS]" in json.loads(stored.metadata()["source"])["kind"]
+        assert json.loads(stored.metadata()["item_ids"]) == small_data.items["item_id"].to_pylist()
+
+
+def test_vectors_of_a_sentence_encoder_are_means_and_go_into_a_recommender(
+    backbone, small_data, tmp_path, capsys, monkeypatch
+):
+    out = tmp_path / "sentence.safetensors"
+    command = ["recalign", "vectors", str(backbone), "--data", str(small_data.folder), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", command)
+    cli.main()
+    assert "30 items, width 32" in capsys.readouterr().out
+    found = load_file(out)["vectors"]
+    tokenizer, model = AutoTokenizer.from_pretrained(backbone), AutoModel.from_pretrained(backbone).eval()
+    own = tokenizer(small_data.items["title"][7].as_py(), return_tensors="pt")
+    expected = torch.nn.functional.layer_norm(model(**own).last_hidden_state[0].mean(0), (32,))
+    torch.testing.assert_close(found[7], expected, rtol=1e-4, atol=1e-4)
+    recipe = tmp_path / "train.yaml"
+    items = {"kind": "vectors", "file": str(out)}
+    rec = {"model": {"dim": 16, "max_length": 8}, "items": items, "train": {"epochs": 1, "batch_size": 16}}
+    recipe.write_text(yaml.safe_dump({"data": str(small_data.folder), "run": str(tmp_path / "run"), "rec": rec}))
+    with pytest.raises(UserError, match=r"width 32, the model's dim is 16: .* or rec\.items\.projection=true"):
+        train(load_job(recipe), "test")
+    assert train(load_job(recipe, ["rec.items.projection=true", f"run={tmp_path / 'other'}"]), "test")["rows"]
+
+
+def test_what_gives_no_vectors_is_one_clear_line(backbone, small_data, tmp_path):
+    with pytest.raises(UserError, match="neither a run folder nor a model"):
+        vectors.write(str(tmp_path / "nothing"), small_data.folder, tmp_path / "x")
+    with pytest.raises(UserError, match="--stage 'PT' has no meaning"):
+        vectors.write(str(backbone), small_data.folder, tmp_path / "x", "PT")
+
+
+@pytest.mark.distributed
+def test_recformers_that_differ_share_what_they_have_in_common(study, small_data, backbone, tmp_path):
+    _, before, _ = study
+    more = {
+        "recformers": {
+            "fixed table": [],
+            "trained table": ["finetune.train_table=true"],
+            "less": ["pretrain.share=0.5"],
+        },
+        "models": {"SASRec": {"model": {"dim": 32, "heads": 2, "blocks": 1, "max_length": 8}, "train": {"epochs": 1}}},
+        "variants": ["random", "trainable PT", "id+PT"],
+        "headline": [],
+        "lrs": [1e-3],
+    }
+    more |= {"run": str(before.study.run), "target": "other", "targets": {"other": str(small_data.folder)}}
+    run = ElephantRun(recipe_of(tmp_path, small_data.folder, backbone, **more))
+    result = run.execute("test")
+    assert len(list(run.study.run.glob("pretrained-*"))) == 2
+    first, second = (run.out / "finetuned" / name / "finetune" for name in ("fixed table", "trained table"))
+    for name in ("finished.json", "item_vectors.safetensors"):
+        assert (first / "FT1" / name).read_bytes() == (second / "FT1" / name).read_bytes()
+    assert not RunFolder(second.parent).events("ft1_step")
+    cells = [(row["variant"], row["recformer"]) for row in result["means"] if row["model"] == "SASRec"]
+    names = ("fixed table", "trained table", "less")
+    of_each = [(variant, name) for name in names for variant in ("trainable PT", "id+PT")]
+    assert sorted(cells) == sorted([("random", "fixed table"), *of_each])
+    assert (run.out / "sizes.png").is_file()
+
+
+def metrics(ranks: list[float]) -> Metrics:
+    rows = torch.arange(len(ranks))
+    return Metrics(torch.tensor(ranks, dtype=torch.double), (10,), rows, rows)
+
+
+def made_up(figures: dict[tuple[str, str], float]) -> tuple[list[dict], dict]:
+    """Rows and ranks in which each cell hits its share of 400 users at rank 1."""
+    rows, ranks = [], {}
+    for (model, variant), share in figures.items():
+        own = metrics([1.0 if user < share * 400 else 99.0 for user in range(400)])
+        told = {"model": model, "variant": variant, "recformer": "R", "seed": 1, "protocol": "elephant-full"}
+        rows.append({**told, **own.summary()})
+        if model != "RECFORMER":
+            ranks[model, variant, "R", 1] = {"elephant-full": own}
+    return rows, ranks
+
+
+def test_claims_answer_yes_and_no():
+    paper = {
+        ("SASRec", "random"): 0.3, ("SASRec", "trainable vanilla"): 0.25, ("SASRec", "frozen PT"): 0.3,
+        ("SASRec", "trainable PT"): 0.5, ("SASRec", "frozen FT"): 0.4, ("SASRec", "trainable FT"): 0.55,
+        ("SASRec", "further all"): 0.56, ("SASRec", "further items"): 0.6, ("RECFORMER", "RECFORMER FT2"): 0.38,
+    }  # fmt: skip
+    rows, ranks = made_up(paper)
+    found = elephant_claims.claims(rows, ranks, {"parameters": [5, 5], "latency_ratio": 1.02}, "R")
+    assert [claim["holds"] for claim in found] == [True] * 7
+    assert found[1]["figure"] == pytest.approx(0.2)
+    assert found[1]["low"] > 0.1
+    other = {key: 0.7 - value for key, value in paper.items()}
+    other["SASRec", "trainable vanilla"] = 0.69
+    rows, ranks = made_up(other)
+    found = elephant_claims.claims(rows, ranks, {"parameters": [5, 6], "latency_ratio": 1.0}, "R")
+    assert [claim["holds"] for claim in found] == [False, False, False, False, False, True, False]
+    assert elephant_claims.claims([], {}, {}, "R") == []
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"variants": ["frozen LF"]}, "unknown variant 'frozen LF'"),
+        ({"protocols": ["full"]}, "unknown protocol 'full'"),
+        ({"recformers": {"a/b": []}}, "'a/b' names a folder"),
+        ({"recformers": {"a": ["finetune.lrr=1"]}}, "unknown key 'lrr'"),
+    ],
+)
+def test_a_mistake_is_found_before_anything_runs(small_data, tmp_path, more, message):
+    with pytest.raises(UserError, match=message):
+        ElephantRun(recipe_of(tmp_path, small_data.folder, tmp_path, **more))
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "launch/recipes/reproduce").glob("elephant-*.yaml")), ids=lambda p: p.stem
+)
+def test_every_shipped_study_is_in_order(path, tmp_path):
+    run = ElephantRun(path, [f"run={tmp_path}"])
+    assert path.read_text().startswith(f"# recalign reproduce {path.stem} --target {run.study.target}\n")
+    assert run.data == run.study.targets[run.study.target]
+    for variant in run.study.variants:
+        for model in run.study.models:
+            rec = run.study.models[model]
+            assert rec.model.dim == 384
+            assert variant

@@ -1,0 +1,197 @@
+"""stage-FT1 and FT2's loss and table, scoring, evaluation on several ranks, and the encoding of catalogs."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_recformer import RECFORMER
+from torch.nn import functional as F
+
+from llm.recformer import encode as encoding
+from llm.recformer import recommender
+from llm.recformer.batches import pad
+from llm.recformer.encode import encode_items, vectors_of_backbone, vectors_of_model
+from llm.recformer.finetune import FullSoftmax, Prefixes, Stage, finetune
+from llm.recformer.job import RecformerJob
+from llm.recformer.model import load_recformer
+from llm.recformer.objective import Parts
+from llm.recformer.recommender import RecformerRecommender, evaluate_on_all_ranks
+from rec.data.prepared import Prepared
+from rec.evaluation import evaluate_many
+from rec.protocol import Protocol
+from rec.runtime.config import build
+from rec.runtime.errors import UserError
+from rec.runtime.ranks import Ranks
+
+
+def make_job(bert: Path, data: Prepared, out: Path, **finetune_settings: object) -> RecformerJob:
+    stage = {**RECFORMER["finetune"], "bf16": False, **finetune_settings}
+    recformer = {**RECFORMER, "backbone": str(bert), "pretrain": None, "finetune": stage}
+    return build(RecformerJob, {"data": str(data.folder), "run": str(out), "llm": {"recformer": recformer}})
+
+
+@pytest.fixture
+def stage(bert, small_data, tmp_path) -> Stage:
+    from llm.recformer.engine import make_accelerator
+
+    job = make_job(bert, small_data, tmp_path / "run")
+    accelerator = make_accelerator(job.settings, job.settings.finetune)
+    return Stage("FT1", job, small_data, *load_recformer(job.settings), None, accelerator)
+
+
+def alone(stage: Stage, item: int) -> torch.Tensor:
+    """The vector of one item, encoded by itself without padding."""
+    own = pad(stage.maker([np.array([item])]), np.array([0]), stage.tokenizer.pad_token_id)
+    with torch.no_grad():
+        return stage.loss.model.eval()(own).last_hidden_state[0, 0]
+
+
+def test_the_table_is_every_item_encoded_alone_and_what_the_loss_sees(stage, small_data):
+    with torch.no_grad():  # as if an epoch had moved the model
+        for parameter in stage.loss.model.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    stage._refresh_table(0)
+    for item in (1, 7, 30):
+        torch.testing.assert_close(stage.loss.table[item - 1], alone(stage, item), rtol=1e-4, atol=1e-5)
+    histories, targets = [np.array([3, 4]), np.array([9]), np.array([1, 2, 5])], torch.tensor([4, 9, 29])
+    loss, _ = stage.loss(stage.maker(histories), targets, 1.0)
+    losses = []
+    for history, target in zip(histories, targets.tolist(), strict=True):
+        own = pad(stage.maker([history]), np.array([0]), stage.tokenizer.pad_token_id)
+        state = stage.loss.model(own).last_hidden_state[0, 0]
+        scores = [math.nan] * small_data.n_items
+        for item in range(small_data.n_items):
+            row = stage.loss.table[item]
+            scores[item] = (state @ row / (state.norm() * row.norm())).item() / 0.05
+        losses.append(-torch.tensor(scores).log_softmax(0)[target].item())
+    assert loss.item() == pytest.approx(sum(losses) / 3, rel=1e-4)
+
+
+def test_the_loop_refreshes_once_an_epoch_before_any_of_its_losses(stage, monkeypatch):
+    happened: list[str] = []
+    refresh, step = stage._refresh_table, stage._step
+    monkeypatch.setattr(stage, "_refresh_table", lambda epoch: (happened.append(f"table {epoch}"), refresh(epoch)))
+    monkeypatch.setattr(stage, "_step", lambda at, epoch: (happened.append(f"step {epoch}"), step(at, epoch))[1])
+    stage.loop()
+    expected = []
+    for epoch in range(stage.epochs):
+        expected += [f"table {epoch}", *[f"step {epoch}"] * stage.prefixes.steps]
+    assert happened == expected[: len(happened)]
+    assert len(happened) >= 2 * (1 + stage.prefixes.steps)
+
+
+@pytest.mark.parametrize("train_table", [False, True])
+def test_the_table_has_gradients_only_if_it_is_trained_along(stage, train_table):
+    loss = FullSoftmax(stage.loss.model, stage.loss.table.detach(), stage.stage, 0, train_table)
+    value, _ = loss(stage.maker([np.array([3, 4])]), torch.tensor([4]), 1.0)
+    value.backward()
+    assert (loss.table.grad is not None) == train_table
+
+
+def test_prefixes_are_one_a_user_and_uniform(small_data):
+    stage = build(RecformerJob, {"data": "x", "run": "y", "llm": {"recformer": {"finetune": {"batch_size": 16}}}})
+    prefixes = Prefixes(small_data, stage.settings.finetune)
+    assert prefixes.steps == 3
+    lengths: list[int] = []
+    for epoch in range(100):
+        for step in range(prefixes.steps):
+            histories, items = prefixes.batch(epoch, step)
+            assert len(histories) == len(items)
+            lengths += map(len, histories)
+    assert len(lengths) == 100 * 40
+    counts = np.bincount(lengths)
+    assert counts[0] == 0
+    assert len(counts) == 12  # 12 training items: histories of 1 to 11
+    assert abs(counts[1:] - 4000 / 11).max() < 5 * math.sqrt(4000 / 11)
+
+
+def test_scores_are_cosines_over_the_temperature_and_ranks_share_the_evaluation(stage, small_data, monkeypatch):
+    model, table = stage.loss.model, stage.loss.table.detach()
+    parts = Parts(model, stage.tokenizer.pad_token_id, stage.stage)
+    scorer = RecformerRecommender(model, table, stage.maker, parts).eval()
+    items, lengths = small_data.histories("test", [0, 5], 6)
+    with torch.no_grad():
+        scores = scorer.score_all(torch.tensor([0, 5]), items, lengths)
+        states = model.vectors(pad(stage.maker([row.numpy() for row in items]), np.arange(2), 0))
+    expected = F.cosine_similarity(states[:, None], table[None], dim=-1) / 0.05
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
+
+    protocols = {"all": Protocol(), "warm": Protocol(cold_targets="drop", cutoffs=(5,))}
+    whole = evaluate_many(scorer, small_data, "test", protocols, 16)
+    found = []
+
+    def gather(into, own):
+        found.append(own)
+        into[:] = [own] * len(into)
+
+    for rank in range(2):
+        monkeypatch.setattr(Ranks, "current", classmethod(lambda cls, rank=rank: cls(rank, 2)))
+        monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+        evaluate_on_all_ranks(scorer, small_data, "test", protocols, 16)
+    monkeypatch.undo()
+    for name, metrics in whole.items():
+        joined = recommender._joined([own[name] for own in found])
+        assert torch.equal(joined.instances, metrics.instances)
+        torch.testing.assert_close(joined.ranks, metrics.ranks)
+
+
+def test_a_catalog_is_encoded_in_chunks_that_are_kept(bert, small_data, tmp_path, monkeypatch):
+    job = make_job(bert, small_data, tmp_path / "run")
+    monkeypatch.setattr(encoding, "CHUNK_ITEMS", 8)
+    out = tmp_path / "vectors" / "item_vectors.safetensors"
+    vectors_of_backbone(job.settings, small_data, out)
+    whole = load_file(out)["vectors"]
+    assert not out.with_name(f"{out.name}.parts").exists()
+    model, tokenizer = load_recformer(job.settings)
+    parts = Parts(model, tokenizer.pad_token_id, job.settings.finetune)
+    from llm.recformer.batches import SequenceMaker
+    from llm.recformer.text import item_tokens
+
+    tokens = item_tokens(small_data, job.settings.text, tokenizer, tmp_path / "tokens")
+    maker = SequenceMaker(tokens, job.settings.size, tokenizer.cls_token_id)
+    torch.testing.assert_close(encode_items(model, maker, parts), whole, rtol=1e-4, atol=1e-5)
+
+    # Killed after two chunks: the next call encodes the others alone.
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    encoded: list[int] = []
+    original = encoding.encode
+
+    def counted(*inputs):
+        if len(encoded) == 2:
+            raise KeyboardInterrupt
+        encoded.append(1)
+        return original(*inputs)
+
+    monkeypatch.setattr(encoding, "encode", counted)
+    out.unlink()
+    with pytest.raises(KeyboardInterrupt):
+        vectors_of_model(tmp_path / "model", small_data, out)
+    encoded[:] = [0, 0, 0]
+
+    monkeypatch.setattr(encoding, "encode", lambda *inputs: (encoded.append(1), original(*inputs))[1])
+    vectors_of_model(tmp_path / "model", small_data, out)
+    assert len(encoded) - 3 == 2  # of four chunks
+    torch.testing.assert_close(load_file(out)["vectors"], whole, rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_is_tuned_with_none_and_the_stages_are_only_judged(bert, small_data, tmp_path):
+    job = make_job(bert, small_data, tmp_path / "run", tune_layers="none")
+    facts = finetune(job)
+    assert facts["FT1"]["best_epoch"] == facts["FT2"]["best_epoch"] == -1
+    before = load_recformer(job.settings)[0].state_dict()
+    after = load_file(job.finetune_folder / "FT2/model/model.safetensors")
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+
+
+def test_what_would_only_fail_at_the_end_is_said_at_once(bert, small_data, tmp_path):
+    with pytest.raises(UserError, match="100 negatives cannot be drawn"):
+        finetune(make_job(bert, small_data, tmp_path / "a", protocols=["elephant-100"]))
+    with pytest.raises(UserError, match="best 50 of 30 items"):
+        finetune(make_job(bert, small_data, tmp_path / "b", evaluate={"cutoffs": [10, 50]}))
+    with pytest.raises(UserError, match="unknown protocol 'elephant'"):
+        make_job(bert, small_data, tmp_path / "c", protocols=["elephant"])
+    assert not (tmp_path / "a" / "finetune").exists()

@@ -1,0 +1,88 @@
+"""The stages as users start them: killed and resumed, on one rank and two, under DDP and DeepSpeed."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from backbones import save_bert
+from safetensors.torch import load_file
+from tiny_recformer import assert_same_bits, finish, kill_once_at, weights, write_recipe
+
+from rec.runtime.runfolder import RunFolder
+
+STAGES = ("pretrain", "finetune/FT1", "finetune/FT2")
+
+
+@pytest.fixture(scope="module")
+def dropping(tmp_path_factory) -> Path:
+    """A backbone with dropout, which only an exact resume draws again alike."""
+    return save_bert(tmp_path_factory.mktemp("dropping") / "model", dropout=0.1)
+
+
+@pytest.fixture(scope="module")
+def whole(dropping, small_data, tmp_path_factory) -> Path:
+    """The run folder of all stages, run without interruption."""
+    recipe = write_recipe(tmp_path_factory.mktemp("whole"), small_data.folder, dropping)
+    for stage in ("pretrain", "finetune"):
+        finish(recipe, stage)
+    return recipe.parent / "run"
+
+
+@pytest.mark.distributed
+def test_stages_that_were_killed_end_with_the_same_bits(whole, dropping, small_data, tmp_path):
+    recipe = write_recipe(tmp_path, small_data.folder, dropping)
+    run = tmp_path / "run"
+    kill_once_at(recipe, "pretrain", run / "pretrain/checkpoints/step-9")
+    finish(recipe, "pretrain")
+    kill_once_at(recipe, "finetune", run / "finetune/FT1/checkpoints/step-9")
+    kill_once_at(recipe, "finetune", run / "finetune/FT2/checkpoints/step-6")
+    finish(recipe, "finetune")
+    for stage in STAGES:
+        assert_same_bits(weights(run / stage / "model"), weights(whole / stage / "model"))
+        own, other = (json.loads((folder / stage / "finished.json").read_text()) for folder in (run, whole))
+        assert own == other
+    for stage in STAGES[1:]:
+        tables = [load_file(folder / stage / "item_vectors.safetensors") for folder in (run, whole)]
+        assert_same_bits(*tables)
+    for event in ("pt_step", "ft1_step", "ft2_step"):
+        losses = [[row["loss"] for row in RunFolder(folder).steps(event)] for folder in (run, whole)]
+        assert losses[0] == losses[1]
+
+
+@pytest.mark.distributed
+def test_training_learns_and_the_second_stage_keeps_the_firsts_table(whole):
+    losses = [row["loss"] for row in RunFolder(whole).steps("pt_step")]
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    first, second = (json.loads((whole / stage / "finished.json").read_text()) for stage in STAGES[1:])
+    assert second["valid_NDCG@10"] >= first["valid_NDCG@10"]
+    tables = [load_file(whole / stage / "item_vectors.safetensors")["vectors"] for stage in STAGES[1:]]
+    assert torch.equal(*tables)
+    # One refresh an epoch, before its first step.
+    refreshed = [row["step"] for row in RunFolder(whole).events("table")]
+    epochs = sorted({row["epoch"] for row in RunFolder(whole).steps("ft1_step")})
+    assert refreshed == epochs
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("deepspeed", [False, True], ids=["DDP", "ZeRO-2"])
+def test_two_ranks_train_as_one_does_and_resume_exactly(bert, small_data, tmp_path, deepspeed):
+    runs = {}
+    for name, processes in (("one", 1), ("two", 2), ("killed", 2)):
+        (tmp_path / name).mkdir()
+        own = {"processes": processes, "zero_stage": 2 if deepspeed and processes == 2 else 0}
+        stage = {"bf16": False, "epochs": 2}
+        fine = {"bf16": False, "epochs": 2, "fixed_epochs": 1, "train_table": True, "evaluate_every": 1}
+        recipe = write_recipe(tmp_path / name, small_data.folder, bert, **own, pretrain=stage, finetune=fine)
+        runs[name] = run = tmp_path / name / "run"
+        if name == "killed":
+            kill_once_at(recipe, "pretrain", run / "pretrain/checkpoints/step-6", processes, deepspeed)
+        finish(recipe, "pretrain", processes, deepspeed and processes == 2)
+        if name != "killed":
+            finish(recipe, "finetune", processes, deepspeed and processes == 2)
+    assert_same_bits(weights(runs["killed"] / "pretrain/model"), weights(runs["two"] / "pretrain/model"))
+    for event in ("pt_step", "ft1_step", "ft2_step"):
+        one, two = ([row["loss"] for row in RunFolder(runs[name]).steps(event)] for name in ("one", "two"))
+        assert two == pytest.approx(one, rel=2e-3)
+    tables = [load_file(runs[name] / "finetune/FT2/item_vectors.safetensors")["vectors"] for name in ("one", "two")]
+    torch.testing.assert_close(*tables, rtol=0.02, atol=0.02)
