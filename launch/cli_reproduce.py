@@ -4,6 +4,7 @@ import argparse
 import json
 import shlex
 import sys
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from rec.runtime.errors import UserError
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
     """Define it below ``commands``."""
-    summary = "run a study: variants of a main job, several seeds"
+    summary = "run a study: a paper's table or figure, several variants and seeds"
     reproduce = add_command(commands, "reproduce", _reproduce, summary, """\
 examples:
   recalign reproduce closed-world                           # does alignment work? three seeds, in runs/closed-world
@@ -37,58 +38,38 @@ def _names() -> list[str]:
     return sorted(path.name.removesuffix(".yaml") for path in folder.iterdir() if path.name.endswith(".yaml"))
 
 
-def _study(path: Path, overrides: list[str]) -> Any:
-    from launch.study import StudyRun
-
-    return StudyRun(path, overrides)
-
-
-def _lmrec_study(path: Path, overrides: list[str]) -> Any:
-    from launch.lmrec_study import LMRecStudyRun
-
-    return LMRecStudyRun(path, overrides)
-
-
 def _reproduce(arguments: argparse.Namespace) -> None:
     path = Path(arguments.study)
     if arguments.study in _names():
         path = Path(str(resources.files("launch.recipes.reproduce").joinpath(f"{arguments.study}.yaml")))
     elif path.suffix not in (".yaml", ".yml"):
         raise UserError(f"unknown study {arguments.study!r}; there are: {', '.join(_names())}, or name a YAML file")
-    out = [f"run={json.dumps(str(arguments.out))}"] if arguments.out else []
-    if "recformer" in read_recipe(path):
-        _reproduce_elephant(arguments, path, out)
-        return
-    if arguments.target:
+    content = read_recipe(path)
+    if arguments.target and "recformer" not in content:
         raise UserError(f"--target has no meaning for {arguments.study}: it is no study of the Elephant's")
-
-    overrides = [*arguments.overrides, *out]
-    study = _lmrec_study(path, overrides) if "pretrain" in read_recipe(path) else _study(path, overrides)
-    if arguments.fresh:
-        delete_run(study.study.run)
-    result = study.execute(shlex.join(["recalign", *sys.argv[1:]]))
-
-    from launch import lmrec_tables, tables
-
-    if hasattr(study.study, "pretrain"):
-        lmrec_tables.print_study(result)
-    else:
-        tables.print_study(result)
-    sys.stdout.write(
-        f"\nEverything is in {study.study.run}: result.json, and a run folder for every seed and variant\n"
-    )
-
-
-def _reproduce_elephant(arguments: argparse.Namespace, path: Path, out: list[str]) -> None:
+    out = [f"run={json.dumps(str(arguments.out))}"] if arguments.out else []
     target = [f"target={json.dumps(arguments.target)}"] if arguments.target else []
-
-    from launch import elephant_claims
-    from launch.elephant import ElephantRun
-
-    study = ElephantRun(path, [*arguments.overrides, *target, *out])
+    study, show = _study(content, path, [*arguments.overrides, *target, *out])
     if arguments.fresh:
         delete_run(study.out)
-    elephant_claims.print_study(study.execute(shlex.join(["recalign", *sys.argv[1:]])))
-    sys.stdout.write(
-        f"\nEverything is in {study.out}: result.json, vectors/, and a run folder for every cell and seed\n"
-    )
+    show(study.execute(shlex.join(["recalign", *sys.argv[1:]])))
+    sys.stdout.write(f"\nEverything is in {study.out}: result.json, and the run folders that it is made of\n")
+
+
+def _study(content: dict[str, Any], path: Path, overrides: list[str]) -> tuple[Any, Callable[[dict[str, Any]], None]]:
+    """The study that a recipe means, which its keys tell, and what prints its result."""
+    if "recformer" in content:
+        from launch import elephant_claims
+        from launch.elephant import ElephantRun
+
+        return ElephantRun(path, overrides), elephant_claims.print_study
+    if "pretrain" in content:
+        from launch import lmrec_tables
+        from launch.lmrec_study import LMRecStudyRun
+
+        return LMRecStudyRun(path, overrides), lmrec_tables.print_study
+
+    from launch import tables
+    from launch.study import StudyRun
+
+    return StudyRun(path, overrides), tables.print_study

@@ -103,6 +103,7 @@ class LMRecStudyRun:
         self.of_job = [override.removeprefix("job.") for override in overrides if override.startswith("job.")]
         of_study = [override for override in overrides if not override.startswith("job.")]
         self.study = build(LMRecStudy, apply_overrides(read_recipe(path), of_study))
+        self.out = self.study.run
         self.recipe = path.parent / self.study.pretrain
         for name in self.study.variants:
             if not name or "/" in name:

@@ -1,4 +1,4 @@
-"""``recalign pretrain``: start a pretraining job on this machine exactly as a cluster user would, and watch it."""
+"""``recalign pretrain`` of LMRec, and how any pretraining job is started on this machine: as a cluster user would."""
 
 import os
 import sys
@@ -34,7 +34,7 @@ def pretrain(job: LMRecJob) -> dict[str, Any]:
             return done
         child = supervise.Child(
             "pretraining job",
-            command("llm.pretrain", job.run / CONFIG, train.processes, with_deepspeed=train.zero_stage > 0),
+            command("llm.pretrain", job.run / CONFIG, train.processes, launched=train.zero_stage > 0),
             environment(train.processes),
             job.run / "logs" / "pretrain.log",
             Checkpoints(job.run / "checkpoints").last_step,
@@ -44,9 +44,9 @@ def pretrain(job: LMRecJob) -> dict[str, Any]:
         return folder.result()
 
 
-def command(module: str, config: Path, processes: int, with_deepspeed: bool = True) -> list[str]:
-    """How a cluster user starts such a job; without DeepSpeed it is one plain process."""
-    if not with_deepspeed:
+def command(module: str, config: Path, processes: int, launched: bool = True) -> list[str]:
+    """How a cluster user starts such a job: by accelerate launch, or as one plain process."""
+    if not launched:
         return [sys.executable, "-m", module, "--config", str(config)]
     accelerate = "gpu.yaml" if torch.cuda.is_available() else "cpu.yaml"
     return [

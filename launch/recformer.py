@@ -1,16 +1,11 @@
 """``recalign pretrain`` of a RECFORMER: its stages as jobs on this machine, as a cluster user would start them."""
 
-import os
-import sys
 import time
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from launch import recformer_tables, supervise
+from launch import pretraining, recformer_tables, supervise
 from launch.commands import delete_run
 from llm.recformer.job import RecformerJob, load_job
 from rec.runtime import files
@@ -20,7 +15,6 @@ from rec.runtime.errors import UserError
 from rec.runtime.progress import progress
 from rec.runtime.runfolder import CONFIG, RunFolder
 
-MAX_RESTARTS = 3
 FINISHED = "finished.json"
 EVENTS = {"pretrain": ("pt_step",), "finetune": ("ft1_step", "ft2_step")}
 
@@ -94,16 +88,22 @@ def _is_finished(job: RecformerJob, stage: str) -> bool:
 def _watch(job: RecformerJob, stage: str) -> None:
     """Start one stage and watch it to its end."""
     folder, config = RunFolder(job.run), getattr(job.settings, stage)
+    processes = job.settings.processes
+    launched = processes > 1 or job.settings.zero_stage > 0
     child = supervise.Child(
-        f"{stage} job", _command(job, stage), _environment(job), job.run / "logs" / f"{stage}.log",
-        lambda: _place(job, stage), None,
-    )  # fmt: skip
+        f"{stage} job",
+        pretraining.command(f"llm.recformer.{stage}", job.run / CONFIG, processes, launched),
+        pretraining.environment(processes),
+        job.run / "logs" / f"{stage}.log",
+        lambda: _place(job, stage),
+        None,
+    )
     try:
         child.start()
         follow = supervise.Follower(folder)
         with progress(stage, config.epochs) as advance:
             while child.process.poll() != 0:
-                supervise.restart_if_dead(child, MAX_RESTARTS, folder)
+                supervise.restart_if_dead(child, pretraining.MAX_RESTARTS, folder)
                 row = follow.newest(*EVENTS[stage])
                 if row:
                     title = row["event"].removesuffix("_step").upper()
@@ -121,24 +121,3 @@ def _place(job: RecformerJob, stage: str) -> int:
     done = [job.finetune_folder / name for name in ("FT1", "FT2")]
     finished = sum((folder / FINISHED).exists() for folder in done)
     return finished * 10**9 + Checkpoints(done[min(finished, 1)] / "checkpoints").last_step()
-
-
-def _command(job: RecformerJob, stage: str) -> list[str]:
-    accelerate = "gpu.yaml" if torch.cuda.is_available() else "cpu.yaml"
-    module = ["-m", f"llm.recformer.{stage}", "--config", str(job.run / CONFIG)]
-    if job.settings.processes == 1 and not job.settings.zero_stage:
-        return [sys.executable, *module]
-    return [
-        sys.executable, "-m", "accelerate.commands.launch",
-        "--config_file", str(resources.files("launch.accelerate").joinpath(accelerate)),
-        "--num_processes", str(job.settings.processes), "--main_process_port", str(supervise.free_port()), *module,
-    ]  # fmt: skip
-
-
-def _environment(job: RecformerJob) -> dict[str, str]:
-    own = {"TOKENIZERS_PARALLELISM": "false"}
-    if torch.cuda.is_available():
-        return own
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = int(os.environ.get("OMP_NUM_THREADS", max(1, allowed // job.settings.processes)))
-    return own | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}

@@ -60,6 +60,7 @@ class StudyRun:
         of_job = [override.removeprefix("job.") for override in overrides if override.startswith("job.")]
         of_study = [override for override in overrides if not override.startswith("job.")]
         self.study = build(Study, apply_overrides(read_recipe(path), of_study))
+        self.out = self.study.run
         recipe = path.parent / self.study.job
         # Every recipe is checked before the first one runs.
         self.jobs: dict[tuple[int, str], MainJob] = {}

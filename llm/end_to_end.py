@@ -57,6 +57,11 @@ def use_end_to_end(model: PreTrainedModel) -> bool:
     return True
 
 
+def bounds(begins: Tensor, longest: int) -> dict[str, Tensor | int]:
+    """Keyword arguments for a model that ``use_end_to_end``: where texts begin, and the most tokens that one has."""
+    return {"cu_seq_lens_q": begins, "cu_seq_lens_k": begins, "max_length_q": longest, "max_length_k": longest}
+
+
 def logits_at(model: nn.Module, texts: EndToEnd, places: Tensor, end_to_end: bool = True) -> Tensor:
     """[P, V] float32 logits of the tokens after the ``places`` [P] in the row.
 
@@ -67,11 +72,8 @@ def logits_at(model: nn.Module, texts: EndToEnd, places: Tensor, end_to_end: boo
         end_to_end: whether ``use_end_to_end`` said so; otherwise texts are right-padded to rows of their own.
     """
     if end_to_end:
-        bounds = {f"cu_seq_lens_{of}": texts.bounds for of in "qk"} | {f"max_length_{of}": texts.longest for of in "qk"}
-        found = model(
-            input_ids=texts.ids, position_ids=texts.positions, use_cache=False, logits_to_keep=places, **bounds
-        )
-        return found.logits[0].float()
+        options = {"position_ids": texts.positions, **bounds(texts.bounds, texts.longest)}
+        return model(input_ids=texts.ids, use_cache=False, logits_to_keep=places, **options).logits[0].float()
     rows = torch.split(texts.ids[0], texts.bounds.diff().tolist())
     ids = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
     if not len(places):
@@ -94,29 +96,39 @@ def attention(
     dropout: float = 0.0,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """[1, T, H, D] from query, key and value [1, H, T, D], of which key and value may have fewer heads."""
+    """[B, T, H, D] from query, key and value [B, H, T, D], of which key and value may have fewer heads.
+
+    Texts are within the bounds ``cu_seq_lens_q`` of the B rows laid end to end; none is longer than ``max_length_q``.
+    """
     assert dropout == 0, "sampling, scoring and training must be the same distribution"
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if query.is_cuda and _VARLEN is not None and query.dtype in (torch.bfloat16, torch.float16):
-        flat = (part[0].transpose(0, 1).contiguous() for part in (query, key, value))
+    flat = [part.transpose(1, 2).flatten(0, 1).contiguous() for part in (query, key, value)]
+    if query.is_cuda and has_flash(query.dtype):
         sizes = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
-        return _VARLEN(*flat, *sizes, scale=scaling, window_size=(-1, 0))[None], None
-    return _padded(query, key, value, cu_seq_lens_q, max_length_q, scaling), None
+        found = _VARLEN(*flat, *sizes, scale=scaling, window_size=(-1, 0))  # causal: all before, nothing after
+    else:
+        found = _padded(*flat, cu_seq_lens_q, max_length_q, scaling)
+    return found.unflatten(0, (query.shape[0], query.shape[2])), None
+
+
+def has_flash(dtype: torch.dtype) -> bool:
+    """Whether torch's variable-length flash attention is there and computes in ``dtype``."""
+    return _VARLEN is not None and dtype in (torch.bfloat16, torch.float16)
 
 
 def _padded(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scaling: float) -> Tensor:
-    """The same by plain products: the CPU's fused attention is slow backwards."""
+    """The same of [T, H, D] by plain products: the CPU's fused attention is slow backwards."""
     step = torch.arange(longest, device=query.device)
     inside = step < bounds.diff()[:, None]
-    index = (bounds[:-1, None] + step).clamp(max=query.shape[2] - 1)
-    query, key, value = (part[0].transpose(0, 1)[index].transpose(1, 2) for part in (query, key, value))
+    index = (bounds[:-1, None] + step).clamp(max=len(query) - 1)
+    query, key, value = (part[index].transpose(1, 2) for part in (query, key, value))
     scores = query @ key.transpose(-1, -2) * scaling
     scores = scores.masked_fill(step > step[:, None], torch.finfo(scores.dtype).min)
     shares = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
-    return (shares @ value).transpose(1, 2)[inside][None]
+    return (shares @ value).transpose(1, 2)[inside]
 
 
 def _find_varlen():

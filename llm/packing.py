@@ -9,17 +9,17 @@ transformers builds such a mask from ``position_ids`` only if it is given neithe
 arguments documents see each other. Here the mask is always explicit.
 """
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
+
+from llm.end_to_end import NAME, bounds, has_flash
 
 PADDING = -1
-VARLEN = "recalign_varlen"
 # Up to this length plain products beat the CPU's fused attention, which is slow backwards; beyond it they need too
 # much memory.
 LONGEST_EAGER = 1024
@@ -152,10 +152,9 @@ def hidden_states(model: PreTrainedModel, packed: Packed) -> Tensor:
     """[B, T, D] states of the last layer, each of them what its document alone would give."""
     options: dict[str, object] = {"use_cache": False, "position_ids": packed.positions}
     device = packed.ids.device
-    if device.type == "cuda" and packed.branches is None and _has_varlen(model):
-        bounds = packed.bounds()
-        options |= {"document_bounds": bounds, "longest_document": packed.ids.shape[1]}
-        _use(model, VARLEN)
+    if device.type == "cuda" and packed.branches is None and _has_flash(model):
+        options |= bounds(packed.bounds(), packed.ids.shape[1])
+        _use(model, NAME)
     elif device.type == "cpu" and packed.ids.shape[1] <= LONGEST_EAGER:
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else model.dtype
         mask = torch.zeros(packed.mask().shape, dtype=dtype)
@@ -172,38 +171,6 @@ def _use(model: PreTrainedModel, implementation: str) -> None:
         model.set_attn_implementation(implementation)
 
 
-def _has_varlen(model: PreTrainedModel) -> bool:
-    """Whether torch's variable-length flash attention is there and takes what the model computes in."""
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else model.dtype
-    return _VARLEN is not None and dtype in (torch.bfloat16, torch.float16)
-
-
-def _find_varlen():
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return varlen_attn if "window_size" in inspect.signature(varlen_attn).parameters else None
-
-
-_VARLEN = _find_varlen()
-
-
-def _varlen_attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    document_bounds: Tensor,
-    longest_document: int,
-    **_: object,
-) -> tuple[Tensor, None]:
-    """Flash attention over documents laid end to end: query, key and value are [B, H, T, D]."""
-    flat = (part.transpose(1, 2).flatten(0, 1).contiguous() for part in (query, key, value))
-    sizes = (document_bounds, document_bounds, longest_document, longest_document)
-    found = _VARLEN(*flat, *sizes, window_size=(-1, 0))  # causal: all before, nothing after
-    return found.unflatten(0, (query.shape[0], query.shape[2])), None
-
-
-AttentionInterface.register(VARLEN, _varlen_attention)
+def _has_flash(model: PreTrainedModel) -> bool:
+    """Whether flash attention takes what the model computes in."""
+    return has_flash(torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else model.dtype)

@@ -97,7 +97,7 @@ def test_packed_logits_are_separate_logits_on_the_flash_path(model):
     packed = pack(own, rows, EOS, 48).to(torch.device("cuda"))
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
         logits = device_model.lm_head(hidden_states(device_model, packed)).float().cpu()
-    assert device_model.config._attn_implementation == "recalign_varlen"
+    assert device_model.config._attn_implementation == "recalign_end_to_end"
     for row, numbers in enumerate(rows):
         place = 0
         for number in numbers:
