@@ -1,6 +1,7 @@
 """``recalign pretrain`` and ``recalign probe``: language models of behaviour histories."""
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -44,8 +45,6 @@ def _pretrain(arguments: argparse.Namespace) -> None:
 
 
 def _probe(arguments: argparse.Namespace) -> None:
-    import shlex
-
     from llm import probe
 
     job = probe.load_job(arguments.recipe, arguments.overrides)

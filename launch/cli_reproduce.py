@@ -55,15 +55,15 @@ def _reproduce(arguments: argparse.Namespace) -> None:
         raise UserError(f"unknown study {arguments.study!r}; there are: {', '.join(_names())}, or name a YAML file")
     out = [f"run={json.dumps(str(arguments.out))}"] if arguments.out else []
 
-    overrides = [*arguments.overrides, *out]
-    study = _lmrec_study(path, overrides) if "pretrain" in read_recipe(path) else _study(path, overrides)
+    overrides, is_lmrec = [*arguments.overrides, *out], "pretrain" in read_recipe(path)
+    study = _lmrec_study(path, overrides) if is_lmrec else _study(path, overrides)
     if arguments.fresh:
         delete_run(study.study.run)
     result = study.execute(shlex.join(["recalign", *sys.argv[1:]]))
 
     from launch import lmrec_tables, tables
 
-    if hasattr(study.study, "pretrain"):
+    if is_lmrec:
         lmrec_tables.print_study(result)
     else:
         tables.print_study(result)

@@ -79,7 +79,7 @@ def run(job: LMRecJob, command: str) -> dict[str, Any] | None:
             return result if ranks.is_first else None
         begin = time.monotonic()
         inputs = read_inputs(job, folder, ranks)
-        if not (folder.path / FINISHED).exists():
+        if not ranks.broadcast((folder.path / FINISHED).exists()):
             _train(job, inputs, folder, ranks)
         ranks.barrier()
         _end_group(train)  # rank 0 alone ranks the test items
