@@ -198,7 +198,7 @@ def make_plan(job: LMRecJob, inputs: Inputs, ranks: Ranks, model: JointModel, de
         language,
         train.checkpoint_every,
         tasks,
-        # Alone, L2 has nothing to be weighed against; a small λ would only bring its gradients near AdamW's epsilon.
+        # Alone, L2 has nothing to be weighed against.
         lambda step: recommendation_weight(step, train.steps, first, final) if llm.language else 1.0,
         train.validate_every,
         train.validation_users,
