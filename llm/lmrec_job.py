@@ -183,6 +183,10 @@ class LMRecLLM(Section):
         if TARGET in self.tasks or any(not name.isidentifier() for name in self.tasks):
             raise ValueError(f"names of tasks are letters, digits and underscores, and not {TARGET!r}")
         if self.recommend is not None:
+            if self.recommend.prefixes >= self.lmrec.context:
+                raise ValueError(
+                    f"recommend.prefixes {self.recommend.prefixes} leave no room in lmrec.context {self.lmrec.context}"
+                )
             histories, ranks = self.recommend.pairs // self.recommend.prefixes, self.train.processes
             if self.recommend.pairs % self.recommend.prefixes or histories % ranks:
                 raise ValueError(

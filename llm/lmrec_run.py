@@ -79,7 +79,7 @@ def run(job: LMRecJob, command: str) -> dict[str, Any] | None:
             return result if ranks.is_first else None
         begin = time.monotonic()
         inputs = read_inputs(job, folder, ranks)
-        if not (folder.path / FINISHED).exists():
+        if not ranks.broadcast((folder.path / FINISHED).exists()):
             _train(job, inputs, folder, ranks)
         ranks.barrier()
         _end_group(train)  # rank 0 alone ranks the test items
@@ -198,7 +198,7 @@ def make_plan(job: LMRecJob, inputs: Inputs, ranks: Ranks, model: JointModel, de
         language,
         train.checkpoint_every,
         tasks,
-        # Alone, L2 has nothing to be weighed against; a small λ would only bring its gradients near AdamW's epsilon.
+        # Alone, L2 has nothing to be weighed against.
         lambda step: recommendation_weight(step, train.steps, first, final) if llm.language else 1.0,
         train.validate_every,
         train.validation_users,

@@ -157,8 +157,9 @@ def hidden_states(model: PreTrainedModel, packed: Packed) -> Tensor:
         _use(model, NAME)
     elif device.type == "cpu" and packed.ids.shape[1] <= LONGEST_EAGER:
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else model.dtype
-        mask = torch.zeros(packed.mask().shape, dtype=dtype)
-        options["attention_mask"] = mask.masked_fill_(~packed.mask(), torch.finfo(dtype).min)
+        hidden = ~packed.mask()
+        mask = torch.zeros(hidden.shape, dtype=dtype)
+        options["attention_mask"] = mask.masked_fill_(hidden, torch.finfo(dtype).min)
         _use(model, "eager")
     else:
         options["attention_mask"] = packed.mask()

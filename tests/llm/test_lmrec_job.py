@@ -8,17 +8,21 @@ import time
 
 import pytest
 import torch
+from conftest import make_raw
 from pretraining import LLM, STEPS, final, finish, recipe, start
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm import joint
-from llm.lmrec_job import LMRecJob, LMRecLLM, load_job
-from llm.lmrec_run import run
+from llm.lmrec_job import LMRecEvaluation, LMRecJob, LMRecLLM, load_job
+from llm.lmrec_run import _tasks, read_inputs, run
 from llm.tokenizer import train_tokenizer
 from llm.training import STEP
+from rec.data.prepare import Filters, prepare
+from rec.data.prepared import Prepared
 from rec.runtime.checkpoint import Checkpoints
 from rec.runtime.config import build
 from rec.runtime.errors import UserError
+from rec.runtime.ranks import Ranks
 from rec.runtime.runfolder import RunFolder
 
 
@@ -123,6 +127,24 @@ def test_a_killed_and_resumed_plain_run_is_the_same_with_every_task_and_source(t
     assert RunFolder(one.run).result()["rows"][0]["model"] == "LMRec +agnostic"
 
 
+def test_the_in_house_protocol_holds_users_out_and_ranks_among_negatives(tmp_path):
+    prepare("test", make_raw(tmp_path / "raw"), tmp_path / "data", Filters(split="users", cold_items="drop"))
+    data = Prepared.load(tmp_path / "data")
+    own = job(tmp_path, data, train={"steps": 3}).model_copy(
+        update={
+            "rec": build(LMRecEvaluation, {"evaluate": {"candidates": "sampled", "negatives": 12, "split": "users"}})
+        }
+    )
+    run(own, "test")
+    result = RunFolder(own.run).result()
+    assert (result["protocol"]["candidates"], result["protocol"]["negatives"]) == ("sampled", 12)
+    held_out = set(data.instances("test")[0].tolist()) | set(data.instances("valid")[0].tolist())
+    [task] = _tasks(own, read_inputs(own, RunFolder(own.run), Ranks()), Ranks())
+    trained_on = torch.searchsorted(data.offsets, torch.from_numpy(task.spans[:, 0].copy()), right=True) - 1
+    assert held_out
+    assert not held_out & set(trained_on.tolist())
+
+
 def test_training_stops_when_patience_runs_out_and_keeps_the_best(tmp_path, small_data):
     settings = {"lr": 0.5, "steps": 60, "patience": 6, "clip_norm": 100.0}  # a rate that makes it worse
     run(job(tmp_path, small_data, train=settings), "test")
@@ -166,6 +188,11 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_checkpoint(tmp
         ({"language": False, "recommend": None}, "nothing to train"),
         ({"language": False, "corpus": {"specific": 0.5}}, "language=false leaves out"),
         ({"recommend": {"pairs": 30, "prefixes": 4}}, "pairs 30 is not divisible"),
+        (
+            {"recommend": {"prefixes": 8}, "lmrec": {"context": 16, "heads": 1}, "train": {"processes": 3}},
+            "not divisible",
+        ),
+        ({"recommend": {"pairs": 32, "prefixes": 32}, "lmrec": {"context": 32}}, "prefixes 32 leave no room"),
         ({"train": {"rows": 7, "processes": 2}}, "rows 7 is not divisible by processes 2"),
         ({"train": {"zero_stage": 0, "processes": 2}}, "zero_stage=0 is one process"),
         ({"train": {"zero_stage": 0, "precision": "fp16"}}, "loss scaling"),
