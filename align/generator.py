@@ -28,6 +28,7 @@ from align.start import generator_role, read_arguments
 from llm.engine import Engine
 from llm.prompts import item_texts, prompt_tokens
 from llm.text_encoder import TextEncoder
+from llm.text_items import reader_of
 from llm.tokenizer import load_tokenizer
 from rec.data.prepared import Prepared
 from rec.models.base import SequenceRecommender
@@ -47,7 +48,7 @@ def last_step_allowed(snapshot_step: int, max_lag_steps: int) -> int:
 
 @dataclass(frozen=True)
 class Sources:
-    """What stays the same for the whole run: data, prompts, the frozen recommender, the frozen text encoder."""
+    """What stays the same for the whole run: data, prompts, the frozen recommender, the text encoder."""
 
     data: Prepared
     prompts: list[list[int]]
@@ -251,7 +252,8 @@ class Generator:
     @torch.no_grad()
     def _scored(self, samples: list[Sample]) -> list[Sample]:
         """The samples with p(y|x,s) of the snapshot's recommender and p(y|x) of the frozen one."""
-        inputs = make_inputs(samples, self.sources.encoder).to(self.device)
+        read = reader_of(self.recommender.items, self.sources.encoder)
+        inputs = make_inputs(samples, read).to(self.device)
         frozen, reading = self.sources.temperatures
         with_text = log_p_y_given_xs(self.recommender, inputs, reading).split([len(sample.draws) for sample in samples])
         items, lengths = pad_histories([sample.items for sample in samples])

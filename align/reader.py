@@ -1,5 +1,6 @@
 """The recommender of the trainer job: it reads the texts and learns from the true next item."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 from align.objective import recommender_loss
 from align.samples import Sample
 from align.scoring import Inputs, log_p_y_given_xs, make_inputs
-from llm.text_encoder import TextEncoder
 from rec.models.base import SequenceRecommender
+from rec.trainer import parameter_groups
 
 
 class _Likelihood(nn.Module):
@@ -30,7 +31,7 @@ class Reader:
 
     Args:
         recommender: trained with not-aligned knowledge.
-        encoder: the frozen text encoder.
+        read: makes of texts what the recommender's items encode (``llm.text_items.reader_of``).
         lr: of Adam.
         device: of this rank.
         distributed: whether there are other ranks.
@@ -40,24 +41,24 @@ class Reader:
     def __init__(
         self,
         recommender: SequenceRecommender,
-        encoder: TextEncoder,
+        read: Callable[[Sequence[str]], Tensor],
         lr: float,
         device: torch.device,
         distributed: bool,
         temperature: float = 1.0,
     ) -> None:
-        self.recommender, self.encoder, self.device = recommender.to(device), encoder, device
+        self.recommender, self.read, self.device = recommender.to(device), read, device
         self.temperature = temperature
         likelihood = _Likelihood(self.recommender)
         self.likelihood = DistributedDataParallel(likelihood, broadcast_buffers=False) if distributed else likelihood
-        self.optimizer = torch.optim.Adam(recommender.parameters(), lr=lr, betas=(0.9, 0.98))
+        self.optimizer = torch.optim.Adam(parameter_groups(recommender), lr=lr, betas=(0.9, 0.98))
 
     def update(self, samples: list[Sample]) -> dict[str, float]:
         """One step of Eq. 9 on this rank's samples, every draw of each; returns figures from before the step.
 
         ``reward_drift`` is how far log p(y|x,s) has moved, in the mean over them, since they were scored.
         """
-        inputs = make_inputs(samples, self.encoder).to(self.device)
+        inputs = make_inputs(samples, self.read).to(self.device)
         scored = torch.tensor([value for sample in samples for value in sample.log_p_y_given_xs], device=self.device)
         with torch.no_grad():
             now = log_p_y_given_xs(self.recommender.eval(), inputs, self.temperature)
@@ -68,6 +69,10 @@ class Reader:
         loss.backward()
         self.optimizer.step()
         return {"rec_loss": loss.item(), "reward_drift": (now - scored).abs().mean().item()}
+
+    def refresh(self) -> None:
+        """Encode the stored texts again, where the encoder is trained; every rank calls this."""
+        self.recommender.items.refresh()
 
     def save_pretrained(self, folder: Path) -> None:
         """Write the recommender; rank 0 calls this."""

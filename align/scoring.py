@@ -1,13 +1,12 @@
 """p(y|x,s): a recommender reading histories of which some items carry fresh texts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from align.samples import Sample
-from llm.text_encoder import TextEncoder
 from rec.item_encoder import KnowledgeConcat
 from rec.models.base import SequenceRecommender
 
@@ -22,7 +21,8 @@ class Inputs:
         targets: [B] item numbers of y.
         rows: [F] the history of each text that does not come from the store.
         places: [F] where in it the text's item stands.
-        fresh: [F, K] the texts' vectors.
+        numbers: [F] which of ``texts`` it is.
+        texts: [U, ...] the different texts, as the recommender's ``items.encode`` takes them.
     """
 
     items: Tensor
@@ -30,7 +30,8 @@ class Inputs:
     targets: Tensor
     rows: Tensor
     places: Tensor
-    fresh: Tensor
+    numbers: Tensor
+    texts: Tensor
 
     def to(self, device: torch.device) -> "Inputs":
         """The same on ``device``."""
@@ -43,8 +44,13 @@ def pad_histories(histories: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
     return items, torch.tensor([len(history) for history in histories])
 
 
-def make_inputs(samples: Sequence[Sample], encoder: TextEncoder) -> Inputs:
-    """Every draw of every sample as a history of its own, [B k] of them, those of a sample together."""
+def make_inputs(samples: Sequence[Sample], read: Callable[[Sequence[str]], Tensor]) -> Inputs:
+    """Every draw of every sample as a history of its own, [B k] of them, those of a sample together.
+
+    Args:
+        samples: at least one.
+        read: makes of texts what ``Inputs.texts`` holds (``llm.text_items.reader_of``).
+    """
     draws = [(sample, draw) for sample in samples for draw in sample.draws]
     told = [
         (row, place, text)
@@ -61,17 +67,19 @@ def make_inputs(samples: Sequence[Sample], encoder: TextEncoder) -> Inputs:
         targets=torch.tensor([sample.target for sample, _ in draws]),
         rows=torch.tensor(rows),
         places=torch.tensor(places),
-        fresh=encoder(list(number))[[number[text] for text in texts]],
+        numbers=torch.tensor([number[text] for text in texts]),
+        texts=read(list(number)),
     )
 
 
-def knowledge_with_fresh(stored: Tensor, inputs: Inputs) -> Tensor:
-    """[B, L, K]: the stored vectors [N + 1, K] of every history item, but the fresh ones where there are."""
-    return stored[inputs.items].index_put((inputs.rows, inputs.places), inputs.fresh)
+def knowledge_with_fresh(stored: Tensor, inputs: Inputs, vectors: Tensor) -> Tensor:
+    """[B, L, K]: the stored vectors [N + 1, K] of every history item, or those of its text, from ``vectors`` [U, K]."""
+    return stored[inputs.items].index_put((inputs.rows, inputs.places), vectors[inputs.numbers])
 
 
 def log_p_y_given_xs(recommender: SequenceRecommender, inputs: Inputs, temperature: float = 1.0) -> Tensor:
     """[B] log p(y|x,s); the recommender's items must read knowledge."""
     assert isinstance(recommender.items, KnowledgeConcat)
-    knowledge = knowledge_with_fresh(recommender.items.knowledge, inputs)
+    vectors = recommender.items.encode(inputs.texts)
+    knowledge = knowledge_with_fresh(recommender.items.knowledge, inputs, vectors)
     return recommender.log_likelihood(inputs.items, inputs.lengths, inputs.targets, knowledge, temperature)

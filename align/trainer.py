@@ -28,8 +28,10 @@ from align.samples import Sample, SampleLog
 from align.snapshots import CANARY_TOKENS, LLM, RECOMMENDER, SnapshotStore
 from align.start import read_arguments
 from align.watch import Watch
+from llm.knowledge import first_texts
 from llm.prompts import item_texts, prompt_tokens
 from llm.text_encoder import TextEncoder
+from llm.text_items import CatalogTexts, TrainedText, reader_of
 from llm.tokenizer import load_tokenizer
 from rec.data.prepared import Prepared
 from rec.models.base import SequenceRecommender
@@ -41,6 +43,7 @@ from rec.runtime.progress import progress
 from rec.runtime.ranks import Ranks, lost_contact_is_named
 from rec.runtime.runfolder import RunFolder
 from rec.runtime.stopping import StopFile
+from rec.trainer import MODEL
 
 log = logging.getLogger(__name__)
 
@@ -95,17 +98,21 @@ class Trainer:
         align, original = job.align, self.stages.llm_model(job.llm)
         # Before the accelerator: under ZeRO-3 it makes transformers shard whatever is loaded from then on.
         encoder = TextEncoder(self.stages.encoder_model(job.llm), job.llm.encoder)
+        _, reading = self.stages.aligning(align)
+        recommender = SequenceRecommender.from_pretrained(reading / MODEL)
         self.accelerator = make_accelerator(job)
-        encoder.to(self.accelerator.device)
         self.ranks = Ranks.current()
         torch.manual_seed(align.trainer.seed)
         data = Prepared.load(self.stages.data_folder(job.data))
         self.tokenizer = load_tokenizer(original)
         self.policy = Policy(original, align, self.accelerator)
-        _, reading = self.stages.aligning(align)
+        encoder.to(self.accelerator.device)
+        recommender.to(self.accelerator.device)
+        if isinstance(recommender.items, TrainedText):  # to encode them again when its encoder has changed
+            CatalogTexts(first_texts(self.stages.na_knowledge), encoder).tell(recommender.items)
         self.reader = Reader(
-            SequenceRecommender.from_pretrained(reading / "model"),
-            encoder,
+            recommender,
+            reader_of(recommender.items, encoder),
             align.trainer.rec_lr,
             self.accelerator.device,
             distributed=self.ranks.size > 1,
@@ -237,6 +244,7 @@ class Trainer:
         if not all(map(math.isfinite, canary_logprobs)):  # the same on every rank
             raise UserError(f"the LLM is no numbers after step {step - 1}: start over with a lower align.trainer.lr")
         weights = self.policy.gathered_weights()
+        self.reader.refresh()
 
         def write(folder: Path) -> None:
             self.policy.save_pretrained(folder / LLM, weights)

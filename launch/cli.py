@@ -7,7 +7,7 @@ import sys
 from importlib import resources
 from pathlib import Path
 
-from launch import cli_bench, cli_cluster, cli_data, cli_llm, cli_rec, cli_reproduce, cli_serve
+from launch import cli_bench, cli_cluster, cli_data, cli_llm, cli_rec, cli_report, cli_reproduce, cli_serve
 from launch.commands import add_command, add_run_options, delete_run
 from rec.runtime.errors import RESUME_ANYWAY, UserError
 from rec.runtime.logs import run_main
@@ -70,6 +70,7 @@ examples:
     cli_llm.add_commands(commands)
     cli_data.add_commands(commands)
     cli_reproduce.add_commands(commands)
+    cli_report.add_commands(commands)
     cli_bench.add_commands(commands)
     cli_cluster.add_commands(commands)
     return parser

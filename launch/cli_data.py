@@ -42,12 +42,16 @@ examples:
   recalign prepare sequences --raw s3rec/Beauty.txt --out data/beauty
   recalign prepare table --raw my-data --out data/mine   # interactions.csv and items.csv, or .parquet
   recalign prepare table --raw my-data --out data/held-out-users --split users --cold-items drop
+  recalign prepare movielens --raw ml-1m --out data/ml-1m --item-texts descriptions.csv  # item_id and more columns
   recalign prepare closed-world --out data/world --world-seed 1                  # made up, to test alignment
 """)  # fmt: skip
     prepare.add_argument("source", choices=SOURCES, help="format of the raw data")
     prepare.add_argument("--raw", type=Path, help="folder or file of the raw data; closed-world has none")
     prepare.add_argument("--out", type=Path, required=True, help="the prepared folder to make")
     options = prepare.add_argument_group("reading")
+    options.add_argument(
+        "--item-texts", type=Path, metavar="FILE", help="more texts about items: csv or parquet with an item_id column"
+    )
     options.add_argument("--users", choices=("customers", "invoices"), help="online-retail: whose sequences")
     options.add_argument(
         "--rows",
@@ -93,6 +97,7 @@ def _add_filters(filters: argparse._ArgumentGroup, split: argparse._ArgumentGrou
 
 def _prepare(arguments: argparse.Namespace) -> None:
     from rec.data import readers
+    from rec.data.item_texts import add_item_texts
     from rec.data.prepare import Filters, prepare
     from rec.runtime import config
 
@@ -110,6 +115,8 @@ def _prepare(arguments: argparse.Namespace) -> None:
                 f"--{name.replace('_', '-')} means nothing to --split {filters.split}, only to {' and '.join(splits)}"
             )
     raw = readers.read(arguments.source, arguments.raw, **options)
+    if arguments.item_texts is not None:
+        raw = add_item_texts(raw, arguments.item_texts)
     counts = prepare(arguments.source, raw, arguments.out, filters)["counts"]
     kept = ", ".join(f"{counts[what]:,} {what}" for what in ("users", "items", "interactions"))
     lines = [f"{arguments.out}: {kept}"]

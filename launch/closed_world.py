@@ -10,11 +10,10 @@ import matplotlib
 
 from align.config import MainJob, Stages
 from align.order import training_data
-from launch.main_job import train_reading
+from launch.main_job import catalog_texts, train_reading
 from launch.precondition import precondition
 from launch.summary import moving_mean
 from llm.knowledge import first_texts
-from llm.text_encoder import TextEncoder
 from rec.data.prepared import Prepared
 from rec.data.readers.closed_world import ATTRIBUTES
 from rec.evaluation import evaluate
@@ -40,7 +39,7 @@ def figures(job: MainJob) -> dict[str, Any]:
     data = training_data(job, Prepared.load(stages.data_folder(job.data)))
     driving = data.meta["options"]["driving"]
     found = {row["method"]: row[METRIC] for row in run.result()["rows"]}
-    oracle = _oracle(job, stages, data, data.items[driving].to_pylist())
+    oracle = _oracle(job, data, data.items[driving].to_pylist())
     na, aligned = found["Base+NA_LLM"], found["Base+SeRALM"]
     before, after = (shares(data, path) for path in (stages.na_knowledge, stages.final_knowledge))
     return {
@@ -119,9 +118,9 @@ def draw(folder: Path, jobs: dict[tuple[int, str], MainJob]) -> Path:
     return path
 
 
-def _oracle(job: MainJob, stages: Stages, data: Prepared, facts: list[str]) -> dict[str, float]:
-    vectors, folder = TextEncoder(stages.encoder_model(job.llm), job.llm.encoder)(facts), job.run / "oracle"
-    train_reading(job, data, vectors, folder, "Oracle")
+def _oracle(job: MainJob, data: Prepared, facts: list[str]) -> dict[str, float]:
+    folder = job.run / "oracle"
+    train_reading(job, data, catalog_texts(job, facts), folder, "Oracle")
     return evaluate(SequenceRecommender.from_pretrained(folder / MODEL), data, "test", job.rec.evaluate).summary()
 
 

@@ -3,11 +3,13 @@
 import logging
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
+from torch import Tensor
 
 from align.config import MainJob, Stages, load_job
 from align.snapshots import SnapshotStore
@@ -16,12 +18,15 @@ from launch import supervise
 from llm.config import LLMConfig
 from llm.knowledge import KnowledgeFile, fingerprint
 from llm.text_encoder import TextEncoder
+from llm.text_items import vectors_by
 from rec.data.prepared import Prepared
+from rec.models.base import Recommender
 from rec.runtime import config, files
 from rec.runtime.arrow_files import write_table
 from rec.runtime.config import hash_of
 from rec.runtime.errors import UserError
 from rec.runtime.runfolder import CONFIG
+from rec.trainer import MODEL
 
 log = logging.getLogger(__name__)
 
@@ -48,15 +53,17 @@ def run(
     stages = Stages(job.run)
     folder = data or stages.data_folder(job.data)
     Prepared.load(folder)  # says what is wrong before anything heavy starts
-    model, version = _model(job, stages, original or not source.is_dir())
-    encoder_model = stages.encoder_model(job.llm)
-    mark = hash_of([fingerprint(encoder_model), job.llm.encoder.max_tokens])
+    original = original or not source.is_dir()
+    model, version = _model(job, stages, original)
+    encoder, trained = stages.encoder_model(job.llm), _trained_with(job, stages, original)
+    mark = hash_of([fingerprint(trained or encoder), job.llm.encoder.max_tokens])
     kept = _vectors(out, mark)
     log_path = out.with_suffix(f".{shard[0]}.log" if shard[1] > 1 else ".log")
     generate(job.llm, model, version, folder, out, log_path, shard)
     if not is_whole(out):
         return
-    encode(out, TextEncoder(encoder_model, job.llm.encoder), mark, kept)
+    frozen = TextEncoder(encoder, job.llm.encoder)
+    encode(out, vectors_by(Recommender.from_pretrained(trained).items, frozen) if trained else frozen, mark, kept)
 
 
 def is_whole(out: Path) -> bool:
@@ -89,12 +96,12 @@ def generate(
         raise RuntimeError(f"generation ended with exit code {code}: {cause}; see {log_path}")
 
 
-def encode(out: Path, encoder: TextEncoder, mark: str, kept: dict[str, np.ndarray]) -> None:
+def encode(out: Path, encoder: Callable[[list[str]], Tensor], mark: str, kept: dict[str, np.ndarray]) -> None:
     """Write the vectors [N, K] of a knowledge file's texts beside them.
 
     Args:
         out: the file.
-        encoder: of the texts whose vectors are not ``kept``.
+        encoder: of the texts [n] to vectors [n, K], for those whose vectors are not ``kept``.
         mark: names the encoder, in the file.
         kept: vectors [K] that the same encoder made before, by the key of their text.
     """
@@ -105,7 +112,8 @@ def encode(out: Path, encoder: TextEncoder, mark: str, kept: dict[str, np.ndarra
     made = encoder([texts[key] for key in new]).numpy().astype(np.float32)
     known = {**kept, **dict(zip(new, made, strict=True))}
     log.info("%s: %d texts encoded, %d kept", out, len(new), len(texts) - len(new))
-    column = pa.FixedSizeListArray.from_arrays(pa.array(np.concatenate([known[key] for key in keys])), encoder.dim)
+    flat = np.concatenate([known[key] for key in keys])
+    column = pa.FixedSizeListArray.from_arrays(pa.array(flat), len(flat) // len(keys))
     table = table.append_column(VECTOR, column)
     write_table(out, table.replace_schema_metadata({**(table.schema.metadata or {}), ENCODER: mark}))
 
@@ -124,6 +132,16 @@ def _vectors(out: Path, mark: str) -> dict[str, np.ndarray]:
     column = table[VECTOR].combine_chunks()
     vectors = column.values.to_numpy().reshape(len(table), -1)
     return dict(zip(table["key"].to_pylist(), vectors, strict=True))
+
+
+def _trained_with(job: MainJob, stages: Stages, original: bool) -> Path | None:
+    """The recommender whose encoder the texts are for, where encoders are trained with recommenders."""
+    if not job.llm.encoder.trained:
+        return None
+    folder = (stages.na if original else stages.final) / MODEL
+    if not folder.is_dir():
+        raise UserError(f"llm.encoder.trained: {folder} is not trained yet, and the encoder with it")
+    return folder
 
 
 def _model(job: MainJob, stages: Stages, original: bool) -> tuple[str, str]:

@@ -6,11 +6,10 @@ was. Running the same command again is therefore always right.
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from pyarrow import parquet
 
 from align.config import TEMPERATURE, MainJob, Stages
@@ -21,6 +20,7 @@ from launch.case_study import case_study
 from launch.check import check
 from llm.pretrain import pretrain
 from llm.text_encoder import TextEncoder
+from llm.text_items import CatalogTexts
 from rec.calibration import fit_temperature
 from rec.config import RecConfig
 from rec.data.builtin import BUILTIN, prepare_builtin
@@ -106,15 +106,15 @@ class MainJobRun:
 
     def train_na(self) -> None:
         """Base+NA_LLM: the recommender that reads those texts; and both again without the users that are set aside."""
-        vectors = self._encode(self.stages.na_knowledge)
-        train_reading(self.job, self.data, vectors, self.stages.na, "Base+NA_LLM")
+        texts = self._texts(self.stages.na_knowledge)
+        train_reading(self.job, self.data, texts, self.stages.na, "Base+NA_LLM")
         align = self.job.align
         if align.reward_users:
             base, na = self.stages.aligning(align)
             kept = self.data.without(set_aside(self.data, align.reward_users, align.trainer.seed))
             title = f"without {align.reward_users:.0%} of the users"
             train(build_model(self.job.rec, kept), kept, self.job.rec, RunFolder(base), f"Base {title}")
-            train_reading(self.job, kept, vectors, na, f"Base+NA_LLM {title}")
+            train_reading(self.job, kept, texts, na, f"Base+NA_LLM {title}")
         self._calibrate()
 
     def _calibrate(self) -> None:
@@ -147,7 +147,7 @@ class MainJobRun:
         """Base+SeRALM: the aligned recommender, finished on the aligned LLM's texts, or a new one trained on them."""
         if self.job.align.finish_from == "scratch":
             job = self.job.model_copy(update={"rec": self._finishing})
-            train_reading(job, self.data, self._encode(self.stages.final_knowledge), self.stages.final, "Base+SeRALM")
+            train_reading(job, self.data, self._texts(self.stages.final_knowledge), self.stages.final, "Base+SeRALM")
             return
         newest = SnapshotStore(self.stages.snapshots).newest()
         model = SequenceRecommender.from_pretrained(newest.recommender)
@@ -157,7 +157,7 @@ class MainJobRun:
         self._finish(control, self.stages.na_knowledge, self.stages.control, "Control")
 
     def _finish(self, model: SequenceRecommender, texts: Path, folder: Path, title: str) -> None:
-        model.items.set_knowledge(self._encode(texts))
+        self._texts(texts).tell(model.items)
         train(model, self.data, self._finishing, RunFolder(folder), title)
 
     @property
@@ -169,17 +169,15 @@ class MainJobRun:
             data, log_path = self.stages.data_folder(self.job.data), self.run.path / "logs" / "knowledge.log"
             knowledge.generate(self.job.llm, model, version, data, out, log_path)
 
-    def _encode(self, path: Path) -> torch.Tensor:
-        """[N, m, K] vectors of m texts an item."""
-        encoder = TextEncoder(self.stages.encoder_model(self.job.llm), self.job.llm.encoder)
-        texts = parquet.read_table(path, columns=["text"])["text"].to_pylist()
-        return encoder(texts).unflatten(0, (self.data.n_items, -1))
+    def _texts(self, path: Path) -> CatalogTexts:
+        """A knowledge file's texts."""
+        return catalog_texts(self.job, parquet.read_table(path, columns=["text"])["text"].to_pylist())
 
     def _row(self, method: str, folder: Path, texts: Path | None = None) -> dict[str, Any]:
         """Test figures of a recommender, which reads other ``texts`` than its own if they are given."""
         model = SequenceRecommender.from_pretrained(folder / MODEL)
         if texts is not None:
-            model.items.set_knowledge(self._encode(texts))
+            self._texts(texts).tell(model.items)
         metrics = evaluate(model, self.data, "test", self.job.rec.evaluate)
         return {"method": method, "model": self.job.rec.model.name, **metrics.summary()}
 
@@ -208,15 +206,23 @@ class MainJobRun:
         )
 
 
-def train_reading(job: MainJob, data: Prepared, vectors: torch.Tensor, folder: Path, title: str) -> None:
-    """Train the job's recommender on texts with the vectors [N, K] or [N, m, K]."""
+def catalog_texts(job: MainJob, texts: Sequence[str]) -> CatalogTexts:
+    """Texts of all items, those of an item one after the other, with the job's encoder."""
+    return CatalogTexts(texts, TextEncoder(Stages(job.run).encoder_model(job.llm), job.llm.encoder))
+
+
+def train_reading(job: MainJob, data: Prepared, texts: CatalogTexts, folder: Path, title: str) -> None:
+    """Train the job's recommender on ``texts``."""
     align = job.align
 
     def items() -> KnowledgeConcat:
-        sizes = data.n_items, job.rec.model.dim, vectors.shape[-1]
-        options = align.knowledge_on_target, align.knowledge_dropout, align.standardise_knowledge, align.id_dropout
-        encoder = KnowledgeConcat(*sizes, *options)
-        encoder.set_knowledge(vectors)
-        return encoder
+        return texts.items(
+            data.n_items,
+            job.rec.model.dim,
+            on_target=align.knowledge_on_target,
+            dropout=align.knowledge_dropout,
+            standardise=align.standardise_knowledge,
+            id_dropout=align.id_dropout,
+        )
 
     train(build_model(job.rec, data, items), data, job.rec, RunFolder(folder), title)

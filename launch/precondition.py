@@ -14,6 +14,7 @@ from torch import Tensor
 from align.config import MainJob, Stages
 from align.order import PairOrder, set_aside
 from llm.text_encoder import TextEncoder
+from llm.text_items import vectors_by
 from rec.data.prepared import Prepared
 from rec.data.readers.closed_world import ATTRIBUTES
 from rec.models.base import SequenceRecommender
@@ -35,8 +36,8 @@ def precondition(job: MainJob, data: Prepared) -> dict[str, Any]:
     driving = list(ATTRIBUTES).index(data.meta["options"]["driving"])
     _, folder = stages.aligning(align)
     model = SequenceRecommender.from_pretrained(folder / MODEL)
-    encoder = TextEncoder(stages.encoder_model(job.llm), job.llm.encoder)
-    vectors = torch.stack([encoder(data.items[attribute].to_pylist()) for attribute in ATTRIBUTES], dim=1)
+    encode = vectors_by(model.items, TextEncoder(stages.encoder_model(job.llm), job.llm.encoder))
+    vectors = torch.stack([encode(data.items[attribute].to_pylist()) for attribute in ATTRIBUTES], dim=1)
     aside = set_aside(data, align.reward_users, align.trainer.seed)
     rewarding = data.without(~aside) if align.reward_users else data
     ends = torch.from_numpy(PairOrder(rewarding, model.config.max_length, 0).targets)

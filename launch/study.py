@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import Field
 
 from align.config import AlignConfig, MainJob, TrainerConfig, load_job
-from launch import closed_world
+from launch import closed_world, study_plot
 from launch.main_job import MainJobRun
 from rec.data.builtin import BUILTIN
 from rec.data.prepare import Filters, prepare
@@ -76,6 +76,8 @@ class StudyRun:
                 RunFolder(job.run).claim(job)
             found = {key: self._run(*key) for key in self.jobs}
             rows = [row for own in found.values() for row in own["rows"]]
+            if len(self.study.variants) > 1:
+                study_plot.draw(folder.path, means(rows))
             world_rows = [own["world"] for own in found.values() if own["world"]]
             if world_rows:
                 closed_world.draw(folder.path, {key: self.jobs[key] for key in self.jobs if key in self.worlds})

@@ -82,6 +82,11 @@ class EncoderConfig(Section):
     """A folder or hub name of any Hugging Face encoder or decoder; ``llm`` is the unaligned LLM itself."""
     max_tokens: int = Field(64, ge=1)
     batch_size: int = Field(256, ge=1)
+    trained: bool = False
+    """Whether every recommender that reads texts trains a copy of it; frozen, a text keeps its vector, which is much
+    faster."""
+    lr: float = Field(2e-5, gt=0)
+    """Of that copy."""
 
 
 class EngineConfig(Section):

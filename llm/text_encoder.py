@@ -1,15 +1,17 @@
-"""r_s = Encoder(s) (SeRALM, Eq. 2): a frozen Hugging Face model, mean-pooled over the tokens of the text."""
+"""r_s = Encoder(s) (SeRALM, Eq. 2): a Hugging Face model, mean-pooled over the tokens of the text."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModel
 
 from llm.config import EncoderConfig
 from llm.tokenizer import load_tokenizer
 from rec.runtime.errors import UserError
+
+NO_TOKEN = -1  # right padding of token ids
 
 
 class TextEncoder:
@@ -41,19 +43,30 @@ class TextEncoder:
         """Width K of the vectors."""
         return self.model.config.hidden_size
 
+    def tokens(self, texts: Sequence[str]) -> Tensor:
+        """[len(texts), T] token ids, right-padded with ``NO_TOKEN``; T is the longest text's, cut at the limit."""
+        limit = min(self.config.max_tokens, getattr(self.model.config, "max_position_embeddings", 2**20))
+        ids = self.tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"] if texts else []
+        rows = [torch.tensor(row, dtype=torch.long) for row in [*ids, [NO_TOKEN]]]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=NO_TOKEN)[: len(texts)]
+
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Encode; texts of like length share a batch, an empty text becomes a vector of zeros."""
-        vectors = torch.zeros(len(texts), self.dim)
-        limit = min(self.config.max_tokens, getattr(self.model.config, "max_position_embeddings", 2**20))
-        ids = self.tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"] if texts else []
-        order = sorted((row for row in range(len(ids)) if ids[row]), key=lambda row: len(ids[row]))
-        for begin in range(0, len(order), self.config.batch_size):
-            rows = order[begin : begin + self.config.batch_size]
-            batch = self.tokenizer.pad(
-                {"input_ids": [ids[row] for row in rows]}, padding_side="right", return_tensors="pt"
-            ).to(self.model.device)
-            hidden = self.model(**batch).last_hidden_state.float()
-            mask = batch["attention_mask"][..., None]
-            vectors[rows] = torch.nn.functional.layer_norm((hidden * mask).sum(1) / mask.sum(1), (self.dim,)).cpu()
+        vectors, ids = torch.zeros(len(texts), self.dim), self.tokens(texts)
+        lengths = (ids != NO_TOKEN).sum(1)
+        by_length = lengths.argsort(stable=True)
+        for rows in by_length.split(self.config.batch_size) if texts else ():
+            vectors[rows] = pooled(self.model, ids[rows].to(self.model.device)).cpu()
         return vectors
+
+
+def pooled(model: nn.Module, ids: Tensor) -> Tensor:
+    """[U, K] normalised vectors of texts [U, T] as ``TextEncoder.tokens`` gives them; zeros for one without tokens."""
+    lengths = (ids != NO_TOKEN).sum(1, keepdim=True)
+    # Attention to nothing at all is no number: a text without tokens sees one, and is taken out again below.
+    longest = max(1, int(lengths.max()))
+    mask = torch.arange(longest, device=ids.device) < lengths.clamp(min=1)
+    hidden = model(input_ids=ids[:, :longest].clamp(min=0), attention_mask=mask.long()).last_hidden_state.float()
+    mean = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    return nn.functional.layer_norm(mean, mean.shape[-1:]) * (lengths > 0)

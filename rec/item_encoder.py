@@ -3,9 +3,15 @@
 An item encoder turns item numbers into input vectors and gives the table that user states are scored against.
 """
 
+from importlib.metadata import entry_points
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor, nn
 
+from rec.runtime.errors import UserError
+
+ENTRY_POINTS = "recalign.item_encoders"
 SMALLEST_DEVIATION = 1e-3  # of an entry that is the same in all texts, which tells nothing
 
 
@@ -15,9 +21,12 @@ class ItemEncoder(nn.Module):
     Args:
         n_items: items are numbered from 1; number 0 is padding.
         dim: width D of the vectors.
+
+    Attributes:
+        kind: its name on disk.
     """
 
-    kind = ""
+    kind: ClassVar[str] = ""
 
     def __init__(self, n_items: int, dim: int) -> None:
         super().__init__()
@@ -31,7 +40,14 @@ class ItemEncoder(nn.Module):
         """[N + 1, D] vectors that states are scored against; row 0 is padding."""
         raise NotImplementedError
 
-    def settings(self) -> dict[str, int | bool | float]:
+    def refresh(self) -> None:
+        """Bring up to date what is computed from trained weights and kept; called before ranking and saving."""
+
+    def own_rates(self) -> dict[float, list[nn.Parameter]]:
+        """Parameters that are trained at a learning rate of their own, by that rate."""
+        return {}
+
+    def settings(self) -> dict[str, Any]:
         """What ``build`` needs to make an empty copy."""
         return {"n_items": self.n_items, "dim": self.dim}
 
@@ -89,7 +105,7 @@ class VectorTable(ItemEncoder):
     def table(self) -> Tensor:
         return _project(self.vectors.weight, self.projection)
 
-    def settings(self) -> dict[str, int | bool | float]:
+    def settings(self) -> dict[str, Any]:
         return {
             **super().settings(),
             "vector_dim": self.vector_dim,
@@ -129,7 +145,7 @@ class IDPlusVectors(ItemEncoder):
     def table(self) -> Tensor:
         return self.ids.weight + _project(self.vectors, self.projection)
 
-    def settings(self) -> dict[str, int | bool | float]:
+    def settings(self) -> dict[str, Any]:
         return {
             **super().settings(),
             "vector_dim": self.vector_dim,
@@ -223,6 +239,10 @@ class KnowledgeConcat(ItemEncoder):
             return self.ids.weight
         return self.fuse(torch.cat([self.ids.weight, self._read(self.knowledge)], dim=-1))
 
+    def encode(self, texts: Tensor) -> Tensor:
+        """[U, K] vectors of texts that are not stored; here they come as vectors."""
+        return texts
+
     def _stored(self, items: Tensor) -> Tensor:
         if self.draws is None or not self.training:
             return self.knowledge[items]
@@ -235,7 +255,7 @@ class KnowledgeConcat(ItemEncoder):
         scaled = (vectors - self.mean) / self.deviation.clamp(min=SMALLEST_DEVIATION)
         return scaled * vectors.ne(0).any(-1, keepdim=True)
 
-    def settings(self) -> dict[str, int | bool | float]:
+    def settings(self) -> dict[str, Any]:
         return {
             **super().settings(),
             "knowledge_dim": self.knowledge_dim,
@@ -251,9 +271,18 @@ ITEM_ENCODERS: dict[str, type[ItemEncoder]] = {
 }
 
 
-def build(kind: str, settings: dict[str, int | bool | float]) -> ItemEncoder:
-    """An empty item encoder of ``kind``."""
-    return ITEM_ENCODERS[kind](**settings)
+def build(kind: str, settings: dict[str, Any]) -> ItemEncoder:
+    """An empty item encoder of ``kind``: one of these, or one that an installed package offers by an entry point.
+
+    Raises:
+        UserError: if there is none of that name.
+    """
+    if kind in ITEM_ENCODERS:
+        return ITEM_ENCODERS[kind](**settings)
+    offered = entry_points(group=ENTRY_POINTS, name=kind)
+    if not offered:
+        raise UserError(f"no item encoder is called {kind!r}, and no installed package offers it ({ENTRY_POINTS})")
+    return next(iter(offered)).load()(**settings)
 
 
 def _new_ids(n_items: int, dim: int) -> nn.Embedding:

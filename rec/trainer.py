@@ -183,12 +183,20 @@ class EpochTimer:
         return done / len(self.batches)
 
 
+def parameter_groups(model: Recommender) -> list[dict[str, Any]]:
+    """What is trained, for an optimizer: at its rate, and what has a rate of its own at that."""
+    own = [{"params": parameters, "lr": rate} for rate, parameters in model.items.own_rates().items()]
+    apart = {parameter for group in own for parameter in group["params"]}
+    rest = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in apart]
+    return [{"params": rest}, *own]
+
+
 def _optimizer(
     model: Recommender, config: RecConfig
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """Adam, and the learning rate's rise over the warm-up steps."""
-    train, trainable = config.train, [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(trainable, lr=train.lr, betas=(0.9, 0.98), weight_decay=train.weight_decay, fused=True)
+    train, groups = config.train, parameter_groups(model)
+    optimizer = torch.optim.Adam(groups, lr=train.lr, betas=(0.9, 0.98), weight_decay=train.weight_decay, fused=True)
     rise = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, train.warmup_steps)))
     return optimizer, rise
 
@@ -296,6 +304,8 @@ class _State:
         """Save the best weights, or without validation the last ones, and mark the run as finished."""
         if self.stops_early:
             self.judged.load_state_dict(self.best_weights)
+        else:
+            self.judged.items.refresh()
         if self.ranks.is_first:
             self.judged.save_pretrained(folder)
             facts = {
@@ -310,6 +320,7 @@ class _State:
     def _validate(self) -> dict[str, float]:
         """The validation figures; the first process computes them, all of them go by them."""
         figures = None
+        self.judged.items.refresh()
         if self.ranks.is_first:
             figures = evaluate(self.judged, self.data, "valid", self.config.evaluate).summary()
         return self.ranks.broadcast(figures)

@@ -24,6 +24,7 @@ from align.config import MainJob, Stages, load_job
 from align.samples import SampleLog
 from align.snapshots import SnapshotStore
 from launch import supervise
+from launch.main_job import MainJobRun
 from launch.study import share_what_comes_before
 from launch.summary import asynchronous
 from rec.runtime.errors import UserError
@@ -82,12 +83,17 @@ def _job(recipe: Path, overrides: Sequence[str], steps: int, run: Path, more: Se
 
 def _aligned(job: MainJob) -> MainJob:
     """The job, with its alignment done."""
-    share_what_comes_before(job)
+    _before_alignment(job)
     newest = SnapshotStore(Stages(job.run).snapshots).newest()
     if newest is None or newest.step < job.align.trainer.steps:
         log.info("%s", job.run.name)
         supervise.align(job)
     return job
+
+
+def _before_alignment(job: MainJob) -> None:
+    share_what_comes_before(job)
+    MainJobRun(job).execute("", stop_before_alignment=True)  # what the jobs do not share: the calibration
 
 
 def _trainer_alone(job: MainJob, into: Path) -> RunFolder:
@@ -104,7 +110,7 @@ def _generator_alone(recipe: Path, overrides: Sequence[str], steps: int, out: Pa
     one_step = _aligned(_job(recipe, overrides, 1, out / "first-snapshot", ()))
     unbounded = (f"align.refresh_every={steps}", f"align.max_lag_steps={steps}")
     job = _job(recipe, overrides, steps, out / "generator-alone", unbounded)
-    share_what_comes_before(job)
+    _before_alignment(job)
     folder = RunFolder(job.run)
     if SampleLog(Stages(job.run).samples).next_step() < steps:
         log.info("%s", job.run.name)

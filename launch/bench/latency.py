@@ -17,6 +17,7 @@ from align.snapshots import SnapshotStore
 from llm.engine import Engine
 from llm.prompts import item_texts, prompt_tokens
 from llm.text_encoder import TextEncoder
+from llm.text_items import vectors_by
 from llm.tokenizer import load_tokenizer
 from rec.data.prepared import Prepared
 from rec.models.base import SequenceRecommender
@@ -83,12 +84,13 @@ def _write_and_encode(job: MainJob, stages: Stages, data: Prepared) -> Callable[
     longest, lora = max(map(len, prompts)) + llm.knowledge.max_new_tokens, job.align.trainer.lora
     engine = Engine(stages.llm_model(llm), llm.engine, longest, lora_rank=lora.rank if lora else 0)
     engine.load_weights(aligned, "aligned")
-    encoder = TextEncoder(stages.encoder_model(llm), llm.encoder)
+    reading = SequenceRecommender.from_pretrained(stages.final / MODEL).items
+    encode = vectors_by(reading, TextEncoder(stages.encoder_model(llm), llm.encoder))
 
     def answer(request: int) -> Any:
         prompt = prompts[request % len(prompts)]
         [completion] = engine.generate([prompt], [request], llm.knowledge.max_new_tokens)
-        return encoder([completion.text])
+        return encode([completion.text])
 
     return answer
 

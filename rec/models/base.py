@@ -132,6 +132,8 @@ class Recommender(nn.Module):
             config = build(model_class.config_class, described.pop("config"))
             model = model_class.build_empty(config, items, **described)
             model.load_state_dict(weights)
+        except UserError as error:
+            raise UserError(f"{folder}: {error}") from error
         except (KeyError, TypeError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{folder} is damaged, its files do not belong together: {reason}") from error

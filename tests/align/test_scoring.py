@@ -42,7 +42,7 @@ def inputs() -> Inputs:
 
 def test_every_draw_is_a_history_with_its_own_texts_at_their_places(inputs):
     stored = 100 + torch.arange(8)[:, None].expand(8, 3).float()
-    found = knowledge_with_fresh(stored, inputs)[..., 0]
+    found = knowledge_with_fresh(stored, inputs, inputs.texts)[..., 0]
     expected = [[101, 7, 103, 8], [101, 9, 103, 7], [3, 106], [4, 106]]
     for row, values in enumerate(expected):
         assert int(inputs.lengths[row]) == len(values)
@@ -61,7 +61,7 @@ def test_stored_vectors_as_fresh_ones_change_nothing(inputs):
     torch.nn.init.normal_(items.fuse.weight)
     model = SASRec(SASRecConfig(dim=16, heads=2, max_length=4), items).eval()
     own = items.knowledge[inputs.items[inputs.rows, inputs.places]]
-    same = Inputs(**{**vars(inputs), "fresh": own})
+    same = Inputs(**{**vars(inputs), "texts": own, "numbers": torch.arange(len(own))})
     plain = model.log_likelihood(inputs.items, inputs.lengths, inputs.targets)
     torch.testing.assert_close(log_p_y_given_xs(model, same), plain)
     assert not torch.allclose(log_p_y_given_xs(model, inputs), plain)
@@ -99,7 +99,8 @@ def test_a_likelihood_that_is_no_number_is_no_reward(with_text, without, message
 def test_other_items_read_what_was_said_of_them_in_every_draw():
     encode.asked = []
     told = [sample([1, 2, 3], [2], [["7"], ["8"]], [Other(0, "9")]), sample([4, 5], [1], [["7"]])]
-    found = knowledge_with_fresh(100 + torch.arange(8)[:, None].expand(8, 3).float(), make_inputs(told, encode))[..., 0]
+    inputs, stored = make_inputs(told, encode), 100 + torch.arange(8)[:, None].expand(8, 3).float()
+    found = knowledge_with_fresh(stored, inputs, inputs.texts)[..., 0]
     assert found[0].tolist() == [9, 102, 7]
     assert found[1].tolist() == [9, 102, 8]
     assert found[2, :2].tolist() == [104, 7]

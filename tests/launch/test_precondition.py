@@ -1,11 +1,24 @@
-"""The best mixture of texts against a search of the simplex."""
+"""What alignment needs: the figures against a loop over pairs, the best mixture against a search of the simplex."""
 
 import itertools
 
 import pytest
 import torch
 
-from launch.precondition import best_mixture
+from align.config import Stages, load_job
+from align.order import set_aside
+from launch.precondition import best_mixture, precondition
+from llm.config import LMRecConfig
+from llm.lmrec import build_lmrec
+from llm.text_encoder import TextEncoder
+from llm.text_items import CatalogTexts
+from llm.tokenizer import train_tokenizer
+from rec.data.prepare import Filters, prepare
+from rec.data.prepared import Prepared
+from rec.data.readers import closed_world as world
+from rec.data.readers.closed_world import ATTRIBUTES
+from rec.models.sasrec import SASRec
+from rec.trainer import MODEL
 
 
 def value(log_likelihoods: torch.Tensor, shares: tuple[float, ...]) -> float:
@@ -33,3 +46,60 @@ def test_what_is_too_sure_of_itself_hedges_and_what_is_not_does_not():
     assert shares == sorted(shares)
     assert shares[0] < 0.6
     assert shares[-1] > 0.99
+
+
+def test_the_figures_are_those_of_a_loop_over_pairs(tmp_path):
+    prepare("closed-world", world.make(world.World(items=40, values=4, users=60)), tmp_path / "w", Filters(k_core=0))
+    data = Prepared.load(tmp_path / "w")
+    (tmp_path / "recipe.yaml").write_text(f"data: {tmp_path / 'w'}\nrun: {tmp_path / 'run'}\n")
+    job = load_job(
+        tmp_path / "recipe.yaml",
+        [
+            "rec.model={dim: 16, heads: 2, blocks: 1, max_length: 8}",
+            "align.reward_users=0.5",
+            "align.objective.temperature=2.0",
+        ],
+    )
+    stages = Stages(job.run)
+    tokenizer = train_tokenizer([*data.items["taste"].to_pylist(), *data.items["look"].to_pylist()], 320, 64)
+    torch.manual_seed(0)
+    lm = build_lmrec(LMRecConfig(dim=16, heads=2, layers=1, context=64), len(tokenizer), tokenizer.eos_token_id)
+    lm.save_pretrained(stages.llm / "model")
+    tokenizer.save_pretrained(stages.llm / "model")
+    encoder = TextEncoder(stages.llm / "model", job.llm.encoder)
+    items = CatalogTexts(data.items["title"].to_pylist(), encoder).items(data.n_items, 16)
+    torch.nn.init.normal_(items.fuse.weight)
+    _, folder = stages.aligning(job.align)
+    SASRec(job.rec.model, items).save_pretrained(folder / MODEL)
+
+    model, vectors = (
+        SASRec.from_pretrained(folder / MODEL),
+        [encoder(data.items[name].to_pylist()) for name in ATTRIBUTES],
+    )
+    driving = list(ATTRIBUTES).index(data.meta["options"]["driving"])
+    aside, rows = set_aside(data, 0.5, job.align.trainer.seed), []
+    for user in aside.nonzero().flatten().tolist():
+        history = data.sequence[data.offsets[user] : data.train_ends[user]].tolist()
+        for place in range(1, len(history)):
+            read, own = history[max(0, place - 8) : place], []
+            for told in vectors:
+                knowledge = model.items.knowledge[torch.tensor([read])]
+                knowledge[0, -1] = told[read[-1] - 1]
+                arguments = torch.tensor([read]), torch.tensor([len(read)]), torch.tensor([history[place]]), knowledge
+                own.append(model.log_likelihood(*arguments, temperature=2.0).item())
+            rows.append(own)
+    log_likelihoods = torch.tensor(rows, dtype=torch.double)
+    rewards = log_likelihoods.exp() / log_likelihoods.exp().mean(1, keepdim=True)
+    others = [number for number in range(len(ATTRIBUTES)) if number != driving]
+    gaps = rewards[:, driving] - rewards[:, others].mean(1)
+
+    found = precondition(job, data)
+    assert found["pairs"] == len(rows)
+    assert found["temperature"] == 2.0
+    assert list(found["reward"].values()) == pytest.approx(rewards.mean(0).tolist(), rel=1e-4)
+    assert list(found["log_likelihood"].values()) == pytest.approx(log_likelihoods.mean(0).tolist(), rel=1e-4)
+    assert found["gap"] == pytest.approx(gaps.mean().item(), abs=1e-5)
+    assert found["gap_se"] == pytest.approx(gaps.std().item() / len(rows) ** 0.5, rel=1e-3)
+    noise = (rewards[:, driving] - 1).mean() / rewards[:, driving].std()
+    assert found["signal_to_noise"] == pytest.approx(noise.item(), rel=1e-2, abs=1e-4)
+    assert set(found["best_share"]) == {"1.0", "2.0"}

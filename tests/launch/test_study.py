@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from align.config import Stages
-from launch import closed_world, study
+from launch import closed_world, study, study_plot
 from launch.study import StudyRun, means
 from rec.data.prepare import Filters, prepare
 from rec.data.prepared import Prepared
@@ -165,6 +165,13 @@ def test_the_curve_is_drawn_of_runs_that_have_gaps_unknown(recipe, small_world, 
         row = {f"said_{driving}": step / 30, f"gap_{driving}": None if step % 3 else 0.2, "kl": 0.1}
         RunFolder(job.run).log("train", step=step, **row)
     path = closed_world.draw(tmp_path, {(3, "plain"): job})
+    assert path.stat().st_size > 10_000
+
+
+def test_variants_are_drawn_where_a_method_lacks_in_one_and_errors_are_unknown(tmp_path):
+    figures = {"model": "SASRec", "HR@10": 0.2, "HR@10_se": None, "NDCG@10": 0.1, "NDCG@10_se": 0.01}
+    means = [{**figures, "variant": name, "method": "Base"} for name in ("few users", "all")]
+    path = study_plot.draw(tmp_path, [*means, {**figures, "variant": "all", "method": "Base+SeRALM"}])
     assert path.stat().st_size > 10_000
 
 
