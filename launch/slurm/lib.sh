@@ -40,6 +40,7 @@ warned() {
   echo "[batch] warned: stopping at the next step"
   touch "$RUN/STOP"
   { sleep "$RECALIGN_GRACE_S" && kill_steps; } &
+  PATIENCE=$!
 }
 
 # kill_steps: every step of the job, one by one: to kill the job's steps at once would be to cancel the job.
@@ -92,6 +93,8 @@ place() { ls "$RUN"/checkpoints "$RUN"/*/checkpoints "$RUN"/samples "$RUN"/*.jso
 finish() {
   local code=$1 why=""
   trap '' USR1
+  # Or it could outlive this attempt, and kill the steps of the next one.
+  [ -z "${PATIENCE:-}" ] || kill "$PATIENCE" 2>/dev/null
   if [ -e "$RUN/result.json" ]; then
     note finished; echo "[batch] finished"; exit 0
   elif stopped; then

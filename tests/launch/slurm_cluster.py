@@ -30,7 +30,7 @@ class Cluster:
             "SLURM_CONF": str(folder / "slurm.conf"),
             "PYTHONPATH": str(ROOT),
             "RECALIGN_PYTHON": sys.executable,
-            "RECALIGN_GRACE_S": "12",
+            "RECALIGN_GRACE_S": "20",
             "OMP_NUM_THREADS": "1",
         }
 

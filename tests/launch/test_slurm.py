@@ -170,12 +170,12 @@ def test_a_job_that_a_higher_priority_takes_the_nodes_from_goes_on_afterwards(cl
 
 def test_a_job_whose_time_is_up_goes_on_although_its_generator_hangs(cluster, finished, tmp_path):
     run = again(finished, tmp_path, STEPS // 2)
-    job = cluster.submit(run.path / CONFIG, *ALIGNMENT, "--sbatch=--time=60 --signal=B:USR1@25")
+    job = cluster.submit(run.path / CONFIG, *ALIGNMENT, "--sbatch=--time=60 --signal=B:USR1@30")
     cluster.wait(job, run, lambda: bool(run.events("generated")))
     generator = run.events("generated")[-1]["pid"]
     os.kill(generator, signal.SIGSTOP)  # neither generates nor sees that it is to stop
     elapsed = cluster.run("squeue", "--noheader", f"--jobs={job}", "--format=%M").strip().split(":")
-    minutes = (int(elapsed[-2]) * 60 + int(elapsed[-1]) + 30) // 60 + 1
+    minutes = (int(elapsed[-2]) * 60 + int(elapsed[-1]) + 35) // 60 + 1
     cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
     cluster.wait(job, run, lambda: bool(run.events("requeued")))
     cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")

@@ -17,8 +17,8 @@ from rec.job import load_job, open_run
 from rec.runtime import stopping
 from rec.runtime.checkpoint import Checkpoints
 from rec.runtime.config import Section
-from rec.runtime.errors import Stopped
-from rec.runtime.ranks import Ranks
+from rec.runtime.errors import EXIT_TRY_AGAIN, LostContact, Stopped, UserError
+from rec.runtime.ranks import Ranks, lost_contact_is_named, timeout
 from rec.runtime.runfolder import RunFolder
 from rec.runtime.stopping import STOP, StopFile
 from rec.train import run
@@ -154,3 +154,36 @@ def test_two_processes_stop_together_and_two_or_one_go_on(recipe):
     said = finish(launch(alone / "config.yaml", 1))
     assert "1 processes go on for 2" in said
     assert len(RunFolder(alone).steps("epoch")) == 30
+
+
+@pytest.mark.parametrize(
+    ("said", "named"),
+    [
+        ("[../gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 15000ms for recv operation to complete", True),
+        ("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:29500", True),
+        ("NCCL communicator was aborted on rank 3. Watchdog caught collective operation timeout", True),
+        ("mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)", False),
+    ],
+)
+def test_only_the_loss_of_other_ranks_is_called_so(said, named):
+    with pytest.raises(LostContact if named else RuntimeError) as caught, lost_contact_is_named():
+        raise RuntimeError(said)
+    assert ("Start the same command again" in str(caught.value)) is named
+
+
+def test_lost_contact_is_one_line_and_a_code_that_says_try_again():
+    program = (
+        "from rec.runtime.logs import run_main\nfrom rec.runtime.errors import LostContact\n"
+        "def main():\n    raise LostContact('lost contact with n2')\nrun_main(main)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (EXIT_TRY_AGAIN, "lost contact with n2\n")
+
+
+def test_how_long_ranks_wait_is_a_number_of_seconds(monkeypatch):
+    monkeypatch.setenv("RECALIGN_TIMEOUT_S", "12.5")
+    assert timeout().total_seconds() == 12.5
+    for wrong in ("soon", "0", "-3"):
+        monkeypatch.setenv("RECALIGN_TIMEOUT_S", wrong)
+        with pytest.raises(UserError, match=f"RECALIGN_TIMEOUT_S={wrong} is no number of seconds"):
+            timeout()
