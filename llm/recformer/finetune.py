@@ -267,11 +267,13 @@ class Stage:
 
 def finetune(job: RecformerJob) -> dict[str, Any]:
     """Run what is not finished of stage-FT1 and stage-FT2; every rank calls this. Returns both stages' facts."""
-    data, settings = job.open(job.data), job.settings
-    _check(job, data)
+    settings = job.settings
     folders = {name: job.finetune_folder / name for name in ("FT1", "FT2")}
     if not all((folder / FINISHED).exists() for folder in folders.values()):
+        # First, so that ranks know of each other when they open the data.
         accelerator = make_accelerator(settings, settings.finetune)
+        data = job.open(job.data)
+        _check(job, data)
         for name, folder in folders.items():
             if not (folder / FINISHED).exists():
                 begin = folders["FT1"] if name == "FT2" else job.pretrain_folder

@@ -113,48 +113,59 @@ class Objective(nn.Module):
         """This rank's loss, whose mean over ranks is the batch's; and figures of this rank."""
         parts, predict = Parts(self.model, self.pad_token, self.stage), self.stage.mlm_weight > 0
         rows, places = self._rows(parts, batch.plain.lengths), 0
-        mlm: list[Tensor] = []
+        batches = parts.batches(batch.masked if self.stage.shared_pass and predict else batch.plain, rows)
+        mlm = torch.zeros((), device=parts.device)
         if self.stage.shared_pass and predict:
-            batches = parts.batches(batch.masked, rows)
-            found = parts.run(partial(self._both, batch), batches)
-            vectors, mlm = in_order([vector for vector, _ in found], batches), [loss for _, loss in found]
+            found = parts.run(self._both, batches)
+            vectors = in_order([vector for vector, _ in found], batches)
+            mlm = self._mlm(batch, [hidden for _, hidden in found], batches)
         else:
-            batches = parts.batches(batch.plain, rows)
             vectors = in_order(parts.run(self.model.vectors, batches), batches)
             if predict:
                 again = parts.batches(batch.masked, rows)
-                mlm = [loss for _, loss in parts.run(partial(self._both, batch), again)]
+                mlm = self._mlm(batch, [hidden for _, hidden in parts.run(self._both, again)], again)
                 places += sum(part.ids.numel() for part in again)
         places += sum(part.ids.numel() for part in batches)
         histories, next_items = vectors.chunk(2)
         numbers, duplicates = batch.numbers.to(vectors.device), self.stage.duplicates == "mask"
         contrast, hits = item_contrast(histories, next_items, numbers, self.temperature, duplicates)
-        predicted = torch.stack(mlm).sum() if mlm else contrast.new_zeros(())
         figures = {
             "contrast": contrast.detach(),
-            "mlm": predicted.detach(),
+            "mlm": mlm.detach(),
             "accuracy": hits.float().mean(),
             "tokens": len(batch.plain.ids),
             "places": places,
         }
-        return contrast + self.stage.mlm_weight * predicted, figures
+        return contrast + self.stage.mlm_weight * mlm, figures
 
     def _rows(self, parts: Parts, lengths: np.ndarray) -> list[np.ndarray]:
         if self.stage.by_length:
             return parts.rows(lengths)
         return np.split(np.arange(len(lengths)), 2)
 
-    def _both(self, whole: PretrainBatch, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        """Vectors [b, D] of a part, and its share of the masked language modelling of histories and next items."""
+    def _both(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        """Vectors [b, D] of a part, and the hidden states [m, D] of the tokens that are to be predicted."""
         hidden = self.model(batch).last_hidden_state
+        return hidden[:, 0].float(), hidden[batch.labels >= 0].float()
+
+    def _mlm(self, whole: PretrainBatch, hidden: list[Tensor], batches: list[TokenBatch]) -> Tensor:
+        """The mean cross-entropy of the histories' masked tokens plus that of the next items'.
+
+        Weighted so that the mean over ranks is the mean over the global batch's labels. All parts at once: every call
+        of the head reads the whole vocabulary.
+        """
+        states = torch.cat(hidden)
+        labels = torch.cat([batch.labels[batch.labels >= 0] for batch in batches])
+        owners = torch.cat(
+            [batch.rows.to(states.device).repeat_interleave((batch.labels >= 0).sum(1)) for batch in batches]
+        )
         table = self.model.backbone.get_input_embeddings().weight
-        # A rank whose part has nothing to predict adds nothing, but takes part: DDP waits for every weight.
+        # A rank that has nothing to predict adds nothing, but takes part: DDP waits for every weight.
         loss = 0.0 * sum(parameter.sum() for parameter in self.head.parameters())
-        is_history = (batch.rows < len(whole.numbers)).to(hidden.device)[:, None]
+        is_history = owners < len(whole.numbers)
         for own, total in zip((is_history, ~is_history), whole.labels, strict=True):
-            where = (batch.labels >= 0) & own
-            # Weighted so that the mean over ranks of the sum over parts is the mean over the batch's labels.
-            share = Ranks.current().size * int(where.sum()) / max(1, total)
+            share = Ranks.current().size * int(own.sum()) / max(1, total)
             if share:
-                loss = loss + share * self.head(hidden[where].float(), table, batch.labels[where])
-        return hidden[:, 0].float(), loss
+                with torch.autocast(states.device.type, torch.bfloat16, enabled=self.stage.bf16):
+                    loss = loss + share * self.head(states[own], table, labels[own])
+        return loss

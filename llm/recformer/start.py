@@ -34,4 +34,6 @@ def run_stage(
             folder.claim(job)
         job_of(job)
         if dist.is_initialized():
+            # Together: gloo may wait for ever to leave a group that others have left long ago.
+            dist.barrier()
             dist.destroy_process_group()

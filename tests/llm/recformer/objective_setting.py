@@ -55,6 +55,8 @@ def main(bert: Path, data: Path, out: Path) -> None:
     if rank == 0:
         found = {name: p.grad for name, p in objective.named_parameters() if p.grad is not None}
         torch.save({"loss": loss / size, "gradients": found}, out / "found.pt")
+    # gloo may wait for ever to leave a group that others have left long ago.
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
