@@ -15,6 +15,7 @@ from llm.training import STEP
 from rec.runtime.checkpoint import Checkpoints
 from rec.runtime.progress import progress
 from rec.runtime.runfolder import CONFIG, RunFolder
+from rec.runtime.stopping import StopFile
 
 MAX_RESTARTS = 3
 
@@ -25,6 +26,7 @@ def pretrain(job: LMRecJob) -> dict[str, Any]:
     Raises:
         UserError: with the job's own message, if it called its end a user's mistake.
         RuntimeError: if it keeps dying without getting any further.
+        Stopped: if the run folder holds a stop file.
     """
     folder, train = RunFolder(job.run), job.llm.train
     with folder.lock("launcher"):
@@ -41,7 +43,10 @@ def pretrain(job: LMRecJob) -> dict[str, Any]:
             None,
         )
         _watch(child, folder, train.steps)
-        return folder.result()
+        result = folder.result()
+        if result is None:
+            raise StopFile(job.run).stopped("in pretraining")
+        return result
 
 
 def command(module: str, config: Path, processes: int, launched: bool = True) -> list[str]:

@@ -14,6 +14,7 @@ from rec.runtime.config import hash_of
 from rec.runtime.errors import UserError
 from rec.runtime.progress import progress
 from rec.runtime.runfolder import CONFIG, RunFolder
+from rec.runtime.stopping import StopFile
 
 FINISHED = "finished.json"
 EVENTS = {"pretrain": ("pt_step",), "finetune": ("ft1_step", "ft2_step")}
@@ -47,6 +48,8 @@ def run(job: RecformerJob, command: str) -> dict[str, Any]:
             begin = time.monotonic()
             if not _is_finished(job, stage):
                 _watch(job, stage)
+                if not _is_finished(job, stage):
+                    raise StopFile(job.run).stopped(f"in {stage}")
                 folder.log("stage", title=stage, seconds=round(time.monotonic() - begin, 1))
         wall_s = sum(row["seconds"] for row in folder.events("stage"))
         identity = hash_of([job.identity("finetune"), job.data])

@@ -27,7 +27,7 @@ from rec.evaluation import evaluate
 from rec.job import open_data
 from rec.runtime import files
 from rec.runtime.config import hash_of
-from rec.runtime.errors import UserError
+from rec.runtime.errors import Stopped, UserError
 from rec.runtime.packages import require_packages
 from rec.runtime.ranks import Ranks
 from rec.runtime.runfolder import RunFolder
@@ -66,6 +66,7 @@ def run(job: LMRecJob, command: str) -> dict[str, Any] | None:
 
     Raises:
         UserError: on whatever in the recipe cannot be done.
+        Stopped: if the run folder holds a stop file.
     """
     train = job.llm.train
     _start_group(train)
@@ -79,10 +80,13 @@ def run(job: LMRecJob, command: str) -> dict[str, Any] | None:
             return result if ranks.is_first else None
         begin = time.monotonic()
         inputs = read_inputs(job, folder, ranks)
-        if not ranks.broadcast((folder.path / FINISHED).exists()):
-            _train(job, inputs, folder, ranks)
-        ranks.barrier()
-        _end_group(train)  # rank 0 alone ranks the test items
+        try:
+            if not ranks.broadcast((folder.path / FINISHED).exists()):
+                _train(job, inputs, folder, ranks)
+        except Stopped:
+            _end_group(train, ranks)
+            raise
+        _end_group(train, ranks)  # rank 0 alone ranks the test items
         if not ranks.is_first:
             return None
         folder.log("attempt", seconds=round(time.monotonic() - begin, 1))
@@ -233,7 +237,8 @@ def _start_group(train: LMRecTrainConfig) -> None:
     start_group(train)
 
 
-def _end_group(train: LMRecTrainConfig) -> None:
+def _end_group(train: LMRecTrainConfig, ranks: Ranks) -> None:
+    ranks.barrier()
     if train.zero_stage:
         from llm.zero import end_group
 

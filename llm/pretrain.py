@@ -32,6 +32,7 @@ from rec.runtime.config import hash_of
 from rec.runtime.errors import UserError
 from rec.runtime.logs import run_main
 from rec.runtime.parent import die_with_parent_if_asked
+from rec.runtime.ranks import lost_contact_is_named
 from rec.runtime.runfolder import RunFolder
 
 
@@ -109,7 +110,8 @@ def main() -> None:
     if lmrec_job.is_recformer(lmrec_job.read(arguments.config, arguments.overrides)):
         raise UserError(f"{arguments.config} is a recipe of RECFORMER: start -m llm.recformer.pretrain with it")
     job = lmrec_job.load_job(arguments.config, arguments.overrides)
-    lmrec_run.run(job, shlex.join(["python", "-m", "llm.pretrain", *sys.argv[1:]]))
+    with lost_contact_is_named():
+        lmrec_run.run(job, shlex.join(["python", "-m", "llm.pretrain", *sys.argv[1:]]))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from rec.runtime.errors import UserError
 from rec.runtime.progress import progress
 from rec.runtime.ranks import Ranks
 from rec.runtime.runfolder import RunFolder
+from rec.runtime.stopping import StopFile
 
 log = logging.getLogger(__name__)
 
@@ -86,11 +87,16 @@ class Training:
         self.plan, self.engine, self.run, self.meta, self.title = plan, engine, run, meta, title
         self.ranks = Ranks.current()
         self.checkpoints = Checkpoints(run.path / "checkpoints", self.ranks, keep)
+        self.stop = StopFile(run.path, self.ranks)
         self.best, self.best_step, self.best_weights = math.inf, 0, {}
         self.validation = [(task.name, task.validation(plan.validation_users)) for task in plan.tasks]
 
     def loop(self) -> int:
-        """Train to the last step or until patience runs out, from the newest checkpoint; returns the finished steps."""
+        """Train to the last step or until patience runs out, from the newest checkpoint; returns the finished steps.
+
+        Raises:
+            Stopped: if the run folder holds a stop file; the state after the last step is saved.
+        """
         plan, step = self.plan, self._resume()
         with progress(self.title, plan.steps, self.ranks.is_first) as advance:
             while step < plan.steps and not self._out_of_patience(step):
@@ -101,8 +107,11 @@ class Training:
                 if self.ranks.is_first:
                     self.run.log(STEP, step=step - 1, **row)
                     advance(step, _status(row))
-                if step % plan.checkpoint_every == 0:
+                stopping = step < plan.steps and self.stop.agreed()
+                if stopping or step % plan.checkpoint_every == 0:
                     self._save(step)
+                if stopping:
+                    raise self.stop.stopped(f"after step {step} of pretraining")
         return step
 
     def best_or_last(self) -> dict[str, Tensor]:

@@ -46,6 +46,7 @@ from rec.runtime.logs import run_main
 from rec.runtime.progress import progress
 from rec.runtime.ranks import Ranks
 from rec.runtime.runfolder import RunFolder
+from rec.runtime.stopping import StopFile
 
 log = logging.getLogger(__name__)
 
@@ -154,6 +155,7 @@ class Stage:
         self.engine = Engine(loss, self.stage, job.settings, self.total, accelerator) if self.epochs else None
         self.loss = loss
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.ranks, keep_last=1)
+        self.stop = StopFile(job.run, self.ranks)
         self.meta = {"config_hash": job.identity("finetune"), "data_hash": data.meta["content_hash"]}
         self.best, self.best_epoch, self.waited = -1.0, -1, 0
         self.best_weights: dict[str, Tensor] = {}
@@ -182,8 +184,11 @@ class Stage:
                     status = f"loss {row['loss']:.3f}  best {STOP_METRIC} {self.best:.4f}  {speed:,.0f} tokens/s"
                     advance(step + 1, status)
                 # After the log, which a kill in between would lose a line of.
-                if (step + 1) % self.stage.checkpoint_every == 0:
+                stopping = step + 1 < self.total and self.stop.agreed()
+                if stopping or (step + 1) % self.stage.checkpoint_every == 0:
                     self.engine.save(self.checkpoints, step + 1, self._state(), self.meta)
+                if stopping:
+                    raise self.stop.stopped(f"after step {step + 1} of stage-{self.name}")
         self._finish()
 
     def _begin(self) -> int:

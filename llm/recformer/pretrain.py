@@ -35,6 +35,7 @@ from rec.runtime.logs import run_main
 from rec.runtime.progress import progress
 from rec.runtime.ranks import Ranks
 from rec.runtime.runfolder import RunFolder
+from rec.runtime.stopping import StopFile
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ class Pretraining:
         objective = make_objective(model, job, self.tokenizer)
         self.engine = Engine(objective, self.stage, job.settings, self.total, accelerator)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.ranks, keep_last=1)
+        self.stop = StopFile(job.run, self.ranks)
         hashes = [own.meta["content_hash"] for own in data]
         self.meta = {"config_hash": job.identity("pretrain"), "data_hash": " ".join(hashes)}
         self.best, self.best_step, self.best_weights = -1.0, 0, self.engine.weights()
@@ -93,9 +95,12 @@ class Pretraining:
                     speed = row["tokens"] / row["seconds"]
                     advance(step + 1, f"loss {row['loss']:.3f}  accuracy {row['accuracy']:.2f}  {speed:,.0f} tokens/s")
                 # After the log, which a kill in between would lose a line of.
-                if (step + 1) % self.stage.checkpoint_every == 0:
+                stopping = step + 1 < self.total and self.stop.agreed()
+                if stopping or (step + 1) % self.stage.checkpoint_every == 0:
                     state = {"best": self.best, "best_step": self.best_step, "weights": self.best_weights}
                     self.engine.save(self.checkpoints, step + 1, state, self.meta)
+                if stopping:
+                    raise self.stop.stopped(f"after step {step + 1} of stage-PT")
         self._finish()
         return self.folder / MODEL
 

@@ -10,8 +10,9 @@ from typing import Any, Literal
 import torch.distributed as dist
 
 from llm.recformer.job import RecformerJob, load_job
-from rec.runtime.errors import UserError
+from rec.runtime.errors import Stopped, UserError
 from rec.runtime.parent import die_with_parent_if_asked
+from rec.runtime.ranks import lost_contact_is_named
 from rec.runtime.runfolder import RunFolder
 
 
@@ -29,11 +30,19 @@ def run_stage(
         raise UserError(f"{arguments.config} has no llm.recformer.{stage} section: there is nothing to do")
     folder, first = RunFolder(job.run), int(os.environ.get("RANK", "0")) == 0
     # A predecessor that is being killed may hold the lock a little longer.
-    with folder.lock("trainer", wait_s=30) if first else contextlib.nullcontext():
+    with lost_contact_is_named(), folder.lock("trainer", wait_s=30) if first else contextlib.nullcontext():
         if first:
             folder.claim(job)
-        job_of(job)
-        if dist.is_initialized():
-            # Together: gloo may wait for ever to leave a group that others have left long ago.
-            dist.barrier()
-            dist.destroy_process_group()
+        try:
+            job_of(job)
+        except Stopped:
+            _leave_together()
+            raise
+        _leave_together()
+
+
+def _leave_together() -> None:
+    if dist.is_initialized():
+        # gloo may wait for ever to leave a group that others have left long ago.
+        dist.barrier()
+        dist.destroy_process_group()

@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,9 +22,10 @@ from rec.data.prepare import Filters, prepare
 from rec.data.prepared import Prepared
 from rec.runtime.checkpoint import Checkpoints
 from rec.runtime.config import build
-from rec.runtime.errors import UserError
+from rec.runtime.errors import Stopped, UserError
 from rec.runtime.ranks import Ranks
 from rec.runtime.runfolder import RunFolder
+from rec.runtime.stopping import StopFile
 
 
 def figures(folder, *names):
@@ -228,3 +230,23 @@ def test_table_9_fills_in_what_the_recipe_leaves_out():
     assert (llm.train.betas, llm.train.eps, llm.train.warmup_fraction) == ((0.9, 0.98), 1e-6, 0.01)
     assert build(LMRecLLM, llm.model_dump()) == llm
     assert build(LMRecLLM, {"lmrec": {"preset": "7M"}, "recommend": None}).recommend is None
+
+
+def test_a_stop_file_ends_a_run_after_a_step_and_without_it_the_same_bits_come_out(tmp_path, small_data, monkeypatch):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    run(job(tmp_path / "a", small_data), "test")
+    other, count = job(tmp_path / "b", small_data), []
+
+    def asked_at_the_fifth_step(self):
+        count.append(1)
+        return len(count) == 5
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StopFile, "seen", asked_at_the_fifth_step)
+        with pytest.raises(Stopped, match="after step 5 of pretraining"):
+            run(other, "test")
+    assert Checkpoints(Path(other.run) / "checkpoints").last_step() == 5
+    run(other, "test")
+    one, two = final(tmp_path / "a" / "run"), final(tmp_path / "b" / "run")
+    assert all(torch.equal(one[name], two[name]) for name in one)
