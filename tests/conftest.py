@@ -3,51 +3,17 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
 import pytest
+from worlds import make_raw
 
 from rec.data.prepare import Filters, prepare
 from rec.data.prepared import Prepared
-from rec.data.raw import RawData
 from rec.job import RecJob
 from rec.runtime.config import build
 from rec.runtime.memory import keep_freed_memory
 from rec.train import run
 
-SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
-
 keep_freed_memory()
-
-
-def make_raw(folder: Path, n_users: int = 40, n_items: int = 30, length: int = 14, seed: int = 0) -> RawData:
-    """Users walking around a ring of items, mostly one step at a time: there is something to learn."""
-    rng = np.random.default_rng(seed)
-    place = rng.integers(n_items, size=n_users)
-    users, items = [], []
-    for _ in range(length):
-        users += range(n_users)
-        items += place.tolist()
-        place = (place + np.where(rng.random(n_users) < 0.8, 1, rng.integers(2, n_items, size=n_users))) % n_items
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "source.txt").write_text(f"{n_users} {n_items} {length} {seed}")
-    return RawData(
-        pa.table(
-            {
-                "item_id": [f"i{item}" for item in range(n_items)],
-                "title": [f"Thing number {item}" for item in range(n_items)],
-                "kind": ["odd" if item % 2 else "even" for item in range(n_items)],
-            }
-        ),
-        pa.table(
-            {
-                "user_id": [f"u{user}" for user in users],
-                "item_id": [f"i{item}" for item in items],
-                "timestamp": pa.array(range(len(users)), pa.int64()),
-            }
-        ),
-        [folder / "source.txt"],
-    )
 
 
 @pytest.fixture(scope="session")

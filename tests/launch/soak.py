@@ -28,7 +28,7 @@ from tiny_job import (
 )
 
 sys.path.insert(0, str(ROOT / "tests"))
-from conftest import make_raw
+from worlds import make_raw
 
 from rec.data.prepare import Filters, prepare
 from rec.runtime import files

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import make_raw
+from worlds import make_raw
 
 from launch import cli, data_stats
 from rec.data.prepare import Filters, prepare

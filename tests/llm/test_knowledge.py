@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_raw
 from pyarrow import parquet
+from worlds import make_raw
 
 from llm import knowledge
 from llm.config import EngineConfig, LLMConfig, LMRecConfig

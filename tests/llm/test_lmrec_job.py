@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_raw
 from pretraining import LLM, STEPS, final, finish, recipe, start
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from worlds import make_raw
 
 from llm import joint
 from llm.lmrec_job import LMRecEvaluation, LMRecJob, LMRecLLM, load_job

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from conftest import SHARED_DATA
 from pyarrow import parquet
+from worlds import SHARED_DATA
 
 from rec.data import readers
 from rec.data.raw import RawData

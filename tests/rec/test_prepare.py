@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import make_raw
 from pyarrow import parquet
+from worlds import make_raw
 
 from rec.data import readers
 from rec.data.prepare import META, Filters, prepare
