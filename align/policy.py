@@ -1,10 +1,8 @@
 """The LLM of the trainer job: under DeepSpeed, beside its frozen original."""
 
 import contextlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ from align.objective import (
 from align.resharding import load_universal, make_universal
 from align.samples import Sample, Text
 from llm.end_to_end import EndToEnd, logits_at, use_end_to_end
+from llm.launched import shipped_deepspeed
 from rec.runtime.errors import UserError
 from rec.runtime.ranks import Ranks
 
@@ -39,11 +38,8 @@ ENGINE_TAG = "engine"
 
 def deepspeed_config(trainer: TrainerConfig) -> dict[str, Any]:
     """The shipped DeepSpeed JSON of the recipe's stage, with what must be explicit filled in from the recipe."""
-    name = f"zero{trainer.zero_stage}{'_offload' if trainer.offload else ''}.json"
-    text = resources.files("ds_configs").joinpath(name).read_text()
-    content = json.loads(text)
+    content = shipped_deepspeed(trainer.zero_stage, trainer.clip_norm, trainer.offload)
     content["train_micro_batch_size_per_gpu"] = trainer.batch_size // trainer.processes
-    content["gradient_clipping"] = trainer.clip_norm
     content["bf16"] = {"enabled": trainer.bf16}
     return content
 

@@ -12,7 +12,6 @@ import contextlib
 import logging
 import math
 import os
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -29,6 +28,7 @@ from align.snapshots import CANARY_TOKENS, LLM, RECOMMENDER, SnapshotStore
 from align.start import read_arguments
 from align.watch import Watch
 from llm.knowledge import first_texts
+from llm.launched import require_processes, use_own_ninja
 from llm.prompts import item_texts, prompt_tokens
 from llm.text_encoder import TextEncoder
 from llm.text_items import CatalogTexts, TrainedText, reader_of
@@ -61,9 +61,7 @@ def make_accelerator(job: MainJob) -> Accelerator:
             f"the ZeRO stage is the recipe's (align.trainer.zero_stage): take deepspeed_config_file {other} out of what"
             " accelerate launch is given"
         )
-    # DeepSpeed compiles with the first ninja it finds, and two versions of it rebuild each other's work every time.
-    own = Path(sys.executable).parent
-    os.environ["PATH"] = f"{own}{os.pathsep}{os.environ.get('PATH', '')}"
+    use_own_ninja()
     on_gpu = torch.cuda.is_available()
     group = InitProcessGroupKwargs(
         # Named on CPU: without it every process would believe that it is alone.
@@ -75,11 +73,7 @@ def make_accelerator(job: MainJob) -> Accelerator:
         mixed_precision="bf16" if job.align.trainer.bf16 else "no",
         kwargs_handlers=[group],
     )
-    if accelerator.num_processes != job.align.trainer.processes:
-        raise UserError(
-            f"align.trainer.processes is {job.align.trainer.processes}, but {accelerator.num_processes} were"
-            " started; give accelerate launch the same --num_processes"
-        )
+    require_processes("align.trainer.processes", job.align.trainer.processes, accelerator.num_processes)
     return accelerator
 
 

@@ -1,12 +1,8 @@
 """DeepSpeed ZeRO under ``accelerate launch``, as an engine of the pretraining loop."""
 
 import contextlib
-import json
-import os
-import sys
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +14,9 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from llm.corpus import LanguageBatch
 from llm.joint import JointModel, PairBatch
+from llm.launched import require_processes, shipped_deepspeed, use_own_ninja
 from llm.lmrec_job import LMRecTrainConfig
 from llm.update import Part, parameter_groups, set_learning_rate
-from rec.runtime.errors import UserError
 
 TAG, TIMEOUT = "engine", timedelta(hours=2)
 
@@ -30,9 +26,7 @@ def deepspeed_config(train: LMRecTrainConfig) -> dict[str, Any]:
 
     bf16 is not DeepSpeed's here but autocast, as in LMRec: weights and reductions stay float32.
     """
-    text = resources.files("ds_configs").joinpath(f"zero{train.zero_stage}.json").read_text()
-    content = json.loads(text)
-    content["gradient_clipping"] = train.clip_norm
+    content = shipped_deepspeed(train.zero_stage, train.clip_norm)
     if train.precision == "fp16":
         content["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16}
     return content
@@ -44,16 +38,11 @@ def start_group(train: LMRecTrainConfig) -> None:
     Raises:
         UserError: if another number of processes was started than the recipe says.
     """
-    # DeepSpeed compiles with the first ninja it finds, and two versions of it rebuild each other's work every time.
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    use_own_ninja()
     # Named on CPU: without it every process would believe that it is alone.
     backend = {} if torch.cuda.is_available() else {"backend": "gloo"}
     state = PartialState(timeout=TIMEOUT, **backend)
-    if state.num_processes != train.processes:
-        raise UserError(
-            f"llm.train.processes is {train.processes}, but {state.num_processes} were started; give accelerate"
-            " launch the same --num_processes"
-        )
+    require_processes("llm.train.processes", train.processes, state.num_processes)
 
 
 def end_group() -> None:

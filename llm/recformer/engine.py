@@ -1,10 +1,7 @@
 """A model under ``accelerate launch``: DDP, or DeepSpeed ZeRO-1 or 2, on CPU or GPU, in checkpoints of our own."""
 
-import json
 import os
-import sys
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +9,10 @@ import torch
 from accelerate import Accelerator, DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
+from llm.launched import require_processes, shipped_deepspeed, use_own_ninja
 from llm.recformer.config import OptimizerConfig, RecformerSettings
 from rec.runtime.checkpoint import Checkpoints
 from rec.runtime.config import hash_of
-from rec.runtime.errors import UserError
 from rec.runtime.ranks import Ranks
 
 ENGINE_TAG = "engine"
@@ -28,9 +25,7 @@ def make_accelerator(settings: RecformerSettings, stage: OptimizerConfig) -> Acc
     Raises:
         UserError: if another number of processes was started than the recipe says.
     """
-    # DeepSpeed compiles with the first ninja it finds, and two versions of it rebuild each other's work every time.
-    own = Path(sys.executable).parent
-    os.environ["PATH"] = f"{own}{os.pathsep}{os.environ.get('PATH', '')}"
+    use_own_ninja()
     on_gpu, several = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", "1")) > 1
     plugin = None
     if settings.zero_stage:
@@ -45,19 +40,14 @@ def make_accelerator(settings: RecformerSettings, stage: OptimizerConfig) -> Acc
     accelerator = Accelerator(
         deepspeed_plugin=plugin, kwargs_handlers=kwargs, cpu=not on_gpu and plugin is None, mixed_precision="no"
     )
-    if accelerator.num_processes != settings.processes:
-        raise UserError(
-            f"llm.recformer.processes is {settings.processes}, but {accelerator.num_processes} were started; give"
-            " accelerate launch the same --num_processes"
-        )
+    require_processes("llm.recformer.processes", settings.processes, accelerator.num_processes)
     return accelerator
 
 
 def deepspeed_config(settings: RecformerSettings, stage: OptimizerConfig) -> dict[str, Any]:
     """The shipped DeepSpeed JSON of the recipe's stage, with what must be explicit filled in from the recipe."""
-    content = json.loads(resources.files("ds_configs").joinpath(f"zero{settings.zero_stage}.json").read_text())
+    content = shipped_deepspeed(settings.zero_stage, stage.clip_norm or 0.0)
     content["train_micro_batch_size_per_gpu"] = stage.batch_size // settings.processes
-    content["gradient_clipping"] = stage.clip_norm or 0.0
     return content
 
 
