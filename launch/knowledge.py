@@ -105,17 +105,23 @@ def encode(out: Path, encoder: Callable[[list[str]], Tensor], mark: str, kept: d
         mark: names the encoder, in the file.
         kept: vectors [K] that the same encoder made before, by the key of their text.
     """
-    table = parquet.read_table(out)
-    keys = table["key"].to_pylist()
-    texts = dict(zip(keys, table["text"].to_pylist(), strict=True))
-    new = [key for key in texts if key not in kept]
-    made = encoder([texts[key] for key in new]).numpy().astype(np.float32)
-    known = {**kept, **dict(zip(new, made, strict=True))}
-    log.info("%s: %d texts encoded, %d kept", out, len(new), len(texts) - len(new))
-    flat = np.concatenate([known[key] for key in keys])
-    column = pa.FixedSizeListArray.from_arrays(pa.array(flat), len(flat) // len(keys))
-    table = table.append_column(VECTOR, column)
-    write_table(out, table.replace_schema_metadata({**(table.schema.metadata or {}), ENCODER: mark}))
+    # Two shards that end together both find the file whole: the second one here takes the first one's vectors.
+    with KnowledgeFile(out).sole_writer():
+        kept = {**kept, **_vectors(out, mark)}
+        table = parquet.read_table(out)
+        if VECTOR in table.column_names:
+            table = table.drop_columns(VECTOR)
+        keys = table["key"].to_pylist()
+        texts = dict(zip(keys, table["text"].to_pylist(), strict=True))
+        new = [key for key in texts if key not in kept]
+        if new:
+            made = encoder([texts[key] for key in new]).numpy().astype(np.float32)
+            kept |= dict(zip(new, made, strict=True))
+        log.info("%s: %d texts encoded, %d kept", out, len(new), len(texts) - len(new))
+        flat = np.concatenate([kept[key] for key in keys])
+        column = pa.FixedSizeListArray.from_arrays(pa.array(flat), len(flat) // len(keys))
+        table = table.append_column(VECTOR, column)
+        write_table(out, table.replace_schema_metadata({**(table.schema.metadata or {}), ENCODER: mark}))
 
 
 def _vectors(out: Path, mark: str) -> dict[str, np.ndarray]:
