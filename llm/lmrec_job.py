@@ -75,6 +75,9 @@ class RecommendConfig(Section):
     """Random items a step, shared by its pairs; a pair leaves out those that its user took."""
     recommendation_weight: float = Field(1e-2, gt=0)
     """λ of Eq. 6 at the first step."""
+    reduction: Literal["sum", "mean"] = "sum"
+    """Over a step's pairs. The paper gives L2 for one pair and not how pairs are put together; Table 9's λ trains the
+    heads only as the weight of a sum: of a mean over 512 pairs it is too small beside L1 to move them."""
     standardise: bool = True
     """Whether W_u and W_i read [EOS] states that are standardised, without which small decoders trained from scratch
     collapse; false is Eq. 4 as printed."""
@@ -82,6 +85,12 @@ class RecommendConfig(Section):
     """Learning rate of W_u and W_i, in multiples of the decoder's."""
     micro_histories: int = Field(64, ge=1)
     """Histories a forward pass, on one rank."""
+
+    def terms(self, pairs: int) -> int:
+        """What the mean of L2 over ``pairs`` positive pairs is multiplied by: as many pairs again have y = 0."""
+        if self.reduction == "mean":
+            return 1
+        return 2 * pairs if self.loss == "bce" else pairs
 
 
 class LMRecTrainConfig(Section):

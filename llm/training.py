@@ -155,7 +155,7 @@ class Training:
             batches, pairs = task.parts(step)
             for batch in batches:
                 share = len(batch.positives) / pairs
-                terms.append((task.name, Part(batch, weight * world * share), share))
+                terms.append((task.name, Part(batch, weight * task.config.terms(pairs) * world * share), share))
                 tokens += batch.tokens
         return terms, tokens
 

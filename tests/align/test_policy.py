@@ -176,8 +176,9 @@ def test_adapters_on_two_ranks_equal_adapters_by_hand_and_resume_exactly(tmp_pat
     assert all("lora_" in name for name in begin)
     assert all(bool(value.any()) == ("lora_A" in name) for name, value in begin.items())
     first = plain_lora_step(llama, begin)
+    # AdamW's first step is nearly the sign of the gradient: where that is close to 0, rounding is a share of a step.
     for name, value in one.items():
-        torch.testing.assert_close(value, first[name].detach(), rtol=1e-3, atol=2e-5, msg=lambda m, k=name: f"{k}: {m}")
+        torch.testing.assert_close(value, first[name].detach(), rtol=1e-3, atol=2e-4, msg=lambda m, k=name: f"{k}: {m}")
     assert all(torch.equal(one[name], restored[name]) for name in one)
     assert all(torch.equal(two[name], resumed[name]) for name in two)
     assert any(not torch.equal(one[name], two[name]) for name in one)

@@ -15,7 +15,7 @@ LLM = {
     "lmrec": {"vocabulary": 400, "context": 48, "dim": 32, "layers": 2, "heads": 2},
     # Without standardising, whose statistics are each rank's own, two ranks are one process.
     "recommend": {
-        "pairs": 16, "prefixes": 2, "negatives": 8, "recommendation_weight": 0.5, "micro_histories": 2,
+        "pairs": 16, "prefixes": 2, "negatives": 8, "recommendation_weight": 0.02, "micro_histories": 2,
         "standardise": False,
     },
     "train": {

@@ -17,8 +17,10 @@ from llm.lmrec_job import RecommendConfig
 from llm.prompts import item_texts
 from llm.recommendation import RecommendationTask
 from llm.tokenizer import train_tokenizer
+from llm.training import Plan, Training
 from rec.config import EvaluateConfig
 from rec.evaluation import evaluate
+from rec.runtime.runfolder import RunFolder
 
 CONTEXT = 48
 
@@ -148,6 +150,41 @@ def test_pairs_are_prefixes_of_training_histories_and_their_next_items(small_dat
             y1 = math.log1p(math.exp(-torch.dot(z_user, z_items[part.positives[pair]]).item()))
             expected += (y1 + sum(math.log1p(math.exp(score)) for score in own_scores) / len(own_scores)) / 2
         assert model(part).item() == pytest.approx(expected / len(part.positives), rel=1e-4)
+
+
+class Recorder:
+    """An engine that trains nothing."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, model):
+        self.model = model
+
+    def step(self, parts, lr):
+        losses = [self.model(part.batch) for part in parts]
+        self.total = sum(part.weight * loss.item() for part, loss in zip(parts, losses, strict=True))
+        return [loss.item() for loss in losses]
+
+    def losses(self, batches):
+        return [0.0 for _ in batches]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("loss", ["bce", "softmax"])
+def test_a_step_s_loss_is_eq_6_over_the_sum_of_its_pairs_or_their_mean(small_data, tokens, model, tmp_path, loss):
+    found = {}
+    for reduction in ("sum", "mean"):
+        task = make_task(small_data, tokens, settings={"loss": loss, "reduction": reduction})
+        plan = Plan(5, lambda step: 1.0, None, 5, [task], weight=lambda step: 0.25, validation_users=4, patience=9)
+        engine = Recorder(JointModel(model.decoder, ["target"], loss, standardise=False))
+        engine.model.heads = model.heads
+        row = Training(plan, engine, RunFolder(tmp_path / reduction), {}, "")._update(2)
+        found[reduction] = engine.total
+    parts, pairs = task.parts(2)
+    each = [engine.model(part).item() * len(part.positives) for part in parts]  # mean over y = 0 and y = 1 for bce
+    assert row["pairs_target"] == pytest.approx(sum(each) / pairs)
+    assert found["mean"] == pytest.approx(0.25 * sum(each) / pairs)
+    assert found["sum"] == pytest.approx(0.25 * sum(each) * (2 if loss == "bce" else 1))
 
 
 def test_a_history_that_is_too_long_is_read_in_a_window(small_data, tokens):
