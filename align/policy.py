@@ -26,12 +26,11 @@ from align.objective import (
     row_weights,
     sampled_kl,
 )
-from align.resharding import load_universal, make_universal
 from align.samples import Sample, Text
 from llm.end_to_end import EndToEnd, logits_at, use_end_to_end
 from llm.launched import shipped_deepspeed
+from llm.resharding import restore
 from rec.runtime.errors import UserError
-from rec.runtime.ranks import Ranks
 
 ENGINE_TAG = "engine"
 
@@ -147,16 +146,10 @@ class Policy:
             str(folder / "llm"), tag=ENGINE_TAG, save_latest=False, exclude_frozen_parameters=adapters
         )
 
-    def load(self, folder: Path, world_size: int | None = None) -> None:
-        """Restore what ``save`` wrote on ``world_size`` ranks, or on as many as these; every rank calls this."""
-        saved, ranks = folder / "llm", Ranks.current()
-        if world_size in (None, ranks.size):
-            whole = self.config.trainer.lora is None
-            loaded, _ = self.engine.load_checkpoint(str(saved), tag=ENGINE_TAG, load_module_strict=whole)
-        else:
-            loaded = load_universal(self.engine, make_universal(saved, ENGINE_TAG, ranks), ENGINE_TAG)
-        if loaded is None:
-            raise RuntimeError(f"DeepSpeed found nothing to load in {saved}")
+    def load(self, folder: Path, world_size: int) -> None:
+        """Restore what ``save`` wrote on ``world_size`` ranks; every rank calls this."""
+        whole = self.config.trainer.lora is None
+        restore(self.engine, folder / "llm", ENGINE_TAG, world_size, strict=whole)
 
     @torch.no_grad()
     def _reference_logits(self, rows: "Rows") -> Tensor:

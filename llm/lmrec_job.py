@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from llm.config import LMRecConfig
 from rec.config import EvaluateConfig
-from rec.runtime.config import Section, apply_overrides, build, hash_of, read_recipe
+from rec.runtime.config import Section, apply_overrides, build, hash_of, read_recipe, without
 from rec.runtime.errors import UserError
 from rec.runtime.runfolder import is_run_config
 
@@ -215,6 +215,8 @@ class LMRecEvaluation(Section):
 class LMRecJob(Section):
     """A recipe of LMRec."""
 
+    placement: ClassVar[tuple[str, ...]] = ("llm.train.processes",)
+
     data: str
     """A prepared folder, or the name of a built-in data set: the task that is evaluated."""
     run: Path
@@ -224,8 +226,8 @@ class LMRecJob(Section):
 
     @property
     def identity(self) -> str:
-        """Hash of everything that decides the result."""
-        return hash_of(self.model_dump(mode="json", exclude={"run"}))
+        """Hash of everything that decides the result, but for the number of ranks: a run may go on with another."""
+        return hash_of(without(self.model_dump(mode="json"), ("run", *self.placement)))
 
 
 def read(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:

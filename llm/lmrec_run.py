@@ -89,7 +89,7 @@ def run(job: LMRecJob, command: str) -> dict[str, Any] | None:
         _end_group(train, ranks)  # rank 0 alone ranks the test items
         if not ranks.is_first:
             return None
-        folder.log("attempt", seconds=round(time.monotonic() - begin, 1))
+        folder.log("pretrained", seconds=round(time.monotonic() - begin, 1))
         return _conclude(job, inputs, folder, command)
 
 
@@ -320,7 +320,7 @@ def _conclude(job: LMRecJob, inputs: Inputs, folder: RunFolder, command: str) ->
         job.identity,
         job.rec.evaluate.protocol.described(),
         rows,
-        sum(row["seconds"] for row in folder.events("attempt")),
+        sum(row["seconds"] for row in folder.events("pretrained")),
         data={"name": job.data, "content_hash": data.meta["content_hash"], **data.meta["counts"]},
         training={
             **facts,

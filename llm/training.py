@@ -191,11 +191,12 @@ class Training:
         self.checkpoints.save(step, {**self.engine.state(), **best}, self.meta, self.engine.save)
 
     def _resume(self) -> int:
-        found = self.checkpoints.resume(self.meta)
+        # What is not in the engine is the same for all ranks, or rank 0's alone.
+        found = self.checkpoints.resume(self.meta, replicated=True)
         if found is None:
             return 0
         checkpoint, saved = found
-        self.engine.load(checkpoint.folder, saved)
+        self.engine.load(checkpoint, saved)
         self.best, self.best_step, self.best_weights = saved["best"], saved["best_step"], saved["best_weights"]
         log.info("resuming %s after step %d", self.run.path, checkpoint.step)
         return checkpoint.step

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llm.corpus import LanguageBatch
 from llm.joint import JointModel, PairBatch
+from rec.runtime.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class Engine(Protocol):
     def save(self, folder: Path) -> None:
         """Write what does not, into a checkpoint's folder."""
 
-    def load(self, folder: Path, state: dict[str, Any]) -> None:
-        """Restore what ``state`` and ``save`` kept."""
+    def load(self, checkpoint: Checkpoint, state: dict[str, Any]) -> None:
+        """Restore what ``state`` and ``save`` kept, be it on another number of ranks."""
 
 
 def parameter_groups(model: JointModel, weight_decay: float, heads_lr_factor: float = 1.0) -> list[dict[str, Any]]:
@@ -124,6 +125,6 @@ class PlainEngine:
     def save(self, folder: Path) -> None:
         pass
 
-    def load(self, folder: Path, state: dict[str, Any]) -> None:
+    def load(self, checkpoint: Checkpoint, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -16,7 +16,9 @@ from llm.corpus import LanguageBatch
 from llm.joint import JointModel, PairBatch
 from llm.launched import require_processes, shipped_deepspeed, use_own_ninja
 from llm.lmrec_job import LMRecTrainConfig
+from llm.resharding import restore
 from llm.update import Part, parameter_groups, set_learning_rate
+from rec.runtime.checkpoint import Checkpoint
 
 TAG, TIMEOUT = "engine", timedelta(hours=2)
 
@@ -113,10 +115,8 @@ class ZeroEngine:
         # DeepSpeed's own "latest" file is not atomic, and not needed: our manifest decides.
         self.engine.save_checkpoint(str(folder / "zero"), tag=TAG, save_latest=False)
 
-    def load(self, folder: Path, state: dict[str, Any]) -> None:
-        loaded, _ = self.engine.load_checkpoint(str(folder / "zero"), tag=TAG)
-        if loaded is None:
-            raise RuntimeError(f"DeepSpeed found nothing to load in {folder / 'zero'}")
+    def load(self, checkpoint: Checkpoint, state: dict[str, Any]) -> None:
+        restore(self.engine, checkpoint.folder / "zero", TAG, checkpoint.world_size)
 
     @contextlib.contextmanager
     def _whole(self, parameter: torch.nn.Parameter) -> Iterator[None]:

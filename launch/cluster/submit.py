@@ -22,7 +22,9 @@ from typing import Any
 import yaml
 
 from align.config import MainJob
-from launch.cluster.where import ONE_PROCESS, run_of
+from launch.cluster.where import ONE_PROCESS, run_of, stages_of
+from llm.lmrec_job import LMRecJob, is_recformer
+from llm.recformer.job import RecformerJob
 from rec.job import RecJob
 from rec.runtime import files
 from rec.runtime.config import Section, apply_overrides, build, read_recipe, without
@@ -134,18 +136,22 @@ def describe_environment(command: str) -> dict[str, Any]:
 
 
 def _resolved(wish: Wish) -> tuple[dict[str, Any], str]:
-    """The recipe with its overrides, checked as far as its kind is known here, and which script runs it."""
+    """The recipe with its overrides, checked, and which script runs it."""
     run = run_of(wish.recipe, wish.overrides).absolute()
     content = apply_overrides(read_recipe(wish.recipe), [*wish.overrides, f"run={run}"])
     kind = "align" if "align" in content else "pretrain" if "llm" in content else "train"
-    sections: dict[str, type[Section]] = {"align": MainJob, "train": RecJob}
-    if kind in sections:
-        # How many processes there are is decided by the nodes.
-        content = without(content, sections[kind].placement)
-        # One process divides every batch; whether the nodes' processes do is seen when there are any.
-        job = build(sections[kind], apply_overrides(content, ONE_PROCESS if kind == "align" else ()))
-        if run.is_dir():
-            RunFolder(run).check(job)
+    if kind == "pretrain":
+        section: type[Section] = RecformerJob if is_recformer(content) else LMRecJob
+    else:
+        section = {"align": MainJob, "train": RecJob}[kind]
+    # How many processes there are is decided by the nodes.
+    content = without(content, section.placement)
+    # One process divides every batch; whether the nodes' processes do is seen when there are any.
+    job = build(section, apply_overrides(content, ONE_PROCESS if kind == "align" else ()))
+    if kind == "pretrain" and not stages_of(content)[1]:
+        raise UserError("llm.recformer has neither a pretrain nor a finetune section: there is nothing to do")
+    if run.is_dir():
+        RunFolder(run).check(job)
     return content, kind
 
 

@@ -1,12 +1,15 @@
 """For batch scripts: ``python -m launch.cluster.where RECIPE key=value`` prints what they need to know of a recipe.
 
-Two lines: the run folder, and the accelerate file for several nodes.
+Three lines: the run folder, the accelerate file for several nodes, and, of a pretraining, the key that says how many
+ranks there are and the modules that train, one after the other.
 """
 
 import sys
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
+from llm.lmrec_job import is_recformer
 from rec.runtime.config import apply_overrides, read_recipe
 from rec.runtime.errors import UserError
 from rec.runtime.logs import run_main
@@ -22,19 +25,39 @@ def run_of(recipe: Path, overrides: list[str]) -> Path:
     Raises:
         UserError: if it names none.
     """
+    return _run_in(_content(recipe, overrides), recipe)
+
+
+def stages_of(content: dict[str, Any]) -> tuple[str, list[str]]:
+    """The key that says how many ranks a pretraining has, and the modules that train; ("", []) of other recipes."""
+    if "align" in content or "llm" not in content:
+        return "", []
+    if not is_recformer(content):
+        return "llm.train.processes", ["llm.pretrain"]
+    stages = [stage for stage in ("pretrain", "finetune") if content["llm"]["recformer"].get(stage) is not None]
+    return "llm.recformer.processes", [f"llm.recformer.{stage}" for stage in stages]
+
+
+def _content(recipe: Path, overrides: list[str]) -> dict[str, Any]:
     here = [f"run={recipe.parent}"] if is_run_config(recipe) else []
-    run = apply_overrides(read_recipe(recipe), [*here, *overrides]).get("run")
-    if not run:
+    return apply_overrides(read_recipe(recipe), [*here, *overrides])
+
+
+def _run_in(content: dict[str, Any], recipe: Path) -> Path:
+    if not content.get("run"):
         raise UserError(f"missing key 'run' in {recipe}")
-    return Path(str(run))
+    return Path(str(content["run"]))
 
 
 def main() -> None:
     """Entry of the module."""
     if len(sys.argv) < 2:
         raise UserError("which recipe? python -m launch.cluster.where RECIPE key=value")
+    recipe = Path(sys.argv[1])
+    content = _content(recipe, sys.argv[2:])
     launcher = resources.files("launch.accelerate").joinpath("multi-node.yaml")
-    sys.stdout.write(f"{run_of(Path(sys.argv[1]), sys.argv[2:]).absolute()}\n{launcher}\n")
+    key, modules = stages_of(content)
+    sys.stdout.write(f"{_run_in(content, recipe).absolute()}\n{launcher}\n{' '.join([key, *modules])}\n")
 
 
 if __name__ == "__main__":

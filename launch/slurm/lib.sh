@@ -17,7 +17,7 @@ begin() {
   RESTART=${SLURM_RESTART_COUNT:-0}
   local found
   found=$("$RECALIGN_PYTHON" -m launch.cluster.where "$@") || exit 2
-  { read -r RUN; read -r LAUNCHER; } <<<"$found"
+  { read -r RUN; read -r LAUNCHER; read -r PROCESSES STAGES; } <<<"$found"
   LOGS=$RUN/logs/job-$SLURM_JOB_ID-$RESTART
   mkdir -p "$LOGS" "$RUN/slurm" && rm -f "$RUN/STOP" || exit 1
   PER_NODE=${RECALIGN_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}

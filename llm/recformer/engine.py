@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from llm.launched import require_processes, shipped_deepspeed, use_own_ninja
 from llm.recformer.config import OptimizerConfig, RecformerSettings
+from llm.resharding import restore
 from rec.runtime.checkpoint import Checkpoints
 from rec.runtime.config import hash_of
 from rec.runtime.ranks import Ranks
@@ -117,14 +118,12 @@ class Engine:
 
     def resume(self, checkpoints: Checkpoints, meta: dict[str, Any]) -> tuple[int, dict[str, Any]] | None:
         """Restore the newest checkpoint: the steps that it had finished and the rank's state; None without one."""
-        found = checkpoints.resume(meta)
+        found = checkpoints.resume(meta, replicated=True)
         if found is None:
             return None
         checkpoint, state = found
         if self.sharded:
-            loaded, _ = self.engine.load_checkpoint(str(checkpoint.folder / "engine"), tag=ENGINE_TAG)
-            if loaded is None:
-                raise RuntimeError(f"DeepSpeed found nothing to load in {checkpoint.folder / 'engine'}")
+            restore(self.engine, checkpoint.folder / "engine", ENGINE_TAG, checkpoint.world_size)
         else:
             self.module.load_state_dict(state.pop("module"))
             self.optimizer.load_state_dict(state.pop("optimizer"))

@@ -174,9 +174,7 @@ class Stage:
                 if step % steps == 0 and self.name == "FT1":
                     self._refresh_table(epoch)
                 row = self._step(step, epoch)
-                if (step + 1) % steps == 0 and (
-                    (epoch + 1) % self.stage.evaluate_every == 0 or epoch + 1 == self.epochs
-                ):
+                if (step + 1) % steps == 0 and self._is_judged(epoch):
                     row |= {f"valid_{name}": value for name, value in self._judge(epoch).items()}
                 if self.ranks.is_first:
                     self.run.log(f"{self.name.lower()}_step", step=step, epoch=epoch, **row)

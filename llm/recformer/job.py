@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import model_validator
 
@@ -19,6 +19,8 @@ Stage = Literal["vanilla", "PT", "FT"]
 
 class RecformerJob(Section):
     """A recipe with an ``llm.recformer`` section."""
+
+    placement: ClassVar[tuple[str, ...]] = ("llm.recformer.processes",)
 
     data: str
     """The prepared folder, or built-in data set, that is fine-tuned on; and pretrained on if no sources are named."""

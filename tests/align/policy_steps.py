@@ -43,7 +43,7 @@ def main(recipe: Path, model: str, out: Path) -> None:
     keep("two-steps")
     update(2)
     checkpoint, _ = checkpoints.resume()
-    policy.load(checkpoint.folder)
+    policy.load(checkpoint.folder, checkpoint.world_size)
     keep("restored")
     update(1)
     keep("resumed")

@@ -14,7 +14,7 @@ import yaml
 from launch.cluster import check, doctor, submit
 from launch.cluster.status import follow, status
 from launch.cluster.submit import Wish
-from launch.cluster.where import run_of
+from launch.cluster.where import run_of, stages_of
 from rec.job import load_job
 from rec.runtime.checkpoint import Checkpoints
 from rec.runtime.config import hash_of
@@ -63,14 +63,14 @@ def test_every_script_is_bash_and_leaves_the_site_to_one_file(path):
         ("align", 3, 1, False, ["#SBATCH --nodes=3\n", "GENERATOR_NODES=1\n", "\ndivide\n"]),
         ("align", 1, None, False, ["#SBATCH --nodes=1\n", "GENERATOR_NODES=0\n"]),
         ("align", 5, 2, True, ["#SBATCH --nodes=3 --ntasks", "#SBATCH hetjob\n#SBATCH --nodes=2 --ntasks"]),
-        ("pretrain", 2, None, False, ["#SBATCH --nodes=2\n", "llm.pretrain --config"]),
+        ("pretrain", 2, None, False, ["#SBATCH --nodes=2\n", '"$module" --config']),
     ],
 )
 def test_a_dry_run_is_a_whole_script_and_writes_nothing(recipe, tmp_path, which, nodes, generators, het, expected):
     if which == "align":
         recipe = alignment(tmp_path)
     elif which == "pretrain":
-        recipe.write_text(yaml.safe_dump({"data": "x", "run": str(tmp_path / "run"), "llm": {"train": {"epochs": 1}}}))
+        recipe.write_text(yaml.safe_dump({"data": "x", "run": str(tmp_path / "run"), "llm": {"train": {"steps": 1}}}))
     wish = Wish(recipe, [], nodes, generators, het, ("--time=1:00:00",))
     script, job = submit.submit(wish, "test", dry_run=True)
     assert job is None
@@ -91,6 +91,11 @@ def test_mistakes_are_found_before_anything_is_submitted(recipe, tmp_path, monke
 
     aligned = alignment(tmp_path)
     assert "did you mean 'lr'" in refused(Wish(recipe, ["rec.train.lrr=1"], 1))
+    for section in ("train", "recformer"):
+        pretraining = tmp_path / f"{section}.yaml"
+        pretraining.write_text(yaml.safe_dump({"data": "x", "run": "r", "llm": {section: {}}}))
+        assert f"unknown key 'stepz' in llm.{section}" in refused(Wish(pretraining, [f"llm.{section}.stepz=1"], 1))
+    assert "neither a pretrain nor a finetune" in refused(Wish(pretraining, [], 1))
     assert "has no section align" in refused(Wish(recipe, [], 2, 1))
     assert "--generator-nodes M" in refused(Wish(aligned, [], 2))
     assert "leaves none of 2 nodes" in refused(Wish(aligned, [], 2, 2))
@@ -121,6 +126,23 @@ def test_where_finds_the_run_of_any_recipe(recipe, tmp_path):
     recipe.write_text("data: x\n")
     with pytest.raises(UserError, match="missing key 'run'"):
         run_of(recipe, [])
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({"rec": {}}, ("", [])),
+        ({"llm": {}, "align": {}}, ("", [])),
+        ({"llm": {"train": {}}}, ("llm.train.processes", ["llm.pretrain"])),
+        ({"llm": {"recformer": {"finetune": {}}}}, ("llm.recformer.processes", ["llm.recformer.finetune"])),
+        (
+            {"llm": {"recformer": {"pretrain": {}, "finetune": {}}}},
+            ("llm.recformer.processes", ["llm.recformer.pretrain", "llm.recformer.finetune"]),
+        ),
+    ],
+)
+def test_a_batch_script_learns_which_modules_train(content, expected):
+    assert stages_of(content) == expected
 
 
 # --- what a run folder tells ---

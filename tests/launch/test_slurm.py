@@ -18,12 +18,18 @@ import pytest
 import torch
 import yaml
 from pyarrow import parquet
+
+sys.path += [str(Path(__file__).parents[1] / "llm"), str(Path(__file__).parents[1] / "llm" / "recformer")]
+import pretraining
+from backbones import save_bert
 from slurm_cluster import PATH, Cluster, started
 from tiny_job import RECIPE, ROOT, STEPS, assert_no_sample_lost_or_repeated, final_weights
+from tiny_recformer import write_recipe
 
 from align.config import Stages
 from align.samples import SampleLog
 from launch.cluster.status import status
+from rec.runtime.config import read_recipe
 from rec.runtime.runfolder import CONFIG, METRICS, RunFolder
 
 pytestmark = [
@@ -208,6 +214,24 @@ def test_nodes_of_two_kinds_and_one_node_alone_divide_the_work_too(cluster, fini
     if ranks == 2:
         assert_same(run, finished)
     assert_no_sample_lost_or_repeated(run)
+
+
+def test_lmrec_is_pretrained_on_the_nodes_that_there_are(cluster, small_data, tmp_path):
+    recipe = pretraining.recipe(tmp_path, small_data.folder, zero_stage=2)
+    run = RunFolder(tmp_path / "run")
+    cluster.finish(cluster.submit(recipe, "--nodes", "2"), run)
+    assert run.steps("lm_step")[-1]["step"] == pretraining.STEPS - 1
+    assert read_recipe(run.path / CONFIG)["llm"]["train"]["processes"] == 2
+
+
+def test_recformers_stages_follow_one_another_on_the_nodes_that_there_are(cluster, small_data, tmp_path):
+    backbone = save_bert(tmp_path / "bert", dropout=0.1)
+    few = {"epochs": 1, "checkpoint_every": 4}
+    recipe = write_recipe(tmp_path, small_data.folder, backbone, pretrain=few, finetune={**few, "fixed_epochs": 1})
+    run = RunFolder(tmp_path / "run")
+    cluster.finish(cluster.submit(recipe, "--nodes", "2"), run)
+    assert [row["stage"] for row in run.result()["rows"]] == ["PT", "FT1", "FT2"]
+    assert read_recipe(run.path / CONFIG)["llm"]["recformer"]["processes"] == 2
 
 
 def test_a_catalogs_texts_are_written_by_an_array_of_tasks(cluster, finished, tmp_path):

@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -46,7 +47,9 @@ def plain(small_data, tmp_path_factory):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_two_ranks_of_zero_equal_one_plain_process_and_resume_bit_for_bit(tmp_path, small_data, plain, stage):
+def test_two_ranks_of_zero_equal_one_plain_process_and_resume_bit_for_bit_or_on_other_ranks(
+    tmp_path, small_data, plain, stage
+):
     whole = tmp_path / "whole"
     whole.mkdir()
     path = recipe(whole, small_data.folder, zero_stage=stage, processes=2)
@@ -68,11 +71,20 @@ def test_two_ranks_of_zero_equal_one_plain_process_and_resume_bit_for_bit(tmp_pa
     os.kill(RunFolder(killed / "run").events(STEP)[-1]["pid"], signal.SIGKILL)
     assert process.wait(120) != 0
     assert not (killed / "run" / "finished.json").exists()
+    other_world = tmp_path / "other-world"
+    shutil.copytree(killed, other_world)
     finish(path, start(path, port=29710 + stage))
     assert "resuming" in (killed / "log.txt").read_text()
     assert figures(killed / "run", *LOSSES) == figures(whole / "run", *LOSSES)
     one, other = final(whole / "run"), final(killed / "run")
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+    processes = {1: 1, 2: 4, 3: 1}[stage]
+    path = recipe(other_world, small_data.folder, zero_stage=stage, processes=processes)
+    finish(path, start(path, ranks=processes, port=29720 + stage))
+    assert f"{processes} processes go on for 2" in (other_world / "log.txt").read_text()
+    for own, expected in zip(figures(other_world / "run", *LOSSES), figures(plain, *LOSSES), strict=True):
+        assert own == pytest.approx(expected, rel=2e-3)
 
 
 def test_what_is_left_is_a_stock_model_heads_and_test_figures(plain):

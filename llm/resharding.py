@@ -1,4 +1,4 @@
-"""Going on with another number of ranks: DeepSpeed's universal checkpoint, made of an ordinary one when it is needed.
+"""DeepSpeed's checkpoints restored, on another number of ranks too: by way of its universal checkpoint.
 
 An ordinary checkpoint of ZeRO holds one piece of every optimizer state for each rank, and DeepSpeed refuses to load it
 on more or fewer of them. The universal one holds whole states, a folder for each parameter.
@@ -10,11 +10,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-
-from deepspeed import DeepSpeedEngine
+from typing import TYPE_CHECKING
 
 from rec.runtime import files
 from rec.runtime.ranks import Ranks
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +54,26 @@ def make_universal(saved: Path, tag: str, ranks: Ranks) -> Path:
     return final
 
 
-def load_universal(engine: DeepSpeedEngine, folder: Path, tag: str) -> str | None:
+def restore(engine: "DeepSpeedEngine", saved: Path, tag: str, world_size: int, strict: bool = True) -> None:
+    """Restore what ``world_size`` ranks wrote; every rank calls this.
+
+    Args:
+        engine: as it was when it saved, but for the number of ranks.
+        saved: the folder that was given to ``DeepSpeedEngine.save_checkpoint``.
+        tag: of that call.
+        world_size: how many ranks made that call.
+        strict: whether all parameters of the module were saved.
+    """
+    ranks = Ranks.current()
+    if world_size == ranks.size:
+        loaded, _ = engine.load_checkpoint(str(saved), tag=tag, load_module_strict=strict)
+    else:
+        loaded = load_universal(engine, make_universal(saved, tag, ranks), tag)
+    if loaded is None:
+        raise RuntimeError(f"DeepSpeed found nothing to load in {saved}")
+
+
+def load_universal(engine: "DeepSpeedEngine", folder: Path, tag: str) -> str | None:
     """Restore what ``make_universal`` wrote; every rank calls this. Returns None if there was nothing.
 
     The engine saves and loads ordinary checkpoints afterwards, as before.
