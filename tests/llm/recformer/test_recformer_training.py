@@ -71,12 +71,12 @@ def test_two_ranks_train_as_one_does_and_resume_exactly(bert, small_data, tmp_pa
     for name, processes in (("one", 1), ("two", 2), ("killed", 2), ("fewer", 2)):
         (tmp_path / name).mkdir()
         own = {"processes": processes, "zero_stage": 2 if deepspeed and processes == 2 else 0}
-        stage = {"bf16": False, "epochs": 2}
+        stage = {"bf16": False, "epochs": 8}
         fine = {"bf16": False, "epochs": 2, "fixed_epochs": 1, "train_table": True, "evaluate_every": 1}
         recipe = write_recipe(tmp_path / name, small_data.folder, bert, **own, pretrain=stage, finetune=fine)
         runs[name] = run = tmp_path / name / "run"
         if name in ("killed", "fewer"):
-            kill_once_at(recipe, "pretrain", run / "pretrain/checkpoints/step-6", processes, deepspeed)
+            kill_once_at(recipe, "pretrain", run / "pretrain/checkpoints/step-3", processes, deepspeed)
         if name == "fewer":
             own["processes"] = processes = 1
             write_recipe(tmp_path / name, small_data.folder, bert, **own, pretrain=stage, finetune=fine)
@@ -87,8 +87,8 @@ def test_two_ranks_train_as_one_does_and_resume_exactly(bert, small_data, tmp_pa
     for event in ("pt_step", "ft1_step", "ft2_step"):
         one, two = ([row["loss"] for row in RunFolder(runs[name]).steps(event)] for name in ("one", "two"))
         assert two == pytest.approx(one, rel=2e-3)
-    assert "1 processes go on for 2" in (tmp_path / "fewer" / "pretrain.log").read_text()
-    fewer, two = ([row["loss"] for row in RunFolder(runs[name]).steps("pt_step")] for name in ("fewer", "two"))
-    assert fewer == pytest.approx(two, rel=2e-3)
+    killed, fewer, two = (RunFolder(runs[name]).steps("pt_step") for name in ("killed", "fewer", "two"))
+    assert all(rows[0]["pid"] != rows[-1]["pid"] for rows in (killed, fewer))  # or they were killed too late
+    assert [row["loss"] for row in fewer] == pytest.approx([row["loss"] for row in two], rel=2e-3)
     tables = [load_file(runs[name] / "finetune/FT2/item_vectors.safetensors")["vectors"] for name in ("one", "two")]
     torch.testing.assert_close(*tables, rtol=0.02, atol=0.02)

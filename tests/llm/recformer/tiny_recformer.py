@@ -12,6 +12,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from rec.runtime.runfolder import RunFolder
+
 ROOT = Path(__file__).parents[3]
 RECFORMER: dict[str, Any] = {
     "text": {"attributes": ["title", "kind"]},
@@ -65,15 +67,15 @@ def finish(recipe: Path, stage: str, processes: int = 1, deepspeed: bool = False
 
 
 def kill_once_at(recipe: Path, stage: str, checkpoint: Path, processes: int = 1, deepspeed: bool = False) -> None:
-    """Start the stage, and kill all of it as soon as ``checkpoint`` is there."""
+    """Start the stage, and kill its first rank as soon as ``checkpoint`` is there; whoever started it ends the rest."""
     process = start(recipe, stage, processes, deepspeed)
     end = time.monotonic() + 300
     while not checkpoint.exists():
         assert process.poll() is None, (recipe.parent / f"{stage}.log").read_text()[-4000:]
         assert time.monotonic() < end
         time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    os.kill(RunFolder(recipe.parent / "run").events()[-1]["pid"], signal.SIGKILL)
+    assert process.wait(120) != 0
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
