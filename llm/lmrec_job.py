@@ -133,6 +133,9 @@ class LMRecTrainConfig(Section):
     checkpoint_every: int = Field(200, ge=1)
     """Steps."""
     keep_checkpoints: int = Field(2, ge=1)
+    """Newest checkpoints that are kept."""
+    keep_checkpoint_every: int | None = Field(None, ge=1)
+    """Checkpoints of every so many steps are kept for good; null for none."""
     seed: int = 42
 
     @model_validator(mode="after")

@@ -265,7 +265,7 @@ def _train(job: LMRecJob, inputs: Inputs, folder: RunFolder, ranks: Ranks) -> No
         folder,
         {"config_hash": job.identity, "data_hash": inputs.data_hash},
         "LMRec",
-        train.keep_checkpoints,
+        (train.keep_checkpoints, train.keep_checkpoint_every),
     )
     steps = training.loop()
     weights = training.best_or_last()

@@ -78,15 +78,21 @@ class Training:
         run: where metrics and checkpoints go.
         meta: facts that a checkpoint must agree with (hashes of recipe and data).
         title: of the progress bar.
-        keep: checkpoints that stay.
+        keep: how many of the newest checkpoints stay, and those of every how many steps for good.
     """
 
     def __init__(
-        self, plan: Plan, engine: Engine, run: RunFolder, meta: dict[str, Any], title: str, keep: int = 1
+        self,
+        plan: Plan,
+        engine: Engine,
+        run: RunFolder,
+        meta: dict[str, Any],
+        title: str,
+        keep: tuple[int, int | None] = (1, None),
     ) -> None:
         self.plan, self.engine, self.run, self.meta, self.title = plan, engine, run, meta, title
         self.ranks = Ranks.current()
-        self.checkpoints = Checkpoints(run.path / "checkpoints", self.ranks, keep)
+        self.checkpoints = Checkpoints(run.path / "checkpoints", self.ranks, *keep)
         self.stop = StopFile(run.path, self.ranks)
         self.best, self.best_step, self.best_weights = math.inf, 0, {}
         self.validation = [(task.name, task.validation(plan.validation_users)) for task in plan.tasks]

@@ -46,6 +46,10 @@ class TrainConfig(Section):
     """Through torch.compile: a minute of compiling, then faster steps, most of all on GPU."""
     checkpoint_every: int = Field(5, ge=1)
     """Epochs between checkpoints."""
+    keep_checkpoints: int = Field(1, ge=1)
+    """Newest checkpoints that are kept."""
+    keep_checkpoint_every: int | None = Field(None, ge=1)
+    """Checkpoints of every so many steps are kept for good; null for none."""
     start: Path | None = None
     """A finished run of the same model and kind of items, whose weights are started from (Elephant, further-train)."""
     tune: Literal["all", "items", "model"] = "all"

@@ -244,7 +244,8 @@ class _State:
         self.epoch, self.losses, self.seconds = 0, [], 0.0
         self.rng: dict[str, Any] | None = None
         self.stop = StopFile(run.path, self.ranks)
-        self.checkpoints = Checkpoints(run.path / "checkpoints", self.ranks, keep_last=1)
+        keep = config.train.keep_checkpoints, config.train.keep_checkpoint_every
+        self.checkpoints = Checkpoints(run.path / "checkpoints", self.ranks, *keep)
         self.meta = {"config_hash": hash_of(config), "data_hash": data.meta["content_hash"]}
 
     @property

@@ -154,7 +154,8 @@ class Stage:
         self.total = self.epochs * self.prefixes.steps
         self.engine = Engine(loss, self.stage, job.settings, self.total, accelerator) if self.epochs else None
         self.loss = loss
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", self.ranks, keep_last=1)
+        keep = self.stage.keep_checkpoints, self.stage.keep_checkpoint_every
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", self.ranks, *keep)
         self.stop = StopFile(job.run, self.ranks)
         self.meta = {"config_hash": job.identity("finetune"), "data_hash": data.meta["content_hash"]}
         self.best, self.best_epoch, self.waited = -1.0, -1, 0

@@ -71,7 +71,8 @@ class Pretraining:
         self.total = self.steps * self.stage.epochs
         objective = make_objective(model, job, self.tokenizer)
         self.engine = Engine(objective, self.stage, job.settings, self.total, accelerator)
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", self.ranks, keep_last=1)
+        keep = self.stage.keep_checkpoints, self.stage.keep_checkpoint_every
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", self.ranks, *keep)
         self.stop = StopFile(job.run, self.ranks)
         hashes = [own.meta["content_hash"] for own in data]
         self.meta = {"config_hash": job.identity("pretrain"), "data_hash": " ".join(hashes)}
