@@ -35,7 +35,8 @@ QUALITY: dict[str, Sequence[str]] = {
     "LightSANs": PREFIXES,
     "PAUP": PREFIXES,
     "BST": (*PREFIXES, "train.evaluate_every=5", "train.patience=2"),
-    "LightGCN": ("train.batch_size=2048", "train.evaluate_every=4"),
+    # It thinks most of what a user has taken already: seen items are left out, or they would fill its lists.
+    "LightGCN": ("train.batch_size=2048", "train.evaluate_every=4", "train.patience=4", "evaluate.seen=mask"),
 }
 # Training time after which a peer begins no further epoch.
 PEER_QUALITY_S = 1800
