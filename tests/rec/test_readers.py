@@ -32,6 +32,11 @@ def test_recbole_atomic_files_lose_their_types_and_keep_their_text(tmp_path):
     assert rows_of(readers.read("recbole", tmp_path / "tiny.inter")) == rows_of(raw)
     write_files(tmp_path, other__inter="user_id:token\n")
     assert "holds 2" in message_of("recbole", tmp_path)
+    for name in ("tiny.inter", "tiny.item"):
+        (tmp_path / "packed").mkdir(exist_ok=True)
+        (tmp_path / "packed" / f"{name}.gz").write_bytes(gzip.compress((tmp_path / name).read_bytes()))
+    assert rows_of(readers.read("recbole", tmp_path / "packed")) == rows_of(raw)
+    assert rows_of(readers.read("recbole", tmp_path / "packed" / "tiny.inter.gz")) == rows_of(raw)
     assert rows_of(readers.read("recbole", tmp_path / "tiny.inter")) == rows_of(raw), "a named file is not ambiguous"
 
 

@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 
 def read(folder: Path) -> raw.RawData:
-    """Read ``NAME.inter`` and ``NAME.item`` of one folder; ``folder`` may be the ``.inter`` file itself.
+    """Read ``NAME.inter`` and ``NAME.item`` (also ``.gz``) of one folder; ``folder`` may be the ``.inter`` file itself.
 
     Text columns keep RecBole's names (ML-100K: ``movie_title``, ``release_year``, ``class``). Without a ``.item``
     file, items have no text.
@@ -22,17 +22,20 @@ def read(folder: Path) -> raw.RawData:
     """
     if not folder.exists():
         raise UserError(f"raw data not found: {folder}")
-    found = [folder] if folder.is_file() else sorted(folder.glob("*.inter"))
-    if len(found) != 1 or found[0].suffix != ".inter":
+    here = [folder] if folder.is_file() else sorted(folder.iterdir())
+    found = [path for path in here if path.name.endswith((".inter", ".inter.gz"))]
+    if len(found) != 1:
         count = len(found) if folder.is_dir() else 0
         raise UserError(f"{folder} should hold one .inter file of RecBole's atomic files, it holds {count}")
-    inter_path, item_path = found[0], found[0].with_suffix(".item")
+    inter_path = found[0]
+    name = inter_path.name.removesuffix(".gz").removesuffix(".inter")
+    item_path = raw.find_optional(inter_path.parent, f"{name}.item")
     inter = _read_atomic(inter_path, ["user_id", "item_id", "timestamp"], ["user_id", "item_id"])
     raw.require_ids(inter, inter_path, "user_id", "item_id")
     times = raw.to_seconds(inter, "timestamp", inter_path)
     interactions = inter.select(["user_id", "item_id"]).append_column("timestamp", times)
-    if not item_path.is_file():
-        log.warning("%s is absent: the items have no text", item_path)
+    if item_path is None:
+        log.warning("%s is absent: the items have no text", inter_path.with_name(f"{name}.item"))
         return raw.RawData(raw.items_without_text(), interactions, [inter_path])
     items = _read_atomic(item_path)
     raw.require_columns(items.column_names, item_path, "item_id")
