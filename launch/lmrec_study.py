@@ -137,7 +137,7 @@ class LMRecStudyRun:
                 protocol,
                 rows,
                 sum(row["seconds"] for row in folder.events("studied")),
-                claims(rows, self.study.paper, packing),
+                claims(rows, self.study.paper, packing, controls),
                 means=summed,
                 **more,
             )
@@ -240,9 +240,12 @@ class LMRecStudyRun:
 
 
 def claims(
-    rows: Sequence[dict[str, Any]], paper: dict[str, dict[str, float]], packing: dict[str, float]
+    rows: Sequence[dict[str, Any]],
+    paper: dict[str, dict[str, float]],
+    packing: dict[str, float],
+    controls: Sequence[dict[str, Any]] = (),
 ) -> list[dict[str, Any]]:
-    """What the runs are held to: joint training beats L2 alone, is near the paper's figure, and packing pays."""
+    """What the runs are held to: joint training beats L2 alone and the controls, comes near the paper, packing pays."""
     found = []
 
     def mean(name: str, metric: str) -> float | None:
@@ -255,6 +258,9 @@ def claims(
             found.append((f"LMRec beats LMRec -lm in {metric}", joint > alone, joint - alone))
         if joint is not None and agnostic is not None:
             found.append((f"LMRec +agnostic beats LMRec in {metric}", agnostic > joint, agnostic - joint))
+        for control in controls if joint is not None else ():
+            better = joint - control[metric]
+            found.append((f"LMRec beats {control['variant']} in {metric}", better > 0, better))
         for name, figures in paper.items():
             ours = mean(name, metric)
             if ours is not None and metric in figures:

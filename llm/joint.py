@@ -95,11 +95,12 @@ def language_loss(hidden: Tensor, table: Tensor, targets: Tensor, kind: CrossEnt
 class Head(nn.Module):
     """W z of Eq. 4, for z that is standardised.
 
-    The states of [EOS] are nearly the same for every text: what they have in common is a hundred times what they
-    differ by. Trained from scratch on raw states, two towers soon lose the difference, and the loss stays at that of a
-    constant. Therefore z is moved and scaled to mean 0 and deviation 1, entry by entry: over the batch while training
-    (a forward pass on one rank; the statistics are constants for the gradient), over many training pairs afterwards.
-    That is an affine map before W: the finished model is Eq. 4's with a bias.
+    Trained from scratch on raw states, two towers soon lose what the states of different texts differ by, and the loss
+    stays at that of a constant. Therefore z is moved and scaled to mean 0 and deviation 1, entry by entry, as batch
+    normalisation does: over the batch while training (a forward pass on one rank), over many histories or all items
+    afterwards. W then has a bias, which on raw states the last LayerNorm's stands for: without one every item's dot
+    products would have mean 0 over the batch, so that neither "most pairs are none" nor an item's popularity could be
+    said. All of it is an affine map: the finished model is Eq. 4's with a bias.
 
     Args:
         width: d of W ∈ R^(d x d).
@@ -108,8 +109,9 @@ class Head(nn.Module):
 
     def __init__(self, width: int, standardise: bool = True) -> None:
         super().__init__()
-        self.linear = nn.Linear(width, width, bias=False)
-        nn.init.normal_(self.linear.weight, std=INITIAL_STD)
+        self.linear = nn.Linear(width, width, bias=standardise)
+        for parameter in self.linear.parameters():  # two biases of 0 would have no gradient from each other
+            nn.init.normal_(parameter, std=INITIAL_STD)
         self.standardise, self.width = standardise, width
         self.statistics: tuple[Tensor, Tensor] | None = None
 
@@ -122,11 +124,11 @@ class Head(nn.Module):
 
     def fix(self, states: Tensor) -> None:
         """Use the statistics of these states [P, D] from now on."""
-        self.statistics = _statistics(states)
+        self.statistics = _statistics(states.detach())
 
 
 def _statistics(states: Tensor) -> tuple[Tensor, Tensor]:
-    own = states.detach().float()
+    own = states.to(torch.promote_types(states.dtype, torch.float32))
     deviation = own.std(0, correction=0) + LEAST_DEVIATION
     return own.mean(0).to(states.dtype), deviation.to(states.dtype)
 
@@ -220,9 +222,8 @@ class JointModel(nn.Module):
     def _nothing_of(self, tasks: Iterable[str]) -> Tensor | float:
         """0, with gradients of 0 for the heads of these tasks."""
         zeros = self.decoder.get_input_embeddings().weight.new_zeros(1, self.decoder.config.hidden_size)
-        return sum(
-            part.linear(zeros).sum() for task in tasks for part in (self.heads[task].user, self.heads[task].item)
-        )
+        unused = (part for task in tasks for part in (self.heads[task].user, self.heads[task].item))
+        return sum(0.0 * part.linear(zeros).sum() for part in unused)
 
     def _autocast(self, ids: Tensor) -> torch.autocast:
         return torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16)

@@ -76,8 +76,8 @@ class RecommendConfig(Section):
     recommendation_weight: float = Field(1e-2, gt=0)
     """λ of Eq. 6 at the first step."""
     reduction: Literal["sum", "mean"] = "sum"
-    """Over a step's pairs. The paper gives L2 for one pair and not how pairs are put together; Table 9's λ trains the
-    heads only as the weight of a sum: of a mean over 512 pairs it is too small beside L1 to move them."""
+    """Over a step's ``pairs``. The paper gives L2 for one pair and not how pairs are put together; as the weight of a
+    mean, Table 9's λ is too small beside L1 to teach the heads anything."""
     standardise: bool = True
     """Whether W_u and W_i read [EOS] states that are standardised, without which small decoders trained from scratch
     collapse; false is Eq. 4 as printed."""
@@ -86,11 +86,10 @@ class RecommendConfig(Section):
     micro_histories: int = Field(64, ge=1)
     """Histories a forward pass, on one rank."""
 
-    def terms(self, pairs: int) -> int:
-        """What the mean of L2 over ``pairs`` positive pairs is multiplied by: as many pairs again have y = 0."""
-        if self.reduction == "mean":
-            return 1
-        return 2 * pairs if self.loss == "bce" else pairs
+    @property
+    def terms(self) -> int:
+        """What the mean of L2 over a step's pairs is multiplied by."""
+        return self.pairs if self.reduction == "sum" else 1
 
 
 class LMRecTrainConfig(Section):
@@ -130,6 +129,8 @@ class LMRecTrainConfig(Section):
     """Validation pairs that it is computed on, at most, the same every time."""
     patience: int = Field(100, ge=1)
     """Steps without a better one before training stops."""
+    patience_from: int = Field(0, ge=0)
+    """Steps before which they are not counted: from scratch, a decoder may spend its first hundreds on a plateau."""
     checkpoint_every: int = Field(200, ge=1)
     """Steps."""
     keep_checkpoints: int = Field(2, ge=1)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -33,7 +34,7 @@ from rec.runtime.ranks import Ranks
 from rec.runtime.runfolder import RunFolder
 
 MODEL, TOKENIZER, FINISHED = "model", "tokenizer", "finished.json"
-STATISTICS_STEPS = 4
+STATISTICS_USERS = 2048
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,9 @@ def make_plan(job: LMRecJob, inputs: Inputs, ranks: Ranks, model: JointModel, de
         train.validate_every,
         train.validation_users,
         train.patience,
+        train.patience_from,
         flops_per_token(model.decoder.config, parameters, context),
+        flops_per_token(model.decoder.config, parameters, context, output=False),
         peak_flops(device),
     )
 
@@ -284,7 +287,8 @@ def trained(job: LMRecJob, inputs: Inputs) -> LMRecRecommender:
     decoder = AutoModelForCausalLM.from_pretrained(str(Path(job.run) / MODEL), dtype=torch.float32)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names, bf16, standardise = list(inputs.tasks), job.llm.train.precision == "bf16", job.llm.recommend.standardise
-    model = JointModel(decoder, names, bf16=bf16, standardise=standardise).to(device).eval()
+    loss = job.llm.recommend.loss
+    model = JointModel(decoder, names, loss, bf16=bf16, standardise=standardise).to(device).eval()
     known = load_heads(Path(job.run), model)
     if standardise and not known:
         for task in _tasks(job, inputs, Ranks()):
@@ -297,15 +301,14 @@ def trained(job: LMRecJob, inputs: Inputs) -> LMRecRecommender:
 
 @torch.no_grad()
 def fix_statistics(model: JointModel, task: RecommendationTask, device: torch.device) -> None:
-    """Give a task's heads the statistics of the finished decoder's features over some thousand training pairs."""
-    users, items = [], []
-    for step in range(STATISTICS_STEPS):
-        for part in task.parts(step)[0]:
-            own = part.to(device)
-            users.append(model.features(own.histories, own.users))
-            items.append(model.features(own.items, own.vectors))
-    model.heads[task.name].user.fix(torch.cat(users))
-    model.heads[task.name].item.fix(torch.cat(items))
+    """Give a task's heads the statistics of the finished decoder's features: of some thousand whole training histories,
+    which is what validation and test read, and of all items."""
+    histories = [(part.histories, part.users) for part, _ in task.validation(STATISTICS_USERS)]
+    numbers = np.array_split(np.arange(task.data.n_items), -(-task.data.n_items // STATISTICS_USERS))
+    items = [task.rows.items(own) for own in numbers]
+    heads = model.heads[task.name]
+    for head, made in ((heads.user, histories), (heads.item, items)):
+        head.fix(torch.cat([model.features(packed.to(device), places.to(device)) for packed, places in made]))
 
 
 def _conclude(job: LMRecJob, inputs: Inputs, folder: RunFolder, command: str) -> dict[str, Any]:

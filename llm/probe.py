@@ -56,8 +56,8 @@ class ProbeConfig(Section):
     """The linear heads W_u and W_i, and how they are trained."""
 
     features: list[Feature] = Field(["specific"], min_length=1)
-    """From which histories user vectors come: the task's own, the same users' in another service, or both in one text,
-    the other service's first (Table 7's Combine)."""
+    """From which histories user vectors come: the task's own, the same users' in another service until then, or both in
+    one text, the other service's first (Table 7's Combine)."""
     prefixes: int = Field(8, ge=1)
     """Training pairs of a user, after random prefixes that are drawn once."""
     loss: Literal["bce", "softmax"] = "bce"
@@ -237,6 +237,7 @@ class _Reader:
         self.agnostic = None if other is None else Prepared.load(Path(other.data))
         texts = own if other is None else own + item_texts(self.agnostic.items, other.item_text)
         self.others = None if other is None else _matched(data, self.agnostic)
+        self.times = None if other is None else data.timestamps.numpy()
         self.texts, self.model = texts, None
 
     def features(self, kind: Feature, folder: Path) -> Features:
@@ -289,8 +290,13 @@ class _Reader:
         if kind == "specific":
             return lambda user, begin, end: items[begin:end]
         if kind == "agnostic":
-            return lambda user, begin, end: self.others[user]
-        return lambda user, begin, end: np.concatenate([self.others[user], items[begin:end]])
+            return lambda user, begin, end: self._elsewhere(user, end)
+        return lambda user, begin, end: np.concatenate([self._elsewhere(user, end), items[begin:end]])
+
+    def _elsewhere(self, user: int, end: int) -> np.ndarray:
+        """What the user had done in the other service before the interaction at ``end``, as item numbers."""
+        items, times = self.others[user]
+        return items[: np.searchsorted(times, self.times[end])]
 
     def _rows(self) -> TextRows:
         if self.model is None:
@@ -325,27 +331,28 @@ class _Reader:
 
 
 def _known(data: Prepared) -> Tensor:
-    """Sorted user x items + item of every interaction that is no test target: what is never a negative."""
+    """Sorted user x items + item of every training interaction: what is never a negative."""
     users = torch.repeat_interleave(torch.arange(data.n_users), data.offsets.diff())
-    keys = users * data.n_items + data.sequence - 1
-    test = torch.zeros(len(keys), dtype=torch.bool)
-    test[data.instances("test")[1]] = True
-    return keys[~test].unique()
+    trained = torch.arange(len(data.sequence)) < data.train_ends[users]
+    return (users * data.n_items + data.sequence - 1)[trained].unique()
 
 
-def _matched(data: Prepared, other: Prepared) -> list[np.ndarray]:
-    """[users] each user's history in the other service, as item numbers behind the task's own; empty if unknown there.
+def _matched(data: Prepared, other: Prepared) -> list[tuple[np.ndarray, np.ndarray]]:
+    """[users] each user's history in the other service, as item numbers behind the task's own, and its times; empty if
+    unknown there.
 
     Raises:
-        UserError: if no user is known there.
+        UserError: if no user is known there, or it is the same service.
     """
+    if data.meta["content_hash"] == other.meta["content_hash"]:
+        raise UserError(f"llm.agnostic.data: {other.folder} is the task's own data, not another service's")
     place = {user: number for number, user in enumerate(other.user_ids)}
-    items = (other.sequence - 1 + data.n_items).numpy()
+    items, times = (other.sequence - 1 + data.n_items).numpy(), other.timestamps.numpy()
     found = []
     for user in data.user_ids:
         number = place.get(user)
-        span = (0, 0) if number is None else other.offsets[number : number + 2].tolist()
-        found.append(items[slice(*span)])
-    if not any(map(len, found)):
+        span = slice(*((0, 0) if number is None else other.offsets[number : number + 2].tolist()))
+        found.append((items[span], times[span]))
+    if not any(len(own) for own, _ in found):
         raise UserError(f"{other.folder} knows none of the users of {data.folder}: a task-agnostic feature needs them")
     return found

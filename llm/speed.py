@@ -17,16 +17,19 @@ PEAK_FLOPS = {
 }
 
 
-def flops_per_token(config: PretrainedConfig, parameters: int, length: int) -> float:
+def flops_per_token(config: PretrainedConfig, parameters: int, length: int, output: bool = True) -> float:
     """Of a training step: 6 N + 12 L d T, attention counted as if it saw the whole row, as nanoGPT and others count it.
 
     Args:
         config: of a GPT-2.
         parameters: all of them; positions, which are looked up alone, are taken away.
         length: T, tokens in a row.
+        output: whether the next token is predicted; its table of vectors is the tied input's.
     """
-    table = parameters - config.n_positions * config.n_embd
-    return 6 * table + 12 * config.n_layer * config.n_embd * length
+    used = parameters - config.n_positions * config.n_embd
+    if not output:
+        used -= config.vocab_size * config.n_embd
+    return 6 * used + 12 * config.n_layer * config.n_embd * length
 
 
 def peak_flops(device: torch.device) -> float:

@@ -51,8 +51,10 @@ class Plan:
         validate_every: steps.
         validation_users: most pairs of a validation.
         patience: steps without a better validation loss before training stops.
+        patience_from: the step from which on these are counted.
         checkpoint_every: steps.
-        flops_per_token: of the decoder, for the MFU.
+        flops_per_token: of language modelling, for the MFU.
+        flops_per_pair_token: of histories and items, which have no output layer.
         peak_flops: of one device.
     """
 
@@ -65,7 +67,9 @@ class Plan:
     validate_every: int = 1
     validation_users: int = 0
     patience: int = 0
+    patience_from: int = 0
     flops_per_token: float = 0.0
+    flops_per_pair_token: float = 0.0
     peak_flops: float = math.inf
 
 
@@ -126,28 +130,30 @@ class Training:
 
     def _update(self, step: int) -> dict[str, Any]:
         begin, lr, weight = time.monotonic(), self.plan.learning_rate(step), self.plan.weight(step)
-        terms, tokens = self._terms(step, weight)
+        terms, tokens, flops = self._terms(step, weight)
         losses = self.engine.step([part for _, part, _ in terms], lr)
         totals = dict.fromkeys(name for name, _, _ in terms)
         for (name, _, share), loss in zip(terms, losses, strict=True):
             totals[name] = (totals[name] or 0.0) + share * loss
-        summed = self._sums([*totals.values(), float(tokens)])
+        summed = self._sums([*totals.values(), flops, float(tokens)])
         found = dict(zip(totals, summed, strict=False))
-        for name, loss in found.items():
-            if not math.isfinite(loss):
+        norm = self.engine.gradient_norm
+        for name, value in {**{f"{name} loss": loss for name, loss in found.items()}, "gradient's norm": norm}.items():
+            if not math.isfinite(value):
                 raise UserError(
-                    f"the {name} loss is {loss} at step {step}: start over with a lower learning rate; the last good"
+                    f"the {name} is {value} at step {step}: start over with a lower learning rate; the last good"
                     f" checkpoint is in {self.checkpoints.folder}"
                 )
-        seconds, tokens = time.monotonic() - begin, int(summed[-1])
+        seconds, flops, tokens = time.monotonic() - begin, summed[-2], int(summed[-1])
         rate = tokens / seconds
-        mfu = rate / self.ranks.size * self.plan.flops_per_token / self.plan.peak_flops
+        mfu = flops / seconds / self.ranks.size / self.plan.peak_flops
         row = {"tokens": tokens, "seconds": seconds, "tokens_per_s": round(rate, 1), "mfu": round(mfu, 4), "lr": lr}
+        row["gradient_norm"] = norm
         return {**_named(found), **row, **({"weight": weight} if self.plan.tasks else {})}
 
-    def _terms(self, step: int, weight: float) -> tuple[list[tuple[str, Part, float]], int]:
-        """(name, part, share of the named loss's mean that this part is) of this rank's step, and its tokens."""
-        terms, tokens, world = [], 0, self.ranks.size
+    def _terms(self, step: int, weight: float) -> tuple[list[tuple[str, Part, float]], int, float]:
+        """(name, part, share of the named loss's mean that this part is) of this rank's step; its tokens and FLOPs."""
+        terms, tokens, flops, world = [], 0, 0.0, self.ranks.size
         if self.plan.language is not None:
             batches = self.plan.language.parts(step)
             counts = [batch.tokens for batch in batches]
@@ -157,13 +163,15 @@ class Training:
             for batch, count in zip(batches, counts, strict=True):
                 terms.append(("loss", Part(batch, world * count / whole), count / whole))
             tokens += sum(counts)
+            flops += sum(counts) * self.plan.flops_per_token
         for task in self.plan.tasks:
             batches, pairs = task.parts(step)
             for batch in batches:
                 share = len(batch.positives) / pairs
-                terms.append((task.name, Part(batch, weight * task.config.terms(pairs) * world * share), share))
+                terms.append((task.name, Part(batch, weight * task.config.terms * world * share), share))
                 tokens += batch.tokens
-        return terms, tokens
+                flops += batch.tokens * self.plan.flops_per_pair_token
+        return terms, tokens, flops
 
     def _validate(self, step: int) -> dict[str, float]:
         """Losses on the validation pairs, and their sum, which patience goes by; keeps the weights of the best."""
@@ -182,7 +190,8 @@ class Training:
         return found
 
     def _out_of_patience(self, step: int) -> bool:
-        return bool(self.plan.tasks) and step - self.best_step >= self.plan.patience
+        since = max(self.best_step, self.plan.patience_from)
+        return bool(self.plan.tasks) and step - since >= self.plan.patience
 
     def _sums(self, values: list[float]) -> list[float]:
         """Sums over ranks, the same on all of them."""

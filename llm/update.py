@@ -27,9 +27,15 @@ class Part:
 
 
 class Engine(Protocol):
-    """What trains a ``JointModel``; every rank makes the same calls."""
+    """What trains a ``JointModel``; every rank makes the same calls.
+
+    Attributes:
+        device: where the model is.
+        gradient_norm: of the newest step that was taken, over all weights, before clipping.
+    """
 
     device: torch.device
+    gradient_norm: float
 
     def step(self, parts: Sequence[Part], lr: float) -> list[float]:
         """Sum the gradients of the weighted parts, clip, step; the parts' own losses before the step."""
@@ -51,17 +57,15 @@ class Engine(Protocol):
 
 
 def parameter_groups(model: JointModel, weight_decay: float, heads_lr_factor: float = 1.0) -> list[dict[str, Any]]:
-    """The decoder's matrices with weight decay, its biases and norms without; the heads, if any, with a rate of their
-    own, a multiple of the decoder's.
+    """Matrices with weight decay, biases and norms without; the heads, if any, with a rate of their own, a multiple of
+    the decoder's.
     """
-    matrices = [parameter for parameter in model.decoder.parameters() if parameter.dim() > 1]
-    vectors = [parameter for parameter in model.decoder.parameters() if parameter.dim() <= 1]
-    heads = list(model.heads.parameters())
-    groups = [
-        {"params": matrices, "weight_decay": weight_decay, "lr_factor": 1.0},
-        {"params": vectors, "weight_decay": 0.0, "lr_factor": 1.0},
-        {"params": heads, "weight_decay": weight_decay, "lr_factor": heads_lr_factor},
-    ]
+    groups = []
+    for part, factor in ((model.decoder, 1.0), (model.heads, heads_lr_factor)):
+        matrices = [parameter for parameter in part.parameters() if parameter.dim() > 1]
+        vectors = [parameter for parameter in part.parameters() if parameter.dim() <= 1]
+        groups.append({"params": matrices, "weight_decay": weight_decay, "lr_factor": factor})
+        groups.append({"params": vectors, "weight_decay": 0.0, "lr_factor": factor})
     return [group for group in groups if group["params"]]
 
 
@@ -95,7 +99,7 @@ class PlainEngine:
         heads_lr_factor: float = 1.0,
     ) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model, self.clip_norm = model.to(self.device).train(), clip_norm
+        self.model, self.clip_norm, self.gradient_norm = model.to(self.device).train(), clip_norm, 0.0
         self.optimizer = torch.optim.AdamW(
             parameter_groups(model, weight_decay, heads_lr_factor), lr=lr, betas=betas, eps=eps
         )
@@ -108,7 +112,7 @@ class PlainEngine:
             loss = self.model(part.batch.to(self.device))
             (loss if part.weight == 1 else loss * part.weight).backward()
             losses.append(loss.detach())
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+        self.gradient_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm).item()
         self.optimizer.step()
         return [loss.item() for loss in losses]
 

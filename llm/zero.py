@@ -74,7 +74,7 @@ class ZeroEngine:
     def __init__(
         self, model: JointModel, train: LMRecTrainConfig, accelerator: Accelerator, heads_lr_factor: float = 1.0
     ) -> None:
-        self.device = accelerator.device
+        self.device, self.gradient_norm = accelerator.device, 0.0
         # The loss reads the tied table outside of the layer that owns it; ZeRO-3 must be told to gather it there too.
         deepspeed.zero.register_external_parameter(model, model.decoder.get_output_embeddings().weight)
         optimizer = torch.optim.AdamW(
@@ -94,6 +94,8 @@ class ZeroEngine:
             self.engine.backward(loss * part.weight)
             losses.append(loss.detach())
         self.engine.step()
+        if not getattr(self.engine.optimizer, "overflow", False) or self.engine.loss_scale() == 1:
+            self.gradient_norm = float(self.engine.get_global_grad_norm())
         return [loss.item() for loss in losses]
 
     @torch.no_grad()

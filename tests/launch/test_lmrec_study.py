@@ -66,7 +66,7 @@ def test_a_study_runs_its_variants_once_and_says_what_holds(tmp_path, recipe):
     for name in ("lmrec", "sizes", "inference", "eigenvalues"):
         assert (tmp_path / "study" / f"{name}.png").stat().st_size > 5_000
     assert [row["model"] for row in result["inference"]][1:] == ["LightGCN", "LMRec^TL on user features"]
-    assert result["inference"][0]["parameters"] > result["inference"][2]["parameters"] == 2 * 32 * 32
+    assert result["inference"][0]["parameters"] > result["inference"][2]["parameters"] == 2 * 32 * (32 + 1)
     assert [row["variant"] for row in result["eigenvalues"]] == list(STUDY["variants"])
     assert all(row["smallest"] <= row["median"] <= row["largest"] for row in result["eigenvalues"])
     assert "0.3000 / 0.2000" in done.stdout

@@ -87,17 +87,29 @@ def test_the_language_loss_is_eq_1_token_by_token(small_data, texts, tokenizer, 
 def test_heads_standardise_by_the_batch_then_by_what_is_fixed_and_are_eq_4_without():
     torch.manual_seed(0)
     head, plain = Head(4), Head(4, standardise=False)
-    plain.load_state_dict(head.state_dict())
+    plain.linear.weight = head.linear.weight
+    assert plain.linear.bias is None
     one, other = (3 + 2 * torch.randn(50, 4) for _ in range(2))
 
     def by(states):
-        return (other - states.mean(0)) / (states.std(0, correction=0) + 1e-2) @ head.linear.weight.T
+        scaled = (other - states.mean(0)) / (states.std(0, correction=0) + 1e-2)
+        return scaled @ head.linear.weight.T + head.linear.bias
 
     torch.testing.assert_close(head(other), by(other))
     head.fix(one)
     torch.testing.assert_close(head(other), by(one))
     torch.testing.assert_close(head(other[:1]), by(one)[:1])
     torch.testing.assert_close(plain(other), other @ head.linear.weight.T)
+    # The statistics of a batch are part of the function that is differentiated.
+    assert torch.autograd.gradcheck(Head(4).double(), torch.randn(6, 4, dtype=torch.float64, requires_grad=True))
+
+
+def test_a_head_that_is_not_used_gets_gradients_of_0(model, tokenizer):
+    joint = JointModel(model.decoder, ["target", "other"])
+    value = joint._nothing_of(["other"])
+    value.backward()
+    assert value.item() == 0
+    assert all(not bool(own.grad.any()) for own in joint.heads["other"].parameters())
 
 
 def test_every_epoch_reads_every_document_once(small_data, texts, tokenizer):
@@ -157,6 +169,8 @@ class Recorder:
 
     device = torch.device("cpu")
 
+    gradient_norm = 1.0
+
     def __init__(self, model):
         self.model = model
 
@@ -184,7 +198,7 @@ def test_a_step_s_loss_is_eq_6_over_the_sum_of_its_pairs_or_their_mean(small_dat
     each = [engine.model(part).item() * len(part.positives) for part in parts]  # mean over y = 0 and y = 1 for bce
     assert row["pairs_target"] == pytest.approx(sum(each) / pairs)
     assert found["mean"] == pytest.approx(0.25 * sum(each) / pairs)
-    assert found["sum"] == pytest.approx(0.25 * sum(each) * (2 if loss == "bce" else 1))
+    assert found["sum"] == pytest.approx(found["mean"] * task.config.pairs)
 
 
 def test_a_history_that_is_too_long_is_read_in_a_window(small_data, tokens):

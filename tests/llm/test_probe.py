@@ -2,6 +2,7 @@ import pytest
 import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from worlds import make_raw
 
 from llm import probe
 from llm.config import LMRecConfig
@@ -9,6 +10,8 @@ from llm.lmrec import build_lmrec
 from llm.probe import load_job, run
 from llm.prompts import item_texts
 from llm.tokenizer import ARROW, train_tokenizer
+from rec.data.prepare import Filters, prepare
+from rec.data.prepared import Prepared
 from rec.runtime.errors import UserError
 from rec.runtime.runfolder import RunFolder
 
@@ -29,6 +32,7 @@ def recipe(folder, data, model, **llm):
         "data": str(data.folder), "run": str(folder / "run"),
         "llm": {"model": str(model), "probe": {"steps": 300, "batch_size": 64, "lr": 1e-2, "negatives": 10}, **llm},
     }  # fmt: skip
+    folder.mkdir(exist_ok=True)
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(content))
     return path
@@ -37,10 +41,18 @@ def recipe(folder, data, model, **llm):
 AGNOSTIC = {"item_text": "{kind}"}
 
 
-def test_features_are_eos_states_of_the_texts_and_computed_once(tmp_path, small_data, model, monkeypatch):
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory):
+    """The same users in another service, at the same times."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    prepare("test", make_raw(folder / "raw", seed=3), folder / "data", Filters())
+    return Prepared.load(folder / "data")
+
+
+def test_features_are_eos_states_of_the_texts_and_computed_once(tmp_path, small_data, elsewhere, model, monkeypatch):
     features = ["specific", "agnostic", "combine"]
     path = recipe(
-        tmp_path, small_data, model, agnostic={"data": str(small_data.folder), **AGNOSTIC},
+        tmp_path, small_data, model, agnostic={"data": str(elsewhere.folder), **AGNOSTIC},
         probe={"steps": 40, "features": features, "prefixes": 3},
     )  # fmt: skip
     result = run(load_job(path), "test")
@@ -68,9 +80,14 @@ def test_features_are_eos_states_of_the_texts_and_computed_once(tmp_path, small_
     [saved] = [path for path in (tmp_path / "run" / "features").iterdir() if path.name.startswith("agnostic")]
     agnostic = probe.Features(**probe.load_file(saved))
     with torch.no_grad():
-        items = small_data.sequence[small_data.offsets[3] : small_data.offsets[4]] - 1
-        text = f" {ARROW} ".join(kinds[item] for item in items.tolist())
-        torch.testing.assert_close(agnostic.test[3], state(text), atol=1e-5, rtol=0)
+        user = elsewhere.user_ids.index(small_data.user_ids[3])
+        span = slice(int(elsewhere.offsets[user]), int(elsewhere.offsets[user + 1]))
+        for features, end in ((agnostic.test, small_data.offsets[4] - 1), (agnostic.valid, small_data.offsets[4] - 2)):
+            before = elsewhere.timestamps[span] < small_data.timestamps[end]  # nothing of the target's future
+            items = elsewhere.sequence[span][before] - 1
+            assert 0 < len(items) < span.stop - span.start
+            text = f" {ARROW} ".join(kinds[item] for item in items.tolist())
+            torch.testing.assert_close(features[3], state(text), atol=1e-5, rtol=0)
 
     # Other heads on the same features: nothing is computed again.
     (tmp_path / "run" / "result.json").unlink()
@@ -105,6 +122,9 @@ def test_what_a_probe_cannot_do_is_one_line(tmp_path, small_data, model):
         load_job(recipe(tmp_path, small_data, model, probe={"features": ["combine"]}))
     with pytest.raises(UserError, match=r"no causal LM|no usable tokenizer"):
         run(load_job(recipe(tmp_path, small_data, tmp_path / "nothing")), "test")
+    same = {"agnostic": {"data": str(small_data.folder)}, "probe": {"features": ["agnostic"]}}
+    with pytest.raises(UserError, match="the task's own data"):
+        run(load_job(recipe(tmp_path / "same", small_data, model, **same)), "test")
     owners = torch.tensor([0, 1, 1])
     with pytest.raises(UserError, match="one test item a user"):
         probe.Probe(probe.Heads(4), torch.zeros(5, 4), torch.zeros(3, 4), owners)
