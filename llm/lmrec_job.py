@@ -119,6 +119,9 @@ class LMRecTrainConfig(Section):
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = Field(1e-6, gt=0)
     warmup_fraction: float = Field(0.01, ge=0, le=1)
+    warmup_steps: int = Field(100, ge=0)
+    """At least so many steps of warm-up, but a tenth of ``steps`` at most: the paper's one percent is of runs so long
+    that these are hundreds, and with a handful small decoders collapse before they learn."""
     final_fraction: float = Field(0.1, ge=0, le=1)
     """What learning rate and λ decay to, as a share of their highest value."""
     clip_norm: float = Field(0.1, gt=0)
@@ -138,6 +141,11 @@ class LMRecTrainConfig(Section):
     keep_checkpoint_every: int | None = Field(None, ge=1)
     """Checkpoints of every so many steps are kept for good; null for none."""
     seed: int = 42
+
+    @property
+    def warmup(self) -> float:
+        """Share of the steps that the warm-up takes."""
+        return max(self.warmup_fraction, min(self.warmup_steps, self.steps // 10) / self.steps)
 
     @model_validator(mode="after")
     def _ranks_share_evenly(self) -> Self:

@@ -199,7 +199,7 @@ def make_plan(job: LMRecJob, inputs: Inputs, ranks: Ranks, model: JointModel, de
     parameters = sum(parameter.numel() for parameter in model.decoder.parameters())
     return Plan(
         train.steps,
-        lambda step: learning_rate(step, train.steps, train.lr, train.warmup_fraction, final),
+        lambda step: learning_rate(step, train.steps, train.lr, train.warmup, final),
         language,
         train.checkpoint_every,
         tasks,

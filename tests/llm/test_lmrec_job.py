@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from worlds import make_raw
 
 from llm import joint
-from llm.lmrec_job import LMRecEvaluation, LMRecJob, LMRecLLM, load_job
+from llm.lmrec_job import LMRecEvaluation, LMRecJob, LMRecLLM, LMRecTrainConfig, load_job
 from llm.lmrec_run import _tasks, read_inputs, run
 from llm.tokenizer import train_tokenizer
 from llm.training import STEP
@@ -240,6 +240,8 @@ def test_table_9_fills_in_what_the_recipe_leaves_out():
     assert (llm.train.lr, llm.train.weight_decay, llm.train.clip_norm) == (1e-3, 0.1, 0.1)
     assert (llm.recommend.pairs, llm.recommend.recommendation_weight) == (1024, 3e-3)
     assert (llm.train.betas, llm.train.eps, llm.train.warmup_fraction) == ((0.9, 0.98), 1e-6, 0.01)
+    warmups = [LMRecTrainConfig(steps=steps).warmup * steps for steps in (50, 2000, 100_000)]
+    assert warmups == pytest.approx([5, 100, 1000])
     assert build(LMRecLLM, llm.model_dump()) == llm
     assert build(LMRecLLM, {"lmrec": {"preset": "7M"}, "recommend": None}).recommend is None
 

@@ -17,14 +17,13 @@ def test_both_losses_at_once_teach_the_next_item(tmp_path):
     llm = {
         "lmrec": {"vocabulary": 400, "context": 96, "dim": 64, "layers": 2, "heads": 2},
         # 64 pairs: the weight of their sum is that of the 7M preset's 512.
-        "recommend": {"loss": "softmax", "pairs": 64, "prefixes": 4, "negatives": 32, "recommendation_weight": 0.08},
+        "recommend": {"pairs": 64, "prefixes": 4, "negatives": 32, "recommendation_weight": 0.08},
         "train": {
             "zero_stage": 0, "steps": 300, "lr": 1e-3, "rows": 4, "micro_rows": 4, "precision": "fp32",
-            "validate_every": 30, "patience": 300,
         },
     }  # fmt: skip
     job = build(LMRecJob, {"data": str(tmp_path / "data"), "run": str(tmp_path / "run"), "llm": llm})
     result = run(job, "test")
     steps = RunFolder(tmp_path / "run").steps(STEP)
     assert steps[-1]["loss"] < 0.4 * steps[0]["loss"]
-    assert result["rows"][0]["HR@10"] > 1.5 * CHANCE
+    assert result["rows"][0]["HR@10"] > 2 * CHANCE
