@@ -124,12 +124,14 @@ class ElephantRun:
             folder.claim(self.study)
             rows = [row for name in self.settings for row in self._recformer_rows(name)]
             ranks: dict[tuple[str, str, str, int], dict[str, Metrics]] = {}
+            begin = _count(folder, begin)
             for model, variant, name in self._cells():
                 for seed in self.study.seeds if variant in self.study.headline else self.study.seeds[:1]:
                     run = self._train(model, variant, name, seed)
                     ranks[model, variant, name, seed] = self._ranks(run)
                     told = {"model": model, "variant": variant, "recformer": name, "seed": seed}
                     told |= {"parameters": self._parameters(run)}
+                    begin = _count(folder, begin)
                     rows += [
                         {**told, "protocol": protocol, **metrics.summary()}
                         for protocol, metrics in ranks[model, variant, name, seed].items()
@@ -140,7 +142,7 @@ class ElephantRun:
             attention = self._attention()
             described = {name: protocol.described() for name, protocol in self.protocols.items()}
             elephant_sizes.draw(self.out, elephant_claims.means(rows), self._shares())
-            folder.log("studied", seconds=round(time.monotonic() - begin, 1))
+            _count(folder, begin)
             return folder.write_result(
                 command,
                 hash_of(self.study),
@@ -156,6 +158,9 @@ class ElephantRun:
 
     def _settings(self, changes: Sequence[str]) -> RecformerSettings:
         content = self.study.recformer.model_dump(mode="json")
+        if (own := content["finetune"]) is not None:  # judged as the recommenders are
+            own |= {"protocols": self.study.protocols, "cold_targets": self.study.cold_targets}
+            own["evaluate"] |= {"cutoffs": self.study.cutoffs, "cold_targets": self.study.cold_targets}
         return build(RecformerSettings, apply_overrides(content, changes))
 
     def _cells(self) -> list[tuple[str, str, str]]:
@@ -286,6 +291,7 @@ class ElephantRun:
         start = {"start": str(self._train(model, START, name, seed)), "tune": tune} if tune is not None else {}
         content = rec.model_dump(mode="json") | {"items": items}
         content["train"] |= {"seed": seed, **start}
+        content["evaluate"] |= {"cutoffs": self.study.cutoffs, "cold_targets": self.study.cold_targets}
         return build(RecConfig, content)
 
     def _ranks(self, run: Path) -> dict[str, Metrics]:
@@ -294,6 +300,13 @@ class ElephantRun:
 
     def _parameters(self, run: Path) -> int:
         return files.read_json(run / "result.json")["rows"][0]["parameters"]
+
+
+def _count(folder: RunFolder, begin: float) -> float:
+    """Log the seconds since ``begin``, so that a study that is killed keeps what it had spent; now."""
+    now = time.monotonic()
+    folder.log("studied", seconds=round(now - begin, 1))
+    return now
 
 
 def _first_stage(job: RecformerJob) -> str:

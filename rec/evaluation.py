@@ -16,7 +16,7 @@ from rec.data.prepared import Prepared
 from rec.models.base import Recommender, SequenceRecommender
 from rec.negatives import draw_negatives
 from rec.protocol import Protocol, TrainedOn
-from rec.runtime.errors import UserError
+from rec.runtime.errors import Diverged, UserError
 
 Part = Literal["valid", "test"]
 # Rows of scores that are made at a time on a CPU, and those of them that are then compared at a time: wide enough for
@@ -122,7 +122,7 @@ def evaluate_many(
         items, lengths = data.histories(part, rows, model.config.max_length)
         for some, scores in scorer(rows, users[rows], items, lengths):
             if _not_numbers(scores, targets[some]):
-                raise UserError(
+                raise Diverged(
                     f"the scores of {model.architecture} are no numbers: it has diverged; lower the learning rate"
                 )
             for name, ranker in rankers.items():

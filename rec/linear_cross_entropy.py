@@ -23,14 +23,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, states: Tensor, table: Tensor, targets: Tensor) -> Tensor:
         dtype = torch.get_autocast_dtype(states.device.type) if _autocast(states) else states.dtype
         with torch.autocast(states.device.type, enabled=False):
-            loss, grad_states, grad_table = _loss_and_gradients(states.to(dtype), table.to(dtype), targets)
-        ctx.save_for_backward(grad_states.to(states.dtype), grad_table.to(table.dtype))
+            loss, grad_states, grad_table = _loss_and_gradients(
+                states.to(dtype), table.to(dtype), targets, *ctx.needs_input_grad[:2]
+            )
+        ctx.save_for_backward(
+            None if grad_states is None else grad_states.to(states.dtype),
+            None if grad_table is None else grad_table.to(table.dtype),
+        )
         return loss
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        grad_states, grad_table = ctx.saved_tensors
-        return grad_states * grad.to(grad_states.dtype), grad_table * grad.to(grad_table.dtype), None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        by_states, by_table = (None if own is None else own * grad.to(own.dtype) for own in ctx.saved_tensors)
+        return by_states, by_table, None
 
 
 def linear_cross_entropy(states: Tensor, table: Tensor, targets: Tensor) -> Tensor:
@@ -49,7 +54,10 @@ def linear_cross_entropy(states: Tensor, table: Tensor, targets: Tensor) -> Tens
     return _LinearCrossEntropy.apply(states, table, targets)
 
 
-def _loss_and_gradients(states: Tensor, table: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _loss_and_gradients(
+    states: Tensor, table: Tensor, targets: Tensor, by_states: bool, by_table: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The loss and those of its gradients that somebody asks for: each is one of three matrix products."""
     rows = max(1, (32 if states.is_cuda else 1) * CHUNK_BYTES // (states.element_size() * table.shape[0]))
     if few_shapes := states.dtype != torch.float32 and not states.is_cuda:
         rows += -rows % ROW_MULTIPLE
@@ -57,8 +65,9 @@ def _loss_and_gradients(states: Tensor, table: Tensor, targets: Tensor) -> tuple
     buffer = states.new_empty(min(rows, len(states) + -len(states) % ROW_MULTIPLE), table.shape[0])
     shift = _needs_shift(states, table)
     own = (states.float() * table[targets].float()).sum(1)
-    grad_states = torch.empty(states.shape, dtype=torch.float32, device=states.device)
-    grad_table = torch.zeros(table.shape, dtype=torch.float32, device=table.device)
+    float32 = {"dtype": torch.float32, "device": states.device}
+    grad_states = torch.empty(states.shape, **float32) if by_states else None
+    grad_table = torch.zeros(table.shape, **float32) if by_table else None
     log_totals = []
     for begin in range(0, len(states), rows):
         part = states[begin : begin + rows]
@@ -70,18 +79,26 @@ def _loss_and_gradients(states: Tensor, table: Tensor, targets: Tensor) -> tuple
         if shift:
             e.sub_(top)
         total = _row_sums(e.exp_())
-        torch.div(torch.mm(e, table)[:kept], total[:kept], out=grad_states[begin : begin + rows])
-        scaled = (part / total).to(e.dtype)
-        if e.dtype == torch.float32:
-            grad_table.addmm_(e.T, scaled)
-        else:
-            grad_table += torch.mm(e.T, scaled)
+        if by_states:
+            torch.div(torch.mm(e, table)[:kept], total[:kept], out=grad_states[begin : begin + rows])
+        if by_table:
+            _add_product(grad_table, e, (part / total).to(e.dtype))
         log_totals.append((total.log_() if top is None else total.log_() + top.float())[:kept])
-    grad_states -= table[targets].float()
-    grad_table.index_add_(0, targets, states.float(), alpha=-1)
     count = max(1, len(states))
+    if by_states:
+        grad_states.sub_(table[targets].float()).div_(count)
+    if by_table:
+        grad_table.index_add_(0, targets, states.float(), alpha=-1).div_(count)
     loss = (torch.cat(log_totals).squeeze(1) - own).sum() / count if log_totals else own.sum()
-    return loss, grad_states.div_(count), grad_table.div_(count)
+    return loss, grad_states, grad_table
+
+
+def _add_product(into: Tensor, e: Tensor, scaled: Tensor) -> None:
+    """Add eᵀ scaled in float32."""
+    if e.dtype == torch.float32:
+        into.addmm_(e.T, scaled)
+    else:
+        into += torch.mm(e.T, scaled)
 
 
 def _row_sums(e: Tensor) -> Tensor:

@@ -5,6 +5,7 @@
 
 import argparse
 import contextlib
+import logging
 import os
 import shlex
 import shutil
@@ -22,11 +23,13 @@ from rec.job import RecJob, grid_of, load_job, open_data
 from rec.models.base import Recommender
 from rec.runtime import files
 from rec.runtime.config import hash_of
-from rec.runtime.errors import Stopped
+from rec.runtime.errors import Diverged, Stopped
 from rec.runtime.logs import run_main
 from rec.runtime.ranks import Ranks, lost_contact_is_named, timeout
 from rec.runtime.runfolder import RunFolder
 from rec.trainer import FINISHED, MODEL, STOP_METRIC, build_model, train
+
+log = logging.getLogger(__name__)
 
 
 def run(job: RecJob, command: str) -> dict[str, Any]:
@@ -65,9 +68,16 @@ def _train(job: RecJob, data: Prepared, folder: RunFolder) -> str | None:
     found = {}
     for name, rec in grid.items():
         own = RunFolder(job.run / "grid" / name)
-        train(build_model(rec, data), data, rec, own, f"{rec.model.name} {name}")
+        try:
+            train(build_model(rec, data), data, rec, own, f"{rec.model.name} {name}")
+        except Diverged as error:
+            log.warning("%s is out: %s", name, error)
+            last, found[name] = error, 0.0
+            continue
         found[name] = files.read_json(own.path / FINISHED)[f"valid_{STOP_METRIC}"]
     best = max(found, key=found.__getitem__)
+    if not (job.run / "grid" / best / FINISHED).exists():
+        raise last
     if Ranks.current().is_first:
         shutil.copytree(job.run / "grid" / best / MODEL, job.run / MODEL, dirs_exist_ok=True)
         facts = files.read_json(job.run / "grid" / best / FINISHED)

@@ -25,7 +25,7 @@ from rec.models.base import Batch, Recommender
 from rec.runtime import files
 from rec.runtime.checkpoint import Checkpoints, restore_rng, rng_state
 from rec.runtime.config import hash_of
-from rec.runtime.errors import UserError
+from rec.runtime.errors import Diverged, UserError
 from rec.runtime.progress import progress
 from rec.runtime.ranks import Ranks
 from rec.runtime.runfolder import RunFolder
@@ -102,7 +102,7 @@ def train(model: Recommender, data: Prepared, config: RecConfig, run: RunFolder,
                 break
             mean_loss, seconds = _train_epoch(model, step, batches, state)
             if not math.isfinite(mean_loss):
-                raise UserError(
+                raise Diverged(
                     f"the loss of {title} is {mean_loss} in epoch {epoch}: lower the learning rate"
                     f" ({config.train.lr:g}); {run.path} keeps the last good checkpoint"
                 )

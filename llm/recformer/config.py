@@ -125,6 +125,8 @@ class RecformerFinetuneConfig(OptimizerConfig):
     """Of validation; its cutoffs are those of the test too."""
     protocols: list[str] = Field(["elephant-100", "elephant-full"], min_length=1)
     """Presets under which the test items are ranked at the end."""
+    cold_targets: Literal["drop", "rank", "miss"] | None = None
+    """Test items that never occur in training; null for what each preset does with them."""
 
     @field_validator("protocols")
     @classmethod

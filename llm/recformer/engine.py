@@ -135,10 +135,14 @@ class Engine:
 
 
 def linear_rate(step: int, total: int, stage: OptimizerConfig) -> float:
-    """Linear warm-up to ``stage.lr``, then linear decay to 0 after ``total`` steps; a pure function of the step."""
-    if step < stage.warmup_steps:
-        return stage.lr * (step + 1) / stage.warmup_steps
-    return stage.lr * max(0.0, (total - step) / max(1, total - stage.warmup_steps))
+    """Linear warm-up to ``stage.lr``, then linear decay to 0 after ``total`` steps; a pure function of the step.
+
+    The warm-up takes a fifth of the steps at most: few users make short stages, which would never reach their rate.
+    """
+    warmup = min(stage.warmup_steps, total // 5)
+    if step < warmup:
+        return stage.lr * (step + 1) / warmup
+    return stage.lr * max(0.0, (total - step) / max(1, total - warmup))
 
 
 def mean_over_ranks(values: Sequence[float | Tensor], device: torch.device) -> list[float]:

@@ -239,8 +239,9 @@ class Stage:
         scorer = RecformerRecommender(model, self.loss.table.detach(), self.maker, parts)
         protocols, rows = {"valid": stage.evaluate.protocol}, self.valid_rows
         if part == "test":
-            cut = {"cutoffs": stage.evaluate.cutoffs}
-            protocols, rows = {name: preset(name).model_copy(update=cut) for name in stage.protocols}, None
+            told: dict[str, Any] = {"cutoffs": stage.evaluate.cutoffs}
+            told |= {"cold_targets": stage.cold_targets} if stage.cold_targets else {}
+            protocols, rows = {name: preset(name).model_copy(update=told) for name in stage.protocols}, None
         return evaluate_on_all_ranks(scorer, self.data, part, protocols, stage.evaluate.batch_size, rows)
 
     def _judge(self, epoch: int) -> dict[str, float]:

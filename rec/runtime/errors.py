@@ -13,6 +13,10 @@ class UserError(Exception):
     """
 
 
+class Diverged(UserError):
+    """Training came to numbers that are none: its settings are impossible for this data."""
+
+
 class Stopped(Exception):
     """The job was asked to stop, and has saved what it needs to go on: it ends with exit code 0 and no result."""
 

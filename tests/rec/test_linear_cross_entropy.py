@@ -24,6 +24,27 @@ def test_chunked_cross_entropy_equals_the_plain_one(monkeypatch, rows, chunk_row
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_what_is_frozen_costs_nothing_and_changes_nothing(precision):
+    torch.manual_seed(0)
+    given, targets = (torch.randn(20, 8), torch.randn(50, 8)), torch.randint(50, (20,))
+
+    def found(*asked):
+        own = [value.clone().requires_grad_(asks) for value, asks in zip(given, asked, strict=True)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision != torch.float32):
+            loss = linear_cross_entropy(*own, targets)
+        if loss.requires_grad:
+            loss.backward()
+        return loss.detach(), *(value.grad for value in own)
+
+    both = found(True, True)
+    for asked in ((True, False), (False, True), (False, False)):
+        loss, *gradients = found(*asked)
+        torch.testing.assert_close(loss, both[0])
+        for asks, gradient, expected in zip(asked, gradients, both[1:], strict=True):
+            assert torch.equal(gradient, expected) if asks else gradient is None
+
+
 def test_huge_logits_do_not_overflow():
     states, table = torch.full((2, 4), 100.0, requires_grad=True), torch.eye(4) * 100
     loss = linear_cross_entropy(states, table, torch.tensor([0, 3]))

@@ -22,7 +22,7 @@ from rec.job import grid_of, load_job, open_run
 from rec.models.base import Recommender
 from rec.runtime.checkpoint import Checkpoints
 from rec.runtime.config import build
-from rec.runtime.errors import UserError
+from rec.runtime.errors import Diverged, UserError
 from rec.runtime.runfolder import RunFolder
 from rec.train import run
 
@@ -68,6 +68,14 @@ def test_the_grid_keeps_the_best_by_validation(recipe):
     assert found["lr=0.005,dropout=0.0"] > found["lr=1e-06,dropout=0.0"]
     best = Recommender.from_pretrained(job.run / "grid" / result["training"]["chosen"] / "model")
     assert torch.equal(open_run(job.run).model.items.ids.weight, best.items.ids.weight)
+
+
+def test_a_rate_of_the_grid_at_which_training_diverges_is_out(recipe):
+    result = run(load_job(recipe(grid={"train.lr": [1e30, 5e-3]})), "")
+    assert result["training"]["chosen"] == "lr=0.005"
+    assert result["training"]["grid"]["lr=1e+30"] == 0
+    with pytest.raises(Diverged, match="lower the learning rate"):
+        run(load_job(recipe(grid={"train.lr": [1e30, 2e30]}, name="all")), "")
 
 
 def test_a_wrong_key_of_the_grid_is_known_before_anything_runs(recipe):

@@ -219,6 +219,8 @@ def test_batches_do_not_depend_on_how_they_are_shared_out(bert, small_data, tmp_
 
 def test_the_rate_rises_and_falls_linearly():
     stage = build(RecformerSettings, {"finetune": {"lr": 1.0, "warmup_steps": 4}}).finetune
-    found = [linear_rate(step, 10, stage) for step in range(10)]
+    found = [linear_rate(step, 20, stage) for step in range(20)]
     assert found[:4] == [0.25, 0.5, 0.75, 1.0]
-    assert found[4:] == pytest.approx([1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+    assert found[4:] == pytest.approx([left / 16 for left in range(16, 0, -1)])
+    short = [linear_rate(step, 10, stage) for step in range(10)]
+    assert short[:3] == [0.5, 1.0, 1.0]
