@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from rec.runtime import files
 from rec.runtime.ranks import Ranks
 
@@ -78,10 +80,19 @@ def load_universal(engine: "DeepSpeedEngine", folder: Path, tag: str) -> str | N
 
     The engine saves and loads ordinary checkpoints afterwards, as before.
     """
+    optimizer = engine.optimizer.optimizer
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     # DeepSpeed reads this when it loads; in its configuration file it would hold for every later checkpoint too.
     engine._config.load_universal_checkpoint = True
     try:
         loaded, _ = engine.load_checkpoint(str(folder), tag=tag)
     finally:
         engine._config.load_universal_checkpoint = False
+    # Under ZeRO-3 DeepSpeed gives all parameter groups the settings of the first one, weight decay among them, and one
+    # count of steps, which each of them then raises in place.
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), Tensor):
+            state["step"] = state["step"].clone()
     return loaded
