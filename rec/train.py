@@ -65,19 +65,20 @@ def _train(job: RecJob, data: Prepared, folder: RunFolder) -> str | None:
     if not grid:
         train(build_model(job.rec, data), data, job.rec, folder, job.rec.model.name)
         return None
-    found = {}
+    found, diverged = {}, {}
     for name, rec in grid.items():
         own = RunFolder(job.run / "grid" / name)
         try:
             train(build_model(rec, data), data, rec, own, f"{rec.model.name} {name}")
         except Diverged as error:
             log.warning("%s is out: %s", name, error)
-            last, found[name] = error, 0.0
+            diverged[name] = error
             continue
         found[name] = files.read_json(own.path / FINISHED)[f"valid_{STOP_METRIC}"]
+    if not found:
+        raise next(iter(diverged.values()))
     best = max(found, key=found.__getitem__)
-    if not (job.run / "grid" / best / FINISHED).exists():
-        raise last
+    found |= dict.fromkeys(diverged, 0.0)
     if Ranks.current().is_first:
         shutil.copytree(job.run / "grid" / best / MODEL, job.run / MODEL, dirs_exist_ok=True)
         facts = files.read_json(job.run / "grid" / best / FINISHED)
