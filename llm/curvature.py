@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llm.joint import JointModel, PairBatch
 
@@ -48,4 +49,5 @@ def curvature(model: JointModel, batches: Sequence[PairBatch], count: int = 5, i
     """[batches, count] of L2 by the decoder's weights, batch by batch, in float32."""
     model.bf16 = False
     parameters = [parameter for parameter in model.decoder.parameters() if parameter.requires_grad]
-    return torch.stack([top_eigenvalues(model(batch), parameters, count, iterations) for batch in batches])
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention cannot be differentiated twice
+        return torch.stack([top_eigenvalues(model(batch), parameters, count, iterations) for batch in batches])

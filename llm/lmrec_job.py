@@ -72,11 +72,14 @@ class RecommendConfig(Section):
     prefixes: int = Field(8, ge=1)
     """Pairs that one history gives a step, each after a random prefix of it; all are read in one pass."""
     negatives: int = Field(128, ge=1)
-    """Random items a step, shared by its pairs; a pair leaves out those that its user took."""
+    """Random items a step, shared by its pairs."""
+    exclude: Literal["target", "taken"] = "target"
+    """Which of them a pair leaves out: its own target, or all that its user took. At test these are ranked too, and a
+    model that never saw them as negatives puts them first."""
     recommendation_weight: float = Field(1e-2, gt=0)
     """λ of Eq. 6 at the first step."""
     reduction: Literal["sum", "mean"] = "sum"
-    """Over a step's ``pairs``. The paper gives L2 for one pair and not how pairs are put together; as the weight of a
+    """Over a step's pairs. The paper gives L2 for one pair and not how pairs are put together; as the weight of a
     mean, Table 9's λ is too small beside L1 to teach the heads anything."""
     standardise: bool = True
     """Whether W_u and W_i read [EOS] states that are standardised, without which small decoders trained from scratch
@@ -86,10 +89,9 @@ class RecommendConfig(Section):
     micro_histories: int = Field(64, ge=1)
     """Histories a forward pass, on one rank."""
 
-    @property
-    def terms(self) -> int:
-        """What the mean of L2 over a step's pairs is multiplied by."""
-        return self.pairs if self.reduction == "sum" else 1
+    def terms(self, pairs: int) -> int:
+        """What the mean of L2 over a step's ``pairs`` is multiplied by; short histories give fewer than asked for."""
+        return pairs if self.reduction == "sum" else 1
 
 
 class LMRecTrainConfig(Section):

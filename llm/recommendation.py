@@ -12,8 +12,9 @@ from llm.packing import Document, Packed, best_fit, pack, places_of_branches
 from rec.data.prepared import Prepared
 from rec.runtime.errors import UserError
 
-ITEM_ROW = 128
-"""Items are short: in rows of the context most of the attention would be between texts that do not see each other."""
+ITEM_ROW, HISTORY_ROW = 128, 512
+"""Tokens of a row, unless a text is longer: in rows of a long context most of the attention would be between texts that
+do not see each other."""
 VALIDATION = 2**31 - 1
 
 
@@ -36,7 +37,7 @@ class TextRows:
     def histories(self, histories: list[np.ndarray]) -> tuple[Packed, Tensor]:
         """The latest items of each history that the model reads, and the places [B] of [EOS] after them."""
         ids = [self.tokens.joined(self.tokens.that_fit(own, self.context - 1))[0] for own in histories]
-        return self._rows([Document(own, (len(own),)) for own in ids], self.context)
+        return self._rows([Document(own, (len(own),)) for own in ids], HISTORY_ROW)
 
     def prefixes(self, windows: list[np.ndarray], cuts: list[np.ndarray]) -> tuple[Packed, Tensor]:
         """Histories, and the places of [EOS] after the first ``cuts`` items of each, history by history."""
@@ -44,11 +45,11 @@ class TextRows:
         for items, own in zip(windows, cuts, strict=True):
             ids, ends = self.tokens.joined(items[: own[-1]])
             documents.append(Document(ids, [ends[cut - 1] for cut in own]))
-        return self._rows(documents, self.context)
+        return self._rows(documents, HISTORY_ROW)
 
-    def _rows(self, documents: list[Document], least: int) -> tuple[Packed, Tensor]:
+    def _rows(self, documents: list[Document], length: int) -> tuple[Packed, Tensor]:
         lengths = [len(document) for document in documents]
-        rows = best_fit(lengths, max(least, *lengths))
+        rows = best_fit(lengths, max(min(length, self.context), *lengths))
         packed = pack(documents, rows, self.tokens.eos)
         return packed, places_of_branches(documents, rows, packed.ids.shape[1])
 
@@ -78,6 +79,9 @@ class RecommendationTask:
         self.name, self.number, self.data, self.config, self.seed = name, number, data, config, seed
         self.rows, self.rank, self.world = TextRows(tokens, context), rank, world
         self.items = (data.sequence - 1).numpy()
+        # Items of one text have one vector: none of them is a negative where another is the target.
+        first: dict[tuple[int, ...], int] = {}
+        self.text_of = np.array([first.setdefault(tuple(ids), number) for number, ids in enumerate(tokens.head)])
         begins, ends = data.offsets[:-1].numpy(), data.train_ends.numpy()
         users = np.flatnonzero(ends - begins >= 2)
         if not len(users):
@@ -120,8 +124,8 @@ class RecommendationTask:
         for group, share in list(zip(groups, shares, strict=True))[self.rank :: self.world]:
             own = [(int(self.data.offsets[users[row]]), int(ends[row])) for row in group]
             histories, places = self.rows.histories([self.items[begin:end] for begin, end in own])
-            known = [self.items[begin : end + 1] for begin, end in own]
-            targets = self.items[[end for _, end in own]]
+            known = [self.items[begin:end] for begin, end in own]
+            targets = [self.items[end : end + 1] for _, end in own]
             found.append((self._pairs(histories, places, targets, known, negatives), share))
         return found
 
@@ -140,10 +144,8 @@ class RecommendationTask:
     def _batch(self, spans: list[tuple[int, int]], cuts: list[np.ndarray], negatives: np.ndarray) -> PairBatch:
         windows = [self.items[begin:end] for begin, end in spans]
         histories, places = self.rows.prefixes(windows, cuts)
-        targets = np.concatenate([items[own] for items, own in zip(windows, cuts, strict=True)])
-        whole = [self._known(begin) for begin, _ in spans]
-        known = [items for items, own in zip(whole, cuts, strict=True) for _ in own]
-        return self._pairs(histories, places, targets, known, negatives)
+        targets = [items[own] for items, own in zip(windows, cuts, strict=True)]
+        return self._pairs(histories, places, targets, [self._known(begin) for begin, _ in spans], negatives)
 
     def _known(self, place: int) -> np.ndarray:
         """All training items of the user who has the interaction at ``place``."""
@@ -151,12 +153,21 @@ class RecommendationTask:
         return self.items[begin:end]
 
     def _pairs(
-        self, histories: Packed, places: Tensor, targets: np.ndarray, known: list[np.ndarray], negatives: np.ndarray
+        self,
+        histories: Packed,
+        places: Tensor,
+        targets_of: list[np.ndarray],
+        known: list[np.ndarray],
+        negatives: np.ndarray,
     ) -> PairBatch:
+        """Pairs of histories with ``targets_of`` each, whose users took the items ``known``."""
+        targets = np.concatenate(targets_of)
         numbers, where = np.unique(np.concatenate([targets, negatives]), return_inverse=True)
         items, vectors = self.rows.items(numbers)
-        allowed = np.stack([~np.isin(negatives, own) for own in known])
-        allowed &= negatives != targets[:, None]
+        allowed = self.text_of[negatives] != self.text_of[targets][:, None]
+        if self.config.exclude == "taken":
+            free = np.stack([~np.isin(negatives, own) for own in known])
+            allowed &= free.repeat([len(own) for own in targets_of], axis=0)
         where = torch.from_numpy(where)
         pairs = len(targets)
         return PairBatch(

@@ -168,7 +168,7 @@ class Training:
             batches, pairs = task.parts(step)
             for batch in batches:
                 share = len(batch.positives) / pairs
-                terms.append((task.name, Part(batch, weight * task.config.terms * world * share), share))
+                terms.append((task.name, Part(batch, weight * task.config.terms(pairs) * world * share), share))
                 tokens += batch.tokens
                 flops += batch.tokens * self.plan.flops_per_pair_token
         return terms, tokens, flops

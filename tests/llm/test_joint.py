@@ -127,8 +127,11 @@ def state_of(model, ids):
 
 
 @torch.no_grad()
-def test_pairs_are_prefixes_of_training_histories_and_their_next_items(small_data, texts, tokenizer, tokens, model):
-    task, heads = make_task(small_data, tokens), model.heads["target"]
+@pytest.mark.parametrize("exclude", ["target", "taken"])
+def test_pairs_are_prefixes_of_training_histories_and_their_next_items(
+    small_data, texts, tokenizer, tokens, model, exclude
+):
+    task, heads = make_task(small_data, tokens, settings={"exclude": exclude}), model.heads["target"]
     parts, pairs = task.parts(2)
     assert pairs == sum(len(part.positives) for part in parts) == 32
     histories = defaultdict(list)  # several users may begin alike
@@ -136,7 +139,8 @@ def test_pairs_are_prefixes_of_training_histories_and_their_next_items(small_dat
         items = (small_data.sequence[begin:end] - 1).tolist()
         for cut in range(1, len(items)):
             text = " → ".join(texts[item] for item in items[:cut])
-            histories[tuple(tokenizer(text)["input_ids"])].append((items[cut], set(items)))
+            left_out = set(items) if exclude == "taken" else {items[cut]}
+            histories[tuple(tokenizer(text)["input_ids"])].append((items[cut], left_out))
     for part in parts:
         flat_ids, flat_documents = part.histories.ids.flatten(), part.histories.documents.flatten()
         branches, positions = part.histories.branches.flatten(), part.histories.positions.flatten()
@@ -188,7 +192,8 @@ class Recorder:
 def test_a_step_s_loss_is_eq_6_over_the_sum_of_its_pairs_or_their_mean(small_data, tokens, model, tmp_path, loss):
     found = {}
     for reduction in ("sum", "mean"):
-        task = make_task(small_data, tokens, settings={"loss": loss, "reduction": reduction})
+        settings = {"loss": loss, "reduction": reduction, "pairs": 96, "prefixes": 12}  # more than a history has
+        task = make_task(small_data, tokens, settings=settings)
         plan = Plan(5, lambda step: 1.0, None, 5, [task], weight=lambda step: 0.25, validation_users=4, patience=9)
         engine = Recorder(JointModel(model.decoder, ["target"], loss, standardise=False))
         engine.model.heads = model.heads
@@ -198,7 +203,17 @@ def test_a_step_s_loss_is_eq_6_over_the_sum_of_its_pairs_or_their_mean(small_dat
     each = [engine.model(part).item() * len(part.positives) for part in parts]  # mean over y = 0 and y = 1 for bce
     assert row["pairs_target"] == pytest.approx(sum(each) / pairs)
     assert found["mean"] == pytest.approx(0.25 * sum(each) / pairs)
-    assert found["sum"] == pytest.approx(found["mean"] * task.config.pairs)
+    assert found["sum"] == pytest.approx(found["mean"] * pairs)
+    assert pairs < task.config.pairs  # or it would not show which of them counts
+
+
+def test_items_of_one_text_are_no_negatives_of_each_other(small_data, texts, tokenizer):
+    same = [*texts[:1], texts[0], *texts[2:]]
+    tokens = ItemTokens(tokenizer, same, CONTEXT - 1)
+    task = make_task(small_data, tokens, settings={"negatives": small_data.n_items})
+    negatives, targets = np.arange(small_data.n_items), [np.array([0, 5]), np.array([1])]
+    batch = task._pairs(*task.rows.histories([np.array([2])]), targets, [np.array([2])] * 2, negatives)
+    assert [(~row).nonzero().flatten().tolist() for row in batch.allowed] == [[0, 1], [5], [0, 1]]
 
 
 def test_a_history_that_is_too_long_is_read_in_a_window(small_data, tokens):
