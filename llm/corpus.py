@@ -208,6 +208,10 @@ class ItemTokens:
             ends.append(len(ids))
         return ids, ends
 
+    def length(self, items: np.ndarray) -> int:
+        """How many tokens ``joined`` makes of ``items`` [n], one at least."""
+        return int(self.head_lengths[items[0]] + (self.inner_lengths[items[1:]] + 1).sum())
+
     def that_fit(self, items: np.ndarray, room: int) -> np.ndarray:
         """The last of ``items`` [n], as many as ``joined`` makes at most ``room`` tokens of; one at least."""
         after = np.cumsum((self.inner_lengths[items] + 1)[::-1])[::-1]

@@ -41,6 +41,8 @@ from rec.runtime.runfolder import RunFolder
 
 log = logging.getLogger(__name__)
 
+LONGEST = 2048
+"""Tokens of a history that are read by a decoder without a bound of its own: the paper's context."""
 Feature = Literal["specific", "agnostic", "combine"]
 
 
@@ -166,30 +168,26 @@ def train_heads(features: Features, data: Prepared, config: ProbeConfig) -> tupl
     heads.item.fix(features.items)
     optimizer = torch.optim.AdamW(heads.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     loss_of, count = (pair_loss if config.loss == "bce" else softmax_loss), min(config.negatives, data.n_items)
-    known = _known(data)
 
-    def loss(users: Tensor, owners: Tensor, targets: Tensor, rng: np.random.Generator) -> Tensor:
+    def loss(users: Tensor, targets: Tensor, rng: np.random.Generator) -> Tensor:
         negatives = torch.from_numpy(rng.choice(data.n_items, size=count, replace=False))
         z_users, z_items = heads.user(users), heads.item(features.items)
-        keys = owners[:, None] * data.n_items + negatives
-        places = torch.searchsorted(known, keys).clamp(max=len(known) - 1)
-        allowed = (known[places] != keys) & (negatives != targets[:, None])
+        allowed = negatives != targets[:, None]
         return loss_of((z_users * z_items[targets]).sum(1), z_users @ z_items[negatives].T, allowed)
 
-    valid_users, valid_places = data.instances("valid")
-    valid_targets = data.sequence[valid_places] - 1
+    valid_targets = data.sequence[data.instances("valid")[1]] - 1
     best, best_step, kept, step = math.inf, 0, heads.state_dict(), 0
     while step < config.steps and step - best_step < config.patience:
         rng = np.random.default_rng([config.seed, step])
         chosen = torch.from_numpy(rng.integers(len(features.users), size=config.batch_size))
-        value = loss(features.users[chosen], features.owners[chosen], features.targets[chosen], rng)
+        value = loss(features.users[chosen], features.targets[chosen], rng)
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
         step += 1
         if step % config.validate_every == 0 or step == config.steps:
             with torch.no_grad():
-                judged = loss(features.valid, valid_users, valid_targets, np.random.default_rng([config.seed])).item()
+                judged = loss(features.valid, valid_targets, np.random.default_rng([config.seed])).item()
             if judged < best:
                 best, best_step = judged, step
                 kept = {name: tensor.clone() for name, tensor in heads.state_dict().items()}
@@ -258,28 +256,34 @@ class _Reader:
         data, rows = self.data, self._rows()
         items, histories = (data.sequence - 1).numpy(), self._histories(kind)
         rng = np.random.default_rng([self.job.llm.probe.seed, 5])
-        inputs, owners, targets = [], [], []
+        cuts = {}
         for user, (begin, end) in enumerate(zip(data.offsets[:-1].tolist(), data.train_ends.tolist(), strict=True)):
-            cuts = np.sort(rng.permutation(np.arange(begin + 1, end))[: self.job.llm.probe.prefixes])
-            for cut in cuts.tolist():
-                inputs.append(histories(user, begin, cut))
-                owners.append(user)
-                targets.append(items[cut])
-        if not inputs:
+            own = np.sort(rng.permutation(np.arange(begin + 1, end))[: self.job.llm.probe.prefixes])
+            if len(own):
+                cuts[user] = own
+        if not cuts:
             raise UserError(f"{data.folder}: no user has two training interactions, so there are no pairs to train on")
+        if kind == "specific":
+            begins = data.offsets[list(cuts)].tolist()
+            windows = [items[begin : own[-1]] for begin, own in zip(begins, cuts.values(), strict=True)]
+            counts = [own - begin for begin, own in zip(begins, cuts.values(), strict=True)]
+            users = self._of_prefixes(rows, windows, counts)
+        else:
+            inputs = [histories(user, int(data.offsets[user]), cut) for user, own in cuts.items() for cut in own]
+            users = self._vectors(rows, inputs, "Training features")
         evaluated = {}
         for split in ("valid", "test"):
-            users, ends = data.instances(split)
+            owners, ends = data.instances(split)
             evaluated[split] = [
                 histories(user, int(data.offsets[user]), end)
-                for user, end in zip(users.tolist(), ends.tolist(), strict=True)
+                for user, end in zip(owners.tolist(), ends.tolist(), strict=True)
             ]
         numbers = np.arange(data.n_items)
         parts = np.array_split(numbers, -(-len(numbers) // ITEMS_AT_ONCE))
         return {
-            "users": self._vectors(rows, inputs, "Training features"),
-            "owners": torch.tensor(owners),
-            "targets": torch.tensor(np.array(targets)),
+            "users": users,
+            "owners": torch.tensor([user for user, own in cuts.items() for _ in own]),
+            "targets": torch.from_numpy(items[np.concatenate(list(cuts.values()))]),
             **{split: self._vectors(rows, own, f"{split} features") for split, own in evaluated.items()},
             "items": torch.cat([self._read(rows.items(part)) for part in parts]),
         }
@@ -306,7 +310,7 @@ class _Reader:
                 raise UserError(f"{self.path} is no causal LM: {str(error).strip().splitlines()[0]}") from error
             device = "cuda" if torch.cuda.is_available() else "cpu"
             self.model = JointModel(decoder).eval().requires_grad_(False).to(device)
-        context = self.model.decoder.config.max_position_embeddings
+        context = getattr(self.model.decoder.config, "max_position_embeddings", None) or LONGEST
         return TextRows(ItemTokens(self.tokenizer, self.texts, context - 1), context)
 
     def _vectors(self, rows: TextRows, histories: list[np.ndarray], title: str) -> Tensor:
@@ -324,17 +328,30 @@ class _Reader:
                 advance(begin + len(part))
         return found[which]
 
+    def _of_prefixes(self, rows: TextRows, windows: list[np.ndarray], counts: list[np.ndarray]) -> Tensor:
+        """[sum of cuts, D] after the first ``counts`` items of each window; whatever fits is read in one pass."""
+        ends = np.cumsum([len(own) for own in counts])
+        fit = [rows.fits(window, own) for window, own in zip(windows, counts, strict=True)]
+        found = torch.zeros(int(ends[-1]), self.model.decoder.config.hidden_size)
+        order = sorted(np.flatnonzero(fit).tolist(), key=lambda number: len(windows[number]))
+        with progress("Training features", len(order)) as advance:
+            for begin in range(0, len(order), HISTORIES_AT_ONCE):
+                part = order[begin : begin + HISTORIES_AT_ONCE]
+                places = np.concatenate([np.arange(ends[n] - len(counts[n]), ends[n]) for n in part])
+                read = rows.prefixes([windows[n] for n in part], [counts[n] for n in part])
+                found[places] = self._read(read)
+                advance(begin + len(part))
+        rest = [number for number, fits in enumerate(fit) if not fits]
+        if rest:
+            inputs = [windows[number][:count] for number in rest for count in counts[number]]
+            places = np.concatenate([np.arange(ends[n] - len(counts[n]), ends[n]) for n in rest])
+            found[places] = self._vectors(rows, inputs, "Long histories")
+        return found
+
     @torch.no_grad()
     def _read(self, made: tuple[Any, Tensor]) -> Tensor:
         device = next(self.model.parameters()).device
         return self.model.features(made[0].to(device), made[1].to(device)).float().cpu()
-
-
-def _known(data: Prepared) -> Tensor:
-    """Sorted user x items + item of every training interaction: what is never a negative."""
-    users = torch.repeat_interleave(torch.arange(data.n_users), data.offsets.diff())
-    trained = torch.arange(len(data.sequence)) < data.train_ends[users]
-    return (users * data.n_items + data.sequence - 1)[trained].unique()
 
 
 def _matched(data: Prepared, other: Prepared) -> list[tuple[np.ndarray, np.ndarray]]:

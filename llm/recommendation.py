@@ -47,6 +47,10 @@ class TextRows:
             documents.append(Document(ids, [ends[cut - 1] for cut in own]))
         return self._rows(documents, HISTORY_ROW)
 
+    def fits(self, items: np.ndarray, cuts: np.ndarray) -> bool:
+        """Whether the model reads all of ``items``, with [EOS] after ``cuts`` of its beginnings."""
+        return self.tokens.length(items) + len(cuts) <= self.context
+
     def _rows(self, documents: list[Document], length: int) -> tuple[Packed, Tensor]:
         lengths = [len(document) for document in documents]
         rows = best_fit(lengths, max(min(length, self.context), *lengths))

@@ -97,6 +97,19 @@ def test_features_are_eos_states_of_the_texts_and_computed_once(tmp_path, small_
     assert len(again["rows"]) == 3
 
 
+def test_prefixes_read_in_one_pass_are_those_read_one_by_one(tmp_path, small_data, model, monkeypatch):
+    path, found, fits = recipe(tmp_path, small_data, model), [], probe.TextRows.fits
+    # As if every third history were too long; and as if all were.
+    for too_long in (lambda items: items[0] % 3 == 0, lambda items: True):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                probe.TextRows, "fits", lambda self, items, cuts, t=too_long: not t(items) and fits(self, items, cuts)
+            )
+            found.append(probe._Reader(load_job(path), small_data)._compute("specific"))
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], atol=1e-5, rtol=1e-4)
+
+
 def found_cut(features, items, user):
     """After how many items the user's first training pair stands: where its target follows; good enough if unique."""
     target = int(features.targets[features.owners == user][0])
@@ -106,10 +119,12 @@ def found_cut(features, items, user):
 def test_heads_learn_what_frozen_features_hold(tmp_path, small_data, model, monkeypatch):
     """With features that say which item is the last one, the next item is to be had by a linear map."""
     path = recipe(tmp_path, small_data, model)
-    one_hot = torch.eye(small_data.n_items)
+    one_hot = torch.eye(small_data.n_items, 32)  # as wide as the model
     monkeypatch.setattr(
         probe._Reader, "_vectors", lambda self, rows, histories, title: one_hot[[own[-1] for own in histories]]
     )
+    # No history fits, so each prefix is read by itself.
+    monkeypatch.setattr(probe.TextRows, "fits", lambda self, items, cuts: False)
     monkeypatch.setattr(probe._Reader, "_read", lambda self, made: one_hot)
     [row] = run(load_job(path, ["llm.probe.loss=softmax", "llm.probe.negatives=30"]), "test")["rows"]
     assert row["HR@10"] > 0.8  # users walk one step along a ring four times out of five; chance is a third
