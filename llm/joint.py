@@ -31,8 +31,9 @@ class PairBatch:
         items: packed item texts, each with one branch at its end.
         vectors: [I] places of these.
         positives: [P] which of the I items each user took next.
-        negatives: [n] which of them are the random negatives, shared by all pairs.
-        allowed: [P, n] bool, False where a negative is an item that the user did take.
+        negatives: [n] which of them are negatives, shared by all pairs.
+        allowed: [P, n] bool, False where a negative is none of the pair's.
+        presence: [I] log of the probability that an item is here, 0 where the loss is not to be corrected for it.
     """
 
     task: str
@@ -43,6 +44,7 @@ class PairBatch:
     positives: Tensor
     negatives: Tensor
     allowed: Tensor
+    presence: Tensor
 
     def to(self, device: torch.device) -> "PairBatch":
         """The same on ``device``."""
@@ -214,8 +216,8 @@ class JointModel(nn.Module):
     def _pairs(self, batch: PairBatch) -> Tensor:
         users = self.user_vectors(batch.task, batch.histories, batch.users).float()
         items = self.item_vectors(batch.task, batch.items, batch.vectors).float()
-        positive = (users * items[batch.positives]).sum(1)
-        negative = users @ items[batch.negatives].T
+        positive = (users * items[batch.positives]).sum(1) - batch.presence[batch.positives]
+        negative = users @ items[batch.negatives].T - batch.presence[batch.negatives]
         loss = pair_loss if self.pairs == "bce" else softmax_loss
         return loss(positive, negative, batch.allowed)
 

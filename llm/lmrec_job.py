@@ -76,6 +76,9 @@ class RecommendConfig(Section):
     exclude: Literal["target", "taken"] = "target"
     """Which of them a pair leaves out: its own target, or all that its user took. At test these are ranked too, and a
     model that never saw them as negatives puts them first."""
+    in_batch: bool = False
+    """With loss=softmax: whether the targets of a forward pass are negatives of its other pairs too, for nothing; the
+    logits are then corrected by the log of the probability that an item is there (log Q)."""
     recommendation_weight: float = Field(1e-2, gt=0)
     """λ of Eq. 6 at the first step."""
     reduction: Literal["sum", "mean"] = "sum"
@@ -88,6 +91,12 @@ class RecommendConfig(Section):
     """Learning rate of W_u and W_i, in multiples of the decoder's."""
     micro_histories: int = Field(64, ge=1)
     """Histories a forward pass, on one rank."""
+
+    @model_validator(mode="after")
+    def _in_batch_is_a_softmax(self) -> Self:
+        if self.in_batch and self.loss != "softmax":
+            raise ValueError("in_batch goes with loss=softmax: Eq. 5's negatives are random")
+        return self
 
     def terms(self, pairs: int) -> int:
         """What the mean of L2 over a step's ``pairs`` is multiplied by; short histories give fewer than asked for."""

@@ -91,6 +91,9 @@ class RecommendationTask:
         if not len(users):
             raise UserError(f"{data.folder}: no user has two training interactions, so there are no pairs to train on")
         self.spans = np.stack([begins[users], ends[users]], 1)
+        # How often each item is a target, as a share of all of them.
+        targets = np.concatenate([self.items[begin + 1 : end] for begin, end in self.spans.tolist()])
+        self.shares = np.bincount(targets, minlength=data.n_items) / len(targets)
         self.order = Order(len(users), config.pairs // config.prefixes, seed + number)
 
     def parts(self, step: int) -> tuple[list[PairBatch], int]:
@@ -130,7 +133,7 @@ class RecommendationTask:
             histories, places = self.rows.histories([self.items[begin:end] for begin, end in own])
             known = [self.items[begin:end] for begin, end in own]
             targets = [self.items[end : end + 1] for _, end in own]
-            found.append((self._pairs(histories, places, targets, known, negatives), share))
+            found.append((self._pairs(histories, places, targets, known, negatives, in_batch=False), share))
         return found
 
     def _window(self, history: int, rng: np.random.Generator) -> tuple[tuple[int, int], np.ndarray]:
@@ -163,19 +166,24 @@ class RecommendationTask:
         targets_of: list[np.ndarray],
         known: list[np.ndarray],
         negatives: np.ndarray,
+        in_batch: bool | None = None,
     ) -> PairBatch:
-        """Pairs of histories with ``targets_of`` each, whose users took the items ``known``."""
-        targets = np.concatenate(targets_of)
-        numbers, where = np.unique(np.concatenate([targets, negatives]), return_inverse=True)
+        """Pairs of histories with ``targets_of`` each, whose users took the items ``known``; ``in_batch`` is the
+        recipe's unless it is given."""
+        targets, presence = np.concatenate(targets_of), None
+        numbers = np.unique(np.concatenate([targets, negatives]))
         items, vectors = self.rows.items(numbers)
+        if self.config.in_batch if in_batch is None else in_batch:
+            absent = (1 - self.shares[numbers]) ** len(targets) * (1 - len(negatives) / self.data.n_items)
+            negatives, presence = numbers, torch.from_numpy(np.log1p(-absent)).float()
         allowed = self.text_of[negatives] != self.text_of[targets][:, None]
         if self.config.exclude == "taken":
             free = np.stack([~np.isin(negatives, own) for own in known])
             allowed &= free.repeat([len(own) for own in targets_of], axis=0)
-        where = torch.from_numpy(where)
-        pairs = len(targets)
+        positives, others = (torch.from_numpy(np.searchsorted(numbers, own)) for own in (targets, negatives))
+        presence = torch.zeros(len(numbers)) if presence is None else presence
         return PairBatch(
-            self.name, histories, places, items, vectors, where[:pairs], where[pairs:], torch.from_numpy(allowed)
+            self.name, histories, places, items, vectors, positives, others, torch.from_numpy(allowed), presence
         )
 
     def _negatives(self, rng: np.random.Generator) -> np.ndarray:

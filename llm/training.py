@@ -226,4 +226,5 @@ def _status(row: dict[str, Any]) -> str:
     losses = "  ".join(
         f"{name} {value:.3f}" for name, value in row.items() if name.startswith(("loss", "pairs", "valid"))
     )
-    return f"{losses}  {row['tokens_per_s']:,.0f} tokens/s"
+    mfu = f", MFU {row['mfu']:.0%}" if row["mfu"] else ""  # 0 where the device's peak is not known
+    return f"{losses}  {row['tokens_per_s']:,.0f} tokens/s{mfu}"

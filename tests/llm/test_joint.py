@@ -207,6 +207,33 @@ def test_a_step_s_loss_is_eq_6_over_the_sum_of_its_pairs_or_their_mean(small_dat
     assert pairs < task.config.pairs  # or it would not show which of them counts
 
 
+@torch.no_grad()
+def test_in_batch_negatives_are_a_softmax_over_the_pass_s_items_corrected_for_being_there(small_data, tokens, model):
+    settings = {"loss": "softmax", "in_batch": True, "negatives": 4}
+    task = make_task(small_data, tokens, settings=settings)
+    joint = JointModel(model.decoder, ["target"], "softmax", standardise=False)
+    joint.heads = model.heads
+    taken = [small_data.sequence[begin + 1 : end] - 1 for begin, end in task.spans.tolist()]
+    count = np.bincount(np.concatenate(taken), minlength=small_data.n_items)
+    part = task.parts(2)[0][0]
+    users = joint.user_vectors("target", part.histories, part.users)
+    items = joint.item_vectors("target", part.items, part.vectors)
+    here = [number for number in range(small_data.n_items) if any(  # the pass's items, by their vectors
+        torch.allclose(own, joint.item_vectors("target", *task.rows.items(np.array([number])))[0], atol=1e-5)
+        for own in items
+    )]  # fmt: skip
+    assert len(here) == len(items) > 4
+    pairs, expected = len(users), 0.0
+    for user, positive in zip(users, part.positives.tolist(), strict=True):
+        logits = []
+        for number, item in zip(here, items, strict=True):
+            absent = (1 - count[number] / count.sum()) ** pairs * (1 - 4 / small_data.n_items)
+            logits.append(torch.dot(user, item).item() - math.log(1 - absent))
+        expected += math.log(sum(map(math.exp, logits))) - logits[positive]
+    assert joint(part).item() == pytest.approx(expected / pairs, rel=1e-4)
+    assert not any(bool(batch.presence.any()) for batch, _ in task.validation(9))  # comparable from recipe to recipe
+
+
 def test_items_of_one_text_are_no_negatives_of_each_other(small_data, texts, tokenizer):
     same = [*texts[:1], texts[0], *texts[2:]]
     tokens = ItemTokens(tokenizer, same, CONTEXT - 1)

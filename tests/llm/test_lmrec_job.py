@@ -207,6 +207,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_checkpoint(tmp
             "not divisible",
         ),
         ({"recommend": {"pairs": 32, "prefixes": 32}, "lmrec": {"context": 32}}, "prefixes 32 leave no room"),
+        ({"recommend": {"in_batch": True}}, "in_batch goes with loss=softmax"),
         ({"train": {"rows": 7, "processes": 2}}, "rows 7 is not divisible by processes 2"),
         ({"train": {"zero_stage": 0, "processes": 2}}, "zero_stage=0 is one process"),
         ({"train": {"zero_stage": 0, "precision": "fp16"}}, "loss scaling"),
