@@ -177,6 +177,8 @@ class LMRecStudyRun:
             found = probe.run(own, f"recalign probe {own.run}/config.yaml")["rows"]
         else:
             found = result["rows"]
+        if len(found) > 1:  # of several kinds of user feature
+            found = [row | {"variant": f"{name}, {row['feature']}"} for row in found]
         rate = facts["tokens"] / max(1e-9, facts["seconds"])
         more = {"steps": facts["steps"], "parameters": facts["parameters"], "tokens_per_s": round(rate, 1)}
         return [{**told, **row, **more} for row in found]

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from launch import lmrec_study
 from launch.controls import Popularity, Transitions
 from launch.lmrec_study import LMRecStudyRun, claims
 from rec.config import EvaluateConfig
@@ -77,6 +78,15 @@ def test_a_study_runs_its_variants_once_and_says_what_holds(tmp_path, recipe):
     again = recalign("reproduce", recipe, "seeds=[0]")
     assert again.returncode == 0, again.stderr[-3000:]
     assert (own / "LMRec" / "metrics.jsonl").read_bytes() == before
+
+
+def test_kinds_of_user_features_are_rows_of_their_own(recipe, monkeypatch):
+    facts = {"steps": 4, "parameters": 9, "tokens": 100, "seconds": 2.0}
+    monkeypatch.setattr(lmrec_study.pretraining, "pretrain", lambda job: {"rows": [], "training": facts})
+    kinds = [{"feature": kind, "HR@10": 0.1, "NDCG@10": 0.1} for kind in ("specific", "agnostic")]
+    monkeypatch.setattr(lmrec_study.probe, "run", lambda job, command: {"rows": kinds})
+    found = LMRecStudyRun(recipe)._run(0, "LM probed")
+    assert [row["variant"] for row in found] == ["LM probed, specific", "LM probed, agnostic"]
 
 
 def test_impossible_studies_are_refused_before_anything_runs(tmp_path, recipe):
