@@ -90,7 +90,7 @@ def train(model: Recommender, data: Prepared, config: RecConfig, run: RunFolder,
         raise UserError(
             f"{data.folder} has no validation part to stop by: prepare it with one, or set rec.train.on=train+valid"
         )
-    model.to(_device())
+    model.to(device())
     state = _State(model, data, config, run)
     state.resume()
     batches = make_batches(model, data, config.train)
@@ -187,7 +187,7 @@ class EpochTimer:
     """
 
     def __init__(self, model: Recommender, data: Prepared, config: RecConfig) -> None:
-        self.model, self.config = model.to(_device()), config
+        self.model, self.config = model.to(device()), config
         self.batches = make_batches(model, data, config.train)
         self.step = _Step(model, make_loss(config.loss, fit_counts(data, config.train.on)[1:]), config)
         self.optimizer, self.schedule = _optimizer(model, config)
@@ -246,6 +246,7 @@ class _State:
         self.stop = StopFile(run.path, self.ranks)
         keep = config.train.keep_checkpoints, config.train.keep_checkpoint_every
         self.checkpoints = Checkpoints(run.path / "checkpoints", self.ranks, *keep)
+        self.protocol = config.evaluate.protocol.of_run(data, config.train.on)
         self.meta = {"config_hash": hash_of(config), "data_hash": data.meta["content_hash"]}
 
     @property
@@ -312,7 +313,7 @@ class _State:
         if self.stops_early and ((epoch + 1) % train.evaluate_every == 0 or epoch + 1 == train.epochs):
             begin = time.monotonic()
             figures = self._validate()
-            row |= figures | {"evaluation_seconds": time.monotonic() - begin}
+            row |= figures | {"protocol_hash": self.protocol.hash, "evaluation_seconds": time.monotonic() - begin}
             if figures[STOP_METRIC] > self.best:
                 self.best, self.best_epoch, self.waited = figures[STOP_METRIC], epoch, 0
                 self.best_weights = self._weights()
@@ -345,11 +346,11 @@ class _State:
 
     def _validate(self) -> dict[str, float]:
         """The validation figures; the first process computes them, all of them go by them."""
-        figures = None
         self.judged.items.refresh()
-        if self.ranks.is_first:
-            figures = evaluate(self.judged, self.data, "valid", self.config.evaluate).summary()
-        return self.ranks.broadcast(figures)
+        config = self.config.evaluate
+        return self.ranks.from_first(
+            lambda: evaluate(self.judged, self.data, "valid", config, complete=False).summary()
+        )
 
     def _weights(self) -> dict[str, torch.Tensor]:
         return {name: value.detach().cpu().clone() for name, value in self.judged.state_dict().items()}
@@ -370,7 +371,8 @@ class _State:
         }
 
 
-def _device() -> torch.device:
+def device() -> torch.device:
+    """Where models are trained and evaluated here: this process's GPU if there is one."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cuda", torch.cuda.currentdevice())
