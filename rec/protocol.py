@@ -39,7 +39,7 @@ class Protocol(Section):
     negatives_exclude: Literal["history", "everything"] = "everything"
     """What is never drawn as a negative: the user's history, or all of the user's items. The target never is."""
     negatives_seed: int = 98765
-    """Negatives are a function of this seed and the user, the same for every model."""
+    """Negatives are a function of this seed and the data, the same for every model."""
     seen: Literal["rank", "mask"] = "rank"
     """Items of the user's history among the candidates: rank them or leave them out."""
     repeated_targets: Literal["rank", "miss"] = "rank"

@@ -16,6 +16,7 @@ from rec.averaging import WeightAverage
 from rec.batches import Windows, fit_counts, fit_ends, make_batches
 from rec.config import RecConfig
 from rec.data.prepared import Prepared
+from rec.epoch_progress import EpochProgress
 from rec.evaluation import evaluate
 from rec.item_encoder import ItemEncoder
 from rec.items import make_items
@@ -96,24 +97,26 @@ def train(model: Recommender, data: Prepared, config: RecConfig, run: RunFolder,
     batches = make_batches(model, data, config.train)
     step = _Step(model, make_loss(config.loss, fit_counts(data, config.train.on)[1:]), config)
     users_per_epoch = len(torch.unique(batches.users))
-    with progress(title, config.train.epochs) as advance:
+    with progress(title, config.train.epochs, state.ranks.is_first) as advance:
         for epoch in range(state.epoch, config.train.epochs):
             if state.out_of_patience:
                 break
-            mean_loss, seconds = _train_epoch(model, step, batches, state)
+            told = EpochProgress(advance, epoch, users_per_epoch, state.best_in_words)
+            mean_loss, seconds = _train_epoch(model, step, batches, state, told)
             if not math.isfinite(mean_loss):
                 raise Diverged(
                     f"the loss of {title} is {mean_loss} in epoch {epoch}: lower the learning rate"
                     f" ({config.train.lr:g}); {run.path} keeps the last good checkpoint"
                 )
             state.after_epoch(mean_loss, seconds)
-            best = f"  best {STOP_METRIC} {state.best:.4f}" if state.stops_early else ""
-            advance(epoch + 1, f"{users_per_epoch / seconds:,.0f} users/s  loss {mean_loss:.3f}{best}")
+            told.done(mean_loss, seconds, state.best_in_words)
     state.finish(final)
     return Recommender.from_pretrained(final)
 
 
-def _train_epoch(model: Recommender, step: "_Step", batches: Windows, state: "_State") -> tuple[float, float]:
+def _train_epoch(
+    model: Recommender, step: "_Step", batches: Windows, state: "_State", told: EpochProgress
+) -> tuple[float, float]:
     """What is left of the epoch that is under way; returns its mean loss and its seconds."""
     begin, seed, epoch = time.monotonic() - state.seconds, state.config.train.seed, state.epoch
     state.begin_epoch()
@@ -123,6 +126,7 @@ def _train_epoch(model: Recommender, step: "_Step", batches: Windows, state: "_S
         state.after_step()
         if len(state.losses) < len(batches):
             state.stop_if_asked(time.monotonic() - begin)
+            told.under_way(state.losses, len(batches), time.monotonic() - begin)
     return float(torch.stack(state.losses).mean()), time.monotonic() - begin
 
 
@@ -258,6 +262,11 @@ class _State:
     def stops_early(self) -> bool:
         """Whether there are validation items that are not trained on."""
         return self.config.train.on == "train"
+
+    @property
+    def best_in_words(self) -> str:
+        """For the progress bar."""
+        return f"  best {STOP_METRIC} {self.best:.4f}" if self.stops_early else ""
 
     @property
     def out_of_patience(self) -> bool:
