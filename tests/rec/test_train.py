@@ -210,11 +210,16 @@ def launch(recipe: Path, processes: int, *overrides: str) -> subprocess.Popen:
 
 
 @pytest.mark.distributed
-def test_two_processes_train_the_same_model_as_one(recipe):
+@pytest.mark.parametrize(
+    "model",
+    [{}, {"name": "BERT4Rec"}, {"name": "LightSANs", "interests": 3}],
+    ids=["whole sequences", "masked ones", "prefixes"],
+)
+def test_two_processes_train_the_same_model_as_one(recipe, model):
     """Without dropout and with the full softmax a step is a function of the global batch alone."""
     losses = {}
     for processes in (1, 2):
-        path = recipe(f"ranks-{processes}", train={"clip_norm": 5.0})
+        path = recipe(f"ranks-{processes}", model=model, train={"clip_norm": 5.0, "batch_size": 32 if model else 8})
         process = launch(path, processes)
         said, _ = process.communicate(timeout=900)
         assert process.returncode == 0, said
