@@ -15,7 +15,7 @@ MADE_UP = "closed-world"
 OPTIONS = {
     "users": ("online-retail",),
     "rows": ("online-retail",),
-    "min_rating": ("amazon", "movielens", "yelp"),
+    "min_rating": ("amazon", "movielens", "recbole", "yelp"),
     "world_seed": ("closed-world",),
 }
 FILTERS = (
@@ -58,7 +58,7 @@ examples:
         choices=("products", "all", "lmrec"),
         help="online-retail: only products, all but cancellations, or as in the LMRec paper",
     )
-    options.add_argument("--min-rating", type=float, help="amazon, movielens, yelp: least rating (default: any)")
+    options.add_argument("--min-rating", type=float, help="of amazon, movielens, recbole, yelp (default: any rating)")
     options.add_argument("--world-seed", type=int, help="closed-world: which world (default: 0)")
     _add_filters(prepare.add_argument_group("filters, in this order"), prepare.add_argument_group("split"))
 

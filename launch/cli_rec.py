@@ -52,22 +52,24 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from launch import tables
-    from rec.evaluate import compare_runs, evaluate_run
+    from rec.evaluate import FOLDER, compare_runs, evaluate_run
     from rec.job import open_run
     from rec.protocol import preset
     from rec.runtime import files
 
-    run = open_run(arguments.run)
+    run, command = open_run(arguments.run), shlex.join(["recalign", *sys.argv[1:]])
     if arguments.protocol:
-        protocols = {name: preset(name) for name in arguments.protocol.split(",")}
+        names = [name.strip() for name in arguments.protocol.split(",")]
+        protocols = {name: preset(name) for name in names}
     else:
         protocols = {"own": run.rec.evaluate.protocol}
     if arguments.against:
         other = open_run(arguments.against)
-        tables.print_comparison(compare_runs(run, other, protocols, arguments.part), run.path, other.path)
+        found = compare_runs(run, other, protocols, arguments.part, command)
+        tables.print_comparison(found, run.path, other.path)
         return
-    evaluate_run(run, protocols, arguments.part)
-    folder = run.path / "evaluations"
+    evaluate_run(run, protocols, arguments.part, command)
+    folder = run.path / FOLDER
     contents: list[dict[str, Any]] = [files.read_json(folder / f"{name}-{arguments.part}.json") for name in protocols]
     tables.print_evaluations(contents, arguments.groups)
     sys.stdout.write(f"\nRanks of every user: {folder}\n")

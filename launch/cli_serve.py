@@ -111,6 +111,8 @@ def _recommend_file(arguments: argparse.Namespace, run: "FinishedRun", catalog: 
         lines.append(f"  unknown item ids left out: {batch.unknown:,}")
     if batch.empty:
         lines.append(f"  histories without any known item, not answered: {batch.empty:,}")
+    if batch.cut:
+        lines.append(f"  histories longer than the model reads, of which the last items count: {batch.cut:,}")
     if batch.short:
         lines.append(f"  histories with fewer than {arguments.k} items to recommend: {batch.short:,}")
     sys.stdout.write("\n".join(lines) + "\n")

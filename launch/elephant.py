@@ -133,7 +133,9 @@ class ElephantRun:
                     told |= {"parameters": self._parameters(run)}
                     begin = _count(folder, begin)
                     rows += [
-                        {**told, "protocol": protocol, **metrics.summary()}
+                        told
+                        | {"protocol": protocol, "protocol_hash": self.protocols[protocol].hash}
+                        | metrics.summary()
                         for protocol, metrics in ranks[model, variant, name, seed].items()
                     ]
             serving = elephant_claims.serving(

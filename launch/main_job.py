@@ -28,6 +28,7 @@ from rec.data.prepared import Prepared
 from rec.evaluation import evaluate
 from rec.item_encoder import KnowledgeConcat
 from rec.models.base import SequenceRecommender
+from rec.protocol import Protocol
 from rec.runtime import files
 from rec.runtime.runfolder import RunFolder
 from rec.runtime.stopping import StopFile
@@ -179,7 +180,12 @@ class MainJobRun:
         if texts is not None:
             self._texts(texts).tell(model.items)
         metrics = evaluate(model, self.data, "test", self.job.rec.evaluate)
-        return {"method": method, "model": self.job.rec.model.name, **metrics.summary()}
+        told = {"method": method, "model": self.job.rec.model.name, "protocol_hash": self._protocol.hash}
+        return {**told, **metrics.summary()}
+
+    @property
+    def _protocol(self) -> Protocol:
+        return self.job.rec.evaluate.protocol.of_run(self.data, self.job.rec.train.on)
 
     def _conclude(self, command: str, wall_s: float) -> dict[str, Any]:
         methods = {"Base": self.stages.base, "Base+NA_LLM": self.stages.na}
@@ -196,7 +202,7 @@ class MainJobRun:
         return self.run.write_result(
             command,
             self.job.identity,
-            self.job.rec.evaluate.protocol.described(),
+            self._protocol.described(),
             rows,
             wall_s,
             data={"name": self.job.data, **self.data.meta["counts"]},

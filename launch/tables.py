@@ -59,11 +59,15 @@ def print_evaluations(contents: list[dict[str, Any]], groups: bool) -> None:
 def print_comparison(found: dict[str, dict[str, Any]], one: Path, other: Path) -> None:
     """Differences with intervals and p-values."""
     table = Table("protocol", "metric", "difference", "95 % interval", "p", title=f"{one} minus {other}")
-    for protocol, metrics in found.items():
-        for name, row in metrics.items():
+    for protocol, content in found.items():
+        for name, row in content["metrics"].items():
             interval = f"{row['low']:+.4f} to {row['high']:+.4f}"
             table.add_row(protocol, name, f"{row['difference']:+.4f}", interval, f"{row['p']:.4f}")
-    console().print(table)
+    out = console()
+    out.print(table)
+    for protocol, content in found.items():
+        left = f"; {content['left_out']:,} that count for one run alone left out" if content["left_out"] else ""
+        out.print(f"{protocol}: {content['instances']:,} instances of both{left}", soft_wrap=True)
 
 
 def print_bench(result: dict[str, Any]) -> None:
@@ -190,7 +194,9 @@ def describe(protocol: dict[str, Any]) -> str:
     """A protocol in words."""
     if protocol["candidates"] == "all":
         seen = "seen items ranked" if protocol["seen"] == "rank" else "seen items left out"
-        candidates = f"all items, {seen}"
+        # A key that came later: results that are older have none.
+        repeated = ", repeated targets too" if protocol.get("repeated_targets") == "miss" else ""
+        candidates = f"all items, {seen}{repeated}"
     else:
         candidates = (
             f"{protocol['negatives']} {protocol['negatives_from']} negatives (seed {protocol['negatives_seed']},"

@@ -314,14 +314,15 @@ def fix_statistics(model: JointModel, task: RecommendationTask, device: torch.de
 def _conclude(job: LMRecJob, inputs: Inputs, folder: RunFolder, command: str) -> dict[str, Any]:
     """Rank the test items, and write ``result.json``."""
     data, facts, rows = inputs.tasks[TARGET].data, files.read_json(folder.path / FINISHED), []
+    protocol = job.rec.evaluate.protocol.of_run(data, "train")
     if job.llm.recommend is not None:
         metrics = evaluate(trained(job, inputs), data, "test", job.rec.evaluate)
-        rows = [{"model": variant(job), "part": "test", **metrics.summary()}]
+        rows = [{"model": variant(job), "part": "test", "protocol_hash": protocol.hash, **metrics.summary()}]
     steps = folder.steps(STEP)
     return folder.write_result(
         command,
         job.identity,
-        job.rec.evaluate.protocol.described(),
+        protocol.described(),
         rows,
         sum(row["seconds"] for row in folder.events("pretrained")),
         data={"name": job.data, "content_hash": data.meta["content_hash"], **data.meta["counts"]},

@@ -137,7 +137,7 @@ def run(job: ProbeJob, command: str) -> dict[str, Any]:
         if done is not None:
             return done
         data, begin, rows = Prepared.load(Path(job.data)), time.monotonic(), []
-        reader = _Reader(job, data)
+        reader, protocol = _Reader(job, data), job.rec.evaluate.protocol.of_run(data, "train")
         for kind in job.llm.probe.features:
             found = reader.features(kind, folder.path / "features")
             started = time.monotonic()
@@ -147,13 +147,13 @@ def run(job: ProbeJob, command: str) -> dict[str, Any]:
             metrics = evaluate(model, data, "test", job.rec.evaluate).summary()
             rows.append(
                 {"model": "LMRec^TL", "feature": kind, "part": "test", "steps": steps, "seconds": round(seconds, 2)}
-                | metrics
+                | {"protocol_hash": protocol.hash, **metrics}
             )
             log.info("%s: HR@10 %.4f after %d steps, %.1f s", kind, metrics["HR@10"], steps, seconds)
         return folder.write_result(
             command,
             hash_of(job.model_dump(mode="json", exclude={"run"})),
-            job.rec.evaluate.protocol.described(),
+            protocol.described(),
             rows,
             time.monotonic() - begin,
             data={"name": job.data, "content_hash": data.meta["content_hash"], **data.meta["counts"]},

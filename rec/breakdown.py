@@ -19,11 +19,12 @@ def groups(data: Prepared, part: Part, trained_on: TrainedOn = "train") -> dict[
     """
     users, ends = data.instances(part)
     targets, lengths = data.sequence[ends], ends - data.offsets[users]
-    found = {"cold": fit_counts(data, trained_on)[targets] == 0}
+    counts = fit_counts(data, trained_on)
+    found = {"cold": counts[targets] == 0}
     found["warm"] = ~found["cold"]
-    found["repeat"] = _repeats(data, users, ends)
+    found["repeat"] = data.repeated(part)
     found["new"] = ~found["repeat"]
-    third = _popularity_third(data)[targets]
+    third = _popularity_third(counts)[targets]
     found |= {name: third == number for number, name in enumerate(("head", "middle", "tail"))}
     low, high = (torch.quantile(lengths.double(), share) for share in (1 / 3, 2 / 3))
     found |= {
@@ -42,25 +43,17 @@ def break_down(
     for name, members in groups(data, part, trained_on).items():
         own = members[metrics.instances]
         if own.any():
-            chosen = Metrics(metrics.ranks[own], metrics.cutoffs, metrics.instances[own], metrics.users[own])
-            result[name] = {"instances": int(own.sum()), **chosen.summary()}
+            result[name] = {"instances": int(own.sum()), **metrics.of(own).summary()}
     return result
 
 
-def _repeats(data: Prepared, users: Tensor, ends: Tensor) -> Tensor:
-    """Whether each target stands in its user's history: an earlier occurrence of the same (user, item)."""
-    owner = torch.repeat_interleave(torch.arange(data.n_users), data.offsets.diff())
-    pairs = owner * (data.n_items + 1) + data.sequence
-    order = pairs.argsort(stable=True)
-    first = torch.ones(len(pairs), dtype=torch.bool)
-    first[order[1:]] = pairs[order][1:] != pairs[order][:-1]
-    return ~first[ends]
+def _popularity_third(counts: Tensor) -> Tensor:
+    """[items + 1] 0, 1 or 2: which third of the training interactions an item belongs to, most popular first.
 
-
-def _popularity_third(data: Prepared) -> Tensor:
-    """[items + 1] 0, 1 or 2: which third of the training interactions an item belongs to, most popular first."""
-    order = data.train_counts.argsort(descending=True, stable=True)
-    before = data.train_counts[order].cumsum(0) - data.train_counts[order]
+    ``counts`` [items + 1] are the training interactions of each.
+    """
+    order = counts.argsort(descending=True, stable=True)
+    before = counts[order].cumsum(0) - counts[order]
     third = torch.empty_like(order)
-    third[order] = (3 * before // data.train_counts.sum().clamp(min=1)).clamp(max=2)
+    third[order] = (3 * before // counts.sum().clamp(min=1)).clamp(max=2)
     return third

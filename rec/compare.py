@@ -3,6 +3,7 @@
 import torch
 
 from rec.evaluation import Metrics
+from rec.runtime.errors import UserError
 
 DRAWS, SEED = 10_000, 0
 
@@ -10,14 +11,15 @@ DRAWS, SEED = 10_000, 0
 def compare(one: Metrics, other: Metrics, draws: int = DRAWS) -> dict[str, dict[str, float]]:
     """For every metric, the mean difference ``one`` minus ``other``, its 95 % interval, and a two-sided p-value.
 
-    Users are drawn with replacement, each with all their instances, both runs on the same draw. The p-value is twice
-    the smaller share of draws in which the difference has the other sign, or is zero.
+    What only one of the two was evaluated on (a target may be cold for one run alone) does not count. Users are drawn
+    with replacement, each with all their instances, both runs on the same draw. The p-value is twice the smaller share
+    of draws in which the difference has the other sign, or is zero; the difference itself counts as one more draw, so
+    that no number of draws makes it zero.
 
     Raises:
-        ValueError: if the two were not evaluated on the same instances.
+        UserError: if they have no instance in common.
     """
-    if not torch.equal(one.instances, other.instances):
-        raise ValueError("the two evaluations are not of the same instances")
+    one, other = paired(one, other)
     generator = torch.Generator().manual_seed(SEED)
     owners = one.users.unique(return_inverse=True)[1]
     count = int(owners.max()) + 1
@@ -35,7 +37,15 @@ def compare(one: Metrics, other: Metrics, draws: int = DRAWS) -> dict[str, dict[
     for number, name in enumerate(names):
         drawn = means[:, number]
         low, high = torch.quantile(drawn, torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
-        p = 2 * min((drawn <= 0).double().mean().item(), (drawn >= 0).double().mean().item())
+        p = 2 * (min(int((drawn <= 0).sum()), int((drawn >= 0).sum())) + 1) / (draws + 1)
         difference = differences[number].mean().item()
         result[name] = {"difference": difference, "low": low, "high": high, "p": min(1.0, p)}
     return result
+
+
+def paired(one: Metrics, other: Metrics) -> tuple[Metrics, Metrics]:
+    """Both, on the instances that they share alone, in one order; raises UserError if there are none."""
+    rows = [torch.isin(own.instances, theirs.instances).nonzero()[:, 0] for own, theirs in ((one, other), (other, one))]
+    if not len(rows[0]):
+        raise UserError("the two evaluations have no target in common: they cannot be compared")
+    return tuple(own.of(row[own.instances[row].argsort()]) for own, row in zip((one, other), rows, strict=True))

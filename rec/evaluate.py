@@ -1,5 +1,6 @@
 """Evaluate finished runs under named protocols, in one pass over the scores, and compare two runs user by user."""
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,92 +8,141 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from rec.breakdown import break_down
-from rec.compare import compare
-from rec.evaluation import Metrics, Part, evaluate_many
+from rec.compare import compare, paired
+from rec.evaluation import Metrics, evaluate_many, require_cutoffs
 from rec.job import FinishedRun
 from rec.protocol import Protocol
+from rec.ranking import Part
 from rec.runtime import files
+from rec.runtime.config import hash_of
 from rec.runtime.errors import UserError
+from rec.runtime.runfolder import RunFolder
+from rec.trainer import device
 
 FOLDER = "evaluations"
 
 
-def evaluate_run(run: FinishedRun, protocols: Mapping[str, Protocol], part: Part = "test") -> dict[str, Metrics]:
+def evaluate_run(
+    run: FinishedRun, protocols: Mapping[str, Protocol], part: Part = "test", command: str = ""
+) -> dict[str, Metrics]:
     """Rank under every protocol, and keep what was found in the run folder.
 
     ``evaluations/PROTOCOL-PART.parquet`` has the rank of every user's held-out item, ``evaluations/PROTOCOL-PART.json``
-    the protocol, its hash, the figures, and the figures by kind of target and history.
+    the protocol, its hash, the figures, and the figures by kind of target and history. ``evaluations/result.json`` is
+    this call's result; the run's own stays what training wrote.
 
     Raises:
         UserError: if a cutoff is larger than the catalog, or the model was trained on what it would rank.
     """
-    found = rank_run(run, protocols, part)
-    trained_on = run.facts.get("trained_on", "train")
+    began, folder = time.monotonic(), RunFolder(run.path / FOLDER)
+    found, rows = rank_run(run, protocols, part), []
     for name, metrics in found.items():
-        protocol = protocols[name]
-        folder = run.path / FOLDER
-        folder.mkdir(exist_ok=True)
-        parquet.write_table(_ranks(run, part, metrics), folder / f"{name}-{part}.parquet")
+        parquet.write_table(_ranks(run, part, metrics), folder.path / f"{name}-{part}.parquet")
+        own = _described(run, protocols[name])
         content = {
-            "protocol": protocol.described(),
+            "protocol": own,
             "name": name,
             "part": part,
             "model": run.model.architecture,
-            "trained_on": trained_on,
-            "remarks": remarks(run, protocol),
+            "trained_on": run.trained_on,
+            "remarks": remarks(run, protocols[name]),
             "instances": len(metrics.ranks),
             "metrics": metrics.summary(),
-            "groups": break_down(metrics, run.data, part, trained_on),
+            "groups": break_down(metrics, run.data, part, run.trained_on),
         }
-        files.write_json(folder / f"{name}-{part}.json", content)
+        files.write_json(folder.path / f"{name}-{part}.json", content)
+        told = {key: content[key] for key in ("model", "trained_on", "part", "instances")}
+        rows.append({**told, "protocol": name, "protocol_hash": own["hash"], **content["metrics"]})
+    _conclude(folder, run, protocols, rows, command, began)
     return found
 
 
 def rank_run(run: FinishedRun, protocols: Mapping[str, Protocol], part: Part = "test") -> dict[str, Metrics]:
     """Rank under every protocol, in one pass, and write nothing; raises as ``evaluate_run`` does."""
-    trained_on = run.facts.get("trained_on", "train")
-    if part == "valid" and trained_on != "train":
+    if part == "valid" and run.trained_on != "train":
         raise UserError(f"{run.path} was trained on its validation items: figures on them say nothing")
     for name, protocol in protocols.items():
-        if max(protocol.cutoffs) > run.data.n_items:
-            raise UserError(
-                f"protocol {name!r} asks for the best {max(protocol.cutoffs)} of {run.data.n_items} items; use smaller"
-                " cutoffs"
-            )
+        require_cutoffs(protocol, run.data, f"protocol {name!r}")
+    run.model.to(device())
     size = run.rec.evaluate.batch_size
-    return evaluate_many(run.model, run.data, part, protocols, size, trained_on=trained_on)
+    return evaluate_many(run.model, run.data, part, protocols, size, trained_on=run.trained_on)
 
 
 def compare_runs(
-    one: FinishedRun, other: FinishedRun, protocols: Mapping[str, Protocol], part: Part = "test"
+    one: FinishedRun, other: FinishedRun, protocols: Mapping[str, Protocol], part: Part = "test", command: str = ""
 ) -> dict[str, dict[str, Any]]:
     """The paired bootstrap of two runs under every protocol.
 
+    ``evaluations/against-RUN/result.json`` in the first one's folder holds it too.
+
+    Returns:
+        For each protocol ``instances``, that were compared, ``left_out``, those that count for one run alone (targets
+        that are cold for one of them), and ``metrics``, what ``compare`` finds.
+
     Raises:
-        UserError: if they were not trained on the same prepared data.
+        UserError: if they were not trained on the same prepared data, or share no instance.
     """
-    hashes = [run.data.meta["content_hash"] for run in (one, other)]
+    began, hashes = time.monotonic(), [run.data.meta["content_hash"] for run in (one, other)]
     if hashes[0] != hashes[1]:
         raise UserError(
             f"{one.path} and {other.path} were trained on different data ({hashes[0]}, {hashes[1]}): their users"
             " cannot be paired"
         )
     ones, others = (rank_run(run, protocols, part) for run in (one, other))
-    return {name: compare(ones[name], others[name]) for name in protocols}
+    found, rows = {}, []
+    for name in protocols:
+        shared = len(paired(ones[name], others[name])[0].ranks)
+        left_out = len(ones[name].ranks) + len(others[name].ranks) - 2 * shared
+        found[name] = {
+            "instances": shared,
+            "left_out": left_out,
+            "metrics": compare(ones[name], others[name]),
+        }
+        described = [_described(run, protocols[name])["hash"] for run in (one, other)]
+        told = {"protocol": name, "protocol_hash": described[0], "against_protocol_hash": described[1], "part": part}
+        told |= {"instances": shared, "left_out": left_out}
+        rows += [{**told, "metric": metric, **row} for metric, row in found[name]["metrics"].items()]
+    folder = RunFolder(one.path / FOLDER / f"against-{other.path.resolve().name}")
+    _conclude(folder, one, protocols, rows, command, began, against=str(other.path))
+    return found
 
 
 def remarks(run: FinishedRun, protocol: Protocol) -> list[str]:
     """How the run differs from what the protocol is meant for; its figures are then not that protocol's."""
-    found = []
-    split = run.data.meta["filters"].get("split", "leave-one-out")
-    if protocol.split not in (None, split):
-        found.append(f"meant for a {protocol.split} split, the data has {split}")
-    trained_on = run.facts.get("trained_on", "train")
-    if protocol.trained_on not in (None, trained_on):
-        found.append(f"meant for models trained on {protocol.trained_on}, this one was on {trained_on}")
+    found, own = [], protocol.of_run(run.data, run.trained_on)
+    if protocol.split not in (None, own.split):
+        found.append(f"meant for a {protocol.split} split, the data has {own.split}")
+    if protocol.trained_on not in (None, own.trained_on):
+        found.append(f"meant for models trained on {protocol.trained_on}, this one was on {own.trained_on}")
     if protocol.candidates == "sampled":
         found.append("sampled candidates: not comparable with full ranking, and may order models differently")
     return found
+
+
+def _described(run: FinishedRun, protocol: Protocol) -> dict[str, Any]:
+    return protocol.of_run(run.data, run.trained_on).described()
+
+
+def _conclude(
+    folder: RunFolder,
+    run: FinishedRun,
+    protocols: Mapping[str, Protocol],
+    rows: list[dict[str, Any]],
+    command: str,
+    began: float,
+    **more: Any,
+) -> None:
+    described = {name: _described(run, protocol) for name, protocol in protocols.items()}
+    several = {"hash": hash_of([own["hash"] for own in described.values()]), **described}
+    folder.write_result(
+        command,
+        hash_of(run.rec),
+        several if len(described) > 1 else next(iter(described.values())),
+        rows,
+        time.monotonic() - began,
+        data={"name": str(run.data.folder), "content_hash": run.data.meta["content_hash"], **run.data.meta["counts"]},
+        **more,
+    )
 
 
 def _ranks(run: FinishedRun, part: Part, metrics: Metrics) -> pa.Table:

@@ -3,9 +3,8 @@
 Scores of one batch of users exist at a time, never [users, items], and every protocol reads the same scores.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,14 +13,9 @@ from rec.batches import fit_counts
 from rec.config import EvaluateConfig
 from rec.data.prepared import Prepared
 from rec.models.base import Recommender, SequenceRecommender
-from rec.negatives import draw_negatives
 from rec.protocol import Protocol, TrainedOn
-from rec.runtime.errors import Diverged, UserError
-
-Part = Literal["valid", "test"]
-# Rows of scores that are made at a time on a CPU, and those of them that are then compared at a time: wide enough for
-# fast matrix products, and narrow enough for what is compared to stay in the caches.
-SCORED_ROWS, COMPARED_ROWS = 256, 32
+from rec.ranking import Part, Ranker, Reach, Scorer
+from rec.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -33,12 +27,18 @@ class Metrics:
         cutoffs: the k of HR@k, NDCG@k and MRR@k.
         instances: [M] which of the data's instances these are.
         users: [M] whose they are.
+        complete: whether ranks beyond the cutoffs are known too; otherwise they are infinite, and there is no MRR.
     """
 
     ranks: Tensor
     cutoffs: tuple[int, ...]
     instances: Tensor
     users: Tensor
+    complete: bool = True
+
+    def of(self, rows: Tensor) -> "Metrics":
+        """Those of some ``rows``: numbers, or [M] marks."""
+        return replace(self, ranks=self.ranks[rows], instances=self.instances[rows], users=self.users[rows])
 
     def values(self) -> dict[str, Tensor]:
         """[M] values of each metric, one an instance."""
@@ -48,7 +48,8 @@ class Metrics:
             values[f"HR@{k}"] = hit
             values[f"NDCG@{k}"] = hit / torch.log2(1 + self.ranks)
             values[f"MRR@{k}"] = hit / self.ranks
-        values["MRR"] = 1 / self.ranks
+        if self.complete:
+            values["MRR"] = 1 / self.ranks
         return values
 
     def summary(self) -> dict[str, float]:
@@ -78,9 +79,11 @@ def evaluate(
     config: EvaluateConfig,
     instances: Sequence[int] | Tensor | None = None,
     trained_on: TrainedOn = "train",
+    complete: bool = True,
 ) -> Metrics:
     """``evaluate_many`` under the one protocol of ``config``."""
-    return evaluate_many(model, data, part, {"": config}, config.batch_size, instances, trained_on)[""]
+    protocols = {"": config.protocol}
+    return evaluate_many(model, data, part, protocols, config.batch_size, instances, trained_on, complete)[""]
 
 
 @torch.no_grad()
@@ -92,6 +95,7 @@ def evaluate_many(
     batch_size: int = 512,
     instances: Sequence[int] | Tensor | None = None,
     trained_on: TrainedOn = "train",
+    complete: bool = True,
 ) -> dict[str, Metrics]:
     """Rank every held-out item of ``part`` under every protocol.
 
@@ -103,6 +107,8 @@ def evaluate_many(
         batch_size: instances whose scores exist at a time.
         instances: which of the data's held-out items, by number; all by default.
         trained_on: what the model was trained on; targets that never occur there are cold.
+        complete: find ranks beyond the cutoffs too. Without them the figures at the cutoffs are the same, and most
+            targets are only compared with the popular items, which beat them.
 
     Raises:
         UserError: if there is nothing to rank, or the model has diverged to scores that are no numbers.
@@ -111,108 +117,39 @@ def evaluate_many(
     chosen = torch.arange(len(ends)) if instances is None else torch.as_tensor(instances)
     if not len(chosen):
         raise UserError(f"{data.folder} has no {part} items to rank")
-    rankers = {name: _Ranker(protocol, data, part, trained_on) for name, protocol in protocols.items()}
-    found: dict[str, list[Tensor]] = {name: [] for name in protocols}
-    targets = data.targets(part)
-    scorer, was_training = _Scorer(model, data.n_items), model.training
+    counts, was_training = fit_counts(data, trained_on), model.training
     model.eval()
-    # Neighbours in length share a batch: little padding. Every result goes back to its place.
+    rankers = {name: Ranker(protocol, data, part, counts) for name, protocol in protocols.items()}
+    ranks = {name: torch.full((len(ends),), torch.inf, dtype=torch.double) for name in protocols}
+    # Once for all batches: an item encoder may have to compute it.
+    table = model.items.table()[1:].float() if isinstance(model, SequenceRecommender) else None
+    reach, asked = None, protocols.values()
+    if not complete and table is not None and all(protocol.candidates == "all" for protocol in asked):
+        reach = Reach(table, data, part, asked, counts)
+    scorer = Scorer(model, table, data, part, reach)
+    # Neighbours in length share a batch: little padding.
     order = (ends - data.offsets[users])[chosen].argsort(stable=True)
     for rows in chosen[order].split(batch_size):
-        items, lengths = data.histories(part, rows, model.config.max_length)
-        for some, scores in scorer(rows, users[rows], items, lengths):
-            if _not_numbers(scores, targets[some]):
-                raise Diverged(
-                    f"the scores of {model.architecture} are no numbers: it has diverged; lower the learning rate"
-                )
+        for some, scores in scorer(rows):
             for name, ranker in rankers.items():
-                found[name].append(ranker(scores, some))
+                ranks[name][some] = ranker(scores, some)
     model.train(was_training)
-    back = order.argsort()
-    return {name: rankers[name].metrics(torch.cat(found[name])[back], chosen) for name in protocols}
+    return {name: _metrics(ranker, ranks[name], chosen, complete) for name, ranker in rankers.items()}
 
 
-class _Scorer:
-    """Scores of batches, part by part: states are made together, but a part's wide scores stay in a CPU's cache."""
-
-    def __init__(self, model: Recommender, n_items: int) -> None:
-        self.model, self.device = model, next(model.parameters()).device
-        self.in_parts = isinstance(model, SequenceRecommender) and self.device.type == "cpu"
-        # One for all parts: fresh memory costs more than the arithmetic on it.
-        self.buffer = torch.empty(SCORED_ROWS, n_items) if self.in_parts else None
-
-    def __call__(self, rows: Tensor, users: Tensor, items: Tensor, lengths: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Parts of ``rows`` [B] with their scores [part, N], which are overwritten by the next part's."""
-        inputs = users.to(self.device), items.to(self.device), lengths.to(self.device)
-        if not self.in_parts:
-            yield rows, self.model.score_all(*inputs).float()
-            return
-        states = self.model.last_states(*inputs[1:]).float()
-        for part, own in zip(rows.split(SCORED_ROWS), states.split(SCORED_ROWS), strict=True):
-            yield part, self.model.scores(own, out=self.buffer[: len(part)])
+def _metrics(ranker: Ranker, ranks: Tensor, instances: Tensor, complete: bool) -> Metrics:
+    """Of the ``ranks`` of all of the part's instances those that were asked for and count."""
+    instances = ranker.left(instances)
+    ranks = ranks[instances].masked_fill(ranker.missed(instances), torch.inf)
+    cutoffs = ranker.protocol.cutoffs
+    if not complete:  # what is known beyond the cutoffs depends on what was popular
+        ranks = ranks.masked_fill(ranks > max(cutoffs), torch.inf)
+    return Metrics(ranks, cutoffs, instances, ranker.users[instances], complete)
 
 
-def _not_numbers(scores: Tensor, targets: Tensor) -> bool:
-    """Whether scores [B, N] have a NaN: of a state that has one, every score is NaN; of an item, its whole column."""
-    own = scores.gather(1, targets.to(scores.device)[:, None] - 1)
-    return bool(own.isnan().any() | scores[0].isnan().any())
-
-
-class _Ranker:
-    """One protocol over one part of the data."""
-
-    def __init__(self, protocol: Protocol, data: Prepared, part: Part, trained_on: TrainedOn) -> None:
-        self.protocol, self.data = protocol, data
-        self.users, self.ends = data.instances(part)
-        self.targets = data.targets(part)
-        self.negatives = draw_negatives(protocol, data, part) if protocol.candidates == "sampled" else None
-        self.cold = fit_counts(data, trained_on)[self.targets] == 0
-        self.marks: Tensor | None = None
-
-    def __call__(self, scores: Tensor, rows: Tensor) -> Tensor:
-        """Ranks [B] (float64, on the CPU) of the targets of instances ``rows`` [B] in ``scores`` [B, N]."""
-        own = scores.gather(1, self.targets[rows].to(scores.device)[:, None] - 1)
-        if self.negatives is not None:
-            others = scores.gather(1, self.negatives[rows].to(scores.device).long() - 1)
-            better, equal = (others > own).sum(1), (others == own).sum(1)
-        else:
-            if self.marks is None:
-                self.marks = torch.empty_like(scores[:COMPARED_ROWS] if scores.device.type == "cpu" else scores)
-            better, equal = _count(scores, own, self.marks)
-            if self.protocol.seen == "mask":
-                seen_better, seen_equal = self._count_seen(scores, own, rows)
-                better, equal = better - seen_better, equal - seen_equal
-        share = {"mean": 0.5, "optimistic": 0.0, "pessimistic": 1.0}[self.protocol.ties]
-        return (1 + better.double() + share * equal.double()).cpu()
-
-    def metrics(self, ranks: Tensor, instances: Tensor) -> Metrics:
-        """Cold targets treated as the protocol says."""
-        cold = self.cold[instances]
-        if self.protocol.cold_targets == "miss":
-            ranks = ranks.masked_fill(cold, float("inf"))
-        elif self.protocol.cold_targets == "drop":
-            ranks, instances = ranks[~cold], instances[~cold]
-        return Metrics(ranks, self.protocol.cutoffs, instances, self.users[instances])
-
-    def _count_seen(self, scores: Tensor, own: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """How many of the history's items, each once and the target not, are better and equal."""
-        history, _ = self.data.windows(self.users[rows], self.ends[rows], len(self.data.sequence))
-        history = history.sort(dim=1).values
-        counts = (history > 0) & (history != self.targets[rows, None])
-        counts[:, 1:] &= history[:, 1:] != history[:, :-1]
-        history, counts = history.to(scores.device), counts.to(scores.device)
-        seen = scores.gather(1, (history - 1).clamp(min=0))
-        return ((seen > own) & counts).sum(1), ((seen == own) & counts).sum(1)
-
-
-def _count(scores: Tensor, own: Tensor, marks: Tensor) -> tuple[Tensor, Tensor]:
-    """[B] numbers of scores [B, N] above ``own`` [B, 1], and of others equal to it; ``marks`` [rows, N] is overwritten.
-
-    Comparing into floats and adding those up is ten times as fast on CPU as counting booleans, and exact up to 2^24.
-    """
-    better, as_good = [], []
-    for part, target in zip(scores.split(len(marks)), own.split(len(marks)), strict=True):
-        own_marks = marks[: len(part)]
-        better.append(torch.gt(part, target, out=own_marks).sum(1))
-        as_good.append(torch.ge(part, target, out=own_marks).sum(1))
-    return torch.cat(better), torch.cat(as_good) - torch.cat(better) - 1
+def require_cutoffs(protocol: Protocol, data: Prepared, whose: str) -> None:
+    """Raise a UserError if the protocol (called ``whose``) asks for longer lists than the data has items."""
+    if max(protocol.cutoffs) > data.n_items:
+        raise UserError(
+            f"{whose} asks for the best {max(protocol.cutoffs)} of {data.n_items} items; use smaller cutoffs"
+        )

@@ -352,7 +352,7 @@ def _require_replaceable(out: Path) -> None:
         ours = False
     if not ours:
         raise UserError(f"{out} exists and is no earlier export; name another folder with --out")
-    written = {CONFIG, ITEMS, ITEM_TABLE, USERS, USER_TABLE, INDEX, *TOWER.values()}
+    written = {CONFIG, ITEMS, ITEM_TABLE, USERS, USER_TABLE, INDEX, *TOWER.values(), f"{TOWER['onnx']}.data"}
     others = sorted(path.name for path in out.iterdir() if path.name not in written)
     if others:
         raise UserError(f"{out} holds more than an export ({others[0]}); name another folder with --out")

@@ -9,6 +9,7 @@ import csv
 import difflib
 import io
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,12 +43,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Batch:
-    """Counts of a whole file: histories answered, unknown ids left out, rows with none left, rows with short lists."""
+    """Counts of a whole file.
+
+    Histories answered, unknown ids left out, rows with none left, rows with short lists, and histories that are longer
+    than the model reads: their first items do not count.
+    """
 
     answered: int
     unknown: int
     empty: int
     short: int
+    cut: int
 
 
 def user_number(data: Prepared, user: str) -> int:
@@ -113,7 +119,9 @@ def answer_file(
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-    return Batch(len(rows), unknown, empty, short)
+    longest = run.model.config.max_length if run.model.samples != "pairs" else math.inf
+    cut = sum(len(row.request.history) > longest for row in rows)
+    return Batch(len(rows), unknown, empty, short, cut)
 
 
 def _resolve(run: FinishedRun, catalog: Catalog, source: Path, skip_unknown: bool) -> tuple[list[Row], int, int]:

@@ -11,6 +11,7 @@ from rec.config import RecConfig
 from rec.data.builtin import BUILTIN, prepare_builtin
 from rec.data.prepared import META, Prepared
 from rec.models.base import Recommender
+from rec.protocol import TrainedOn
 from rec.runtime import files
 from rec.runtime.config import Section, apply_overrides, build, load, read_recipe
 from rec.runtime.errors import UserError
@@ -37,6 +38,11 @@ class FinishedRun:
     data: Prepared
     rec: RecConfig
     facts: dict[str, Any]
+
+    @property
+    def trained_on(self) -> TrainedOn:
+        """Which interactions it was trained on."""
+        return self.facts.get("trained_on", "train")
 
 
 def load_job(path: Path, overrides: Sequence[str] = ()) -> RecJob:

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 CHUNK_BYTES = 9 * 2**20
+# Fewer rows at a time would read a table of hundreds of thousands of items from memory again for each few of them.
+LEAST_ROWS = 64
 # exp must neither overflow nor vanish; up to here no row needs its maximum subtracted first.
 SAFE_LOGIT = 60.0
 # oneDNN, which multiplies bfloat16, compiles a kernel for every new number of rows, at 10 ms each.
@@ -58,7 +60,7 @@ def _loss_and_gradients(
     states: Tensor, table: Tensor, targets: Tensor, by_states: bool, by_table: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The loss and those of its gradients that somebody asks for: each is one of three matrix products."""
-    rows = max(1, (32 if states.is_cuda else 1) * CHUNK_BYTES // (states.element_size() * table.shape[0]))
+    rows = max(LEAST_ROWS, (32 if states.is_cuda else 1) * CHUNK_BYTES // (states.element_size() * table.shape[0]))
     if few_shapes := states.dtype != torch.float32 and not states.is_cuda:
         rows += -rows % ROW_MULTIPLE
     # One buffer for all chunks: fresh memory costs more than the arithmetic on it (page faults on CPU).

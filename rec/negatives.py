@@ -11,6 +11,8 @@ from rec.protocol import Protocol
 from rec.runtime.errors import UserError
 
 BLOCK_CELLS = 2**25
+# After so many items that a user has already: where few popular ones are most of the weight, it could go on for ever.
+REJECTIONS = 20
 
 
 def draw_negatives(protocol: Protocol, data: Prepared, part: Literal["valid", "test"]) -> Tensor:
@@ -52,11 +54,26 @@ def _draw_block(
     result = np.zeros((len(users), protocol.negatives), dtype=np.int32)
     for nth in range(protocol.negatives):
         missing = np.arange(len(users))
-        while len(missing):
+        for _ in range(REJECTIONS):
             items = np.searchsorted(cumulative, rng.random(len(missing)) * cumulative[-1], side="right")
             items = np.minimum(items, data.n_items - 1) + 1
             fine = ~taken[missing, items]
             result[missing[fine], nth] = items[fine]
             taken[missing[fine], items[fine]] = True
             missing = missing[~fine]
+            if not len(missing):
+                break
+        for row in missing:
+            item = _draw_free(taken[row, 1:], cumulative, rng)
+            result[row, nth] = item
+            taken[row, item] = True
     return result
+
+
+def _draw_free(taken: np.ndarray, cumulative: np.ndarray, rng: np.random.Generator) -> int:
+    """The number of an item that is not ``taken`` [N], by the free items' own weights."""
+    own = np.cumsum(np.where(taken, 0.0, np.diff(cumulative, prepend=0.0)))
+    free = np.flatnonzero(~taken)
+    # Above every item before the first free one, and never past the last free one.
+    place = np.searchsorted(own, rng.random() * own[-1], side="right")
+    return int(min(place, free[-1])) + 1

@@ -1,13 +1,14 @@
 """Evaluation protocols: everything that makes two published numbers differ, as one object with a hash.
 
-Presets carry the names of the papers. A preset says how to rank; how the data was split and which interactions were
-trained on is the run's, and a preset that asks for something else is said so beside the figures.
+Presets carry the names of the papers. A preset says how to rank, and which split and training part it is meant for;
+``of_run`` fills in what a run really had, and the hash of that stands beside its figures.
 """
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
 
+from rec.data.prepared import Prepared
 from rec.runtime.config import Section, hash_of
 from rec.runtime.errors import UserError
 
@@ -22,10 +23,13 @@ class Protocol(Section):
     MRR@k = [r ≤ k] / r, MRR = 1 / r.
     """
 
+    METRICS_VERSION: ClassVar[int] = 1
+    """Of the definitions above; figures under another version have another hash."""
+
     split: Split | None = None
-    """Which split of the data it is meant for; null for any."""
+    """Which split of the data it is meant for, null for any; of a run, the one that its data has."""
     trained_on: TrainedOn | None = None
-    """Which part it expects the model to have been trained on; null for any."""
+    """Which part it expects the model to have been trained on, null for any; of a run, what it was trained on."""
     cold_targets: Literal["rank", "drop", "miss"] = "rank"
     """Held-out items that never occur in training: rank them, leave these instances out, or count them as misses."""
     candidates: Literal["all", "sampled"] = "all"
@@ -35,22 +39,42 @@ class Protocol(Section):
     negatives_exclude: Literal["history", "everything"] = "everything"
     """What is never drawn as a negative: the user's history, or all of the user's items. The target never is."""
     negatives_seed: int = 98765
-    """Negatives are a function of this seed and the user, the same for every model."""
+    """Negatives are a function of this seed and the data, the same for every model."""
     seen: Literal["rank", "mask"] = "rank"
     """Items of the user's history among the candidates: rank them or leave them out."""
+    repeated_targets: Literal["rank", "miss"] = "rank"
+    """seen=mask: a target that stands in its own history stays a candidate, or counts as a miss: where a system leaves
+    out whatever was seen, it can never name it."""
     ties: Literal["mean", "optimistic", "pessimistic"] = "mean"
     """Equal scores: the target gets the mean, the best or the worst of the places that they share."""
     cutoffs: tuple[PositiveInt, ...] = (10,)
     """The k of HR@k, NDCG@k and MRR@k."""
 
+    def of_run(self, data: Prepared, trained_on: TrainedOn) -> "Protocol":
+        """As it is for a model that was trained on this part of ``data``, whatever the protocol is meant for."""
+        split = data.meta.get("filters", {}).get("split", "leave-one-out")
+        return self.model_copy(update={"split": split, "trained_on": trained_on})
+
     @property
     def hash(self) -> str:
-        """Of everything that decides the figures; goes into every result line."""
-        return hash_of(self)
+        """Of everything that decides the figures, and of nothing else; goes into every result line."""
+        return hash_of(self._deciding())
 
     def described(self) -> dict[str, Any]:
-        """Every field and the hash, for a result."""
-        return {"hash": self.hash, **self.model_dump(mode="json")}
+        """The hash and what it is of, for a result."""
+        return {"hash": self.hash, **self._deciding()}
+
+    def _deciding(self) -> dict[str, Any]:
+        """The fields that have an effect beside the others, and the version of the metrics."""
+        idle = set(ONLY_SAMPLED if self.candidates == "all" else ONLY_ALL)
+        if self.seen == "rank":
+            idle.add("repeated_targets")
+        return {"metrics_version": self.METRICS_VERSION, **self.model_dump(mode="json", exclude=idle)}
+
+
+# Fields that decide something for one kind of candidates alone.
+ONLY_SAMPLED = ("negatives", "negatives_from", "negatives_exclude", "negatives_seed")
+ONLY_ALL = ("seen", "repeated_targets")
 
 
 PRESETS: dict[str, Protocol] = {

@@ -18,7 +18,7 @@ import torch
 from accelerate import PartialState
 
 from rec.data.prepared import Prepared
-from rec.evaluation import evaluate
+from rec.evaluation import evaluate, require_cutoffs
 from rec.job import RecJob, grid_of, load_job, open_data
 from rec.models.base import Recommender
 from rec.runtime import files
@@ -27,7 +27,7 @@ from rec.runtime.errors import Diverged, Stopped
 from rec.runtime.logs import run_main
 from rec.runtime.ranks import Ranks, lost_contact_is_named, timeout
 from rec.runtime.runfolder import RunFolder
-from rec.trainer import FINISHED, MODEL, STOP_METRIC, build_model, train
+from rec.trainer import FINISHED, MODEL, STOP_METRIC, build_model, device, train
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,7 @@ def run(job: RecJob, command: str) -> dict[str, Any]:
         if result is not None:
             return result
         data, started = open_data(job.data, job.run / "data"), time.monotonic()
+        require_cutoffs(job.rec.evaluate, data, "rec.evaluate.cutoffs")
         chosen = _train(job, data, folder)
         if ranks.is_first:
             result = _conclude(job, data, folder, chosen, command, time.monotonic() - started)
@@ -94,15 +95,17 @@ def _conclude(
     rec = grid_of(job.rec)[chosen] if chosen else job.rec
     own = RunFolder(job.run / "grid" / chosen) if chosen else folder
     model, epochs = Recommender.from_pretrained(job.run / MODEL), own.steps("epoch")
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device())
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    protocol = rec.evaluate.protocol.of_run(data, rec.train.on)
     row = {"model": rec.model.name, "trained_on": rec.train.on, "parameters": parameters}
+    row["protocol_hash"] = protocol.hash
     # A validation figure of a model that was trained on the validation items would say nothing.
     parts = ("valid", "test") if rec.train.on == "train" else ("test",)
     return folder.write_result(
         command,
         hash_of(job.model_dump(mode="json", exclude={"run"})),
-        rec.evaluate.protocol.described(),
+        protocol.described(),
         [
             {**row, "part": part, **evaluate(model, data, part, rec.evaluate, trained_on=rec.train.on).summary()}
             for part in parts

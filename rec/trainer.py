@@ -16,6 +16,7 @@ from rec.averaging import WeightAverage
 from rec.batches import Windows, fit_counts, fit_ends, make_batches
 from rec.config import RecConfig
 from rec.data.prepared import Prepared
+from rec.epoch_progress import EpochProgress
 from rec.evaluation import evaluate
 from rec.item_encoder import ItemEncoder
 from rec.items import make_items
@@ -90,30 +91,32 @@ def train(model: Recommender, data: Prepared, config: RecConfig, run: RunFolder,
         raise UserError(
             f"{data.folder} has no validation part to stop by: prepare it with one, or set rec.train.on=train+valid"
         )
-    model.to(_device())
+    model.to(device())
     state = _State(model, data, config, run)
     state.resume()
     batches = make_batches(model, data, config.train)
     step = _Step(model, make_loss(config.loss, fit_counts(data, config.train.on)[1:]), config)
     users_per_epoch = len(torch.unique(batches.users))
-    with progress(title, config.train.epochs) as advance:
+    with progress(title, config.train.epochs, state.ranks.is_first) as advance:
         for epoch in range(state.epoch, config.train.epochs):
             if state.out_of_patience:
                 break
-            mean_loss, seconds = _train_epoch(model, step, batches, state)
+            told = EpochProgress(advance, epoch, users_per_epoch, state.best_in_words)
+            mean_loss, seconds = _train_epoch(model, step, batches, state, told)
             if not math.isfinite(mean_loss):
                 raise Diverged(
                     f"the loss of {title} is {mean_loss} in epoch {epoch}: lower the learning rate"
                     f" ({config.train.lr:g}); {run.path} keeps the last good checkpoint"
                 )
             state.after_epoch(mean_loss, seconds)
-            best = f"  best {STOP_METRIC} {state.best:.4f}" if state.stops_early else ""
-            advance(epoch + 1, f"{users_per_epoch / seconds:,.0f} users/s  loss {mean_loss:.3f}{best}")
+            told.done(mean_loss, seconds, state.best_in_words)
     state.finish(final)
     return Recommender.from_pretrained(final)
 
 
-def _train_epoch(model: Recommender, step: "_Step", batches: Windows, state: "_State") -> tuple[float, float]:
+def _train_epoch(
+    model: Recommender, step: "_Step", batches: Windows, state: "_State", told: EpochProgress
+) -> tuple[float, float]:
     """What is left of the epoch that is under way; returns its mean loss and its seconds."""
     begin, seed, epoch = time.monotonic() - state.seconds, state.config.train.seed, state.epoch
     state.begin_epoch()
@@ -123,6 +126,7 @@ def _train_epoch(model: Recommender, step: "_Step", batches: Windows, state: "_S
         state.after_step()
         if len(state.losses) < len(batches):
             state.stop_if_asked(time.monotonic() - begin)
+            told.under_way(state.losses, len(batches), time.monotonic() - begin)
     return float(torch.stack(state.losses).mean()), time.monotonic() - begin
 
 
@@ -187,7 +191,7 @@ class EpochTimer:
     """
 
     def __init__(self, model: Recommender, data: Prepared, config: RecConfig) -> None:
-        self.model, self.config = model.to(_device()), config
+        self.model, self.config = model.to(device()), config
         self.batches = make_batches(model, data, config.train)
         self.step = _Step(model, make_loss(config.loss, fit_counts(data, config.train.on)[1:]), config)
         self.optimizer, self.schedule = _optimizer(model, config)
@@ -246,6 +250,7 @@ class _State:
         self.stop = StopFile(run.path, self.ranks)
         keep = config.train.keep_checkpoints, config.train.keep_checkpoint_every
         self.checkpoints = Checkpoints(run.path / "checkpoints", self.ranks, *keep)
+        self.protocol = config.evaluate.protocol.of_run(data, config.train.on)
         self.meta = {"config_hash": hash_of(config), "data_hash": data.meta["content_hash"]}
 
     @property
@@ -257,6 +262,11 @@ class _State:
     def stops_early(self) -> bool:
         """Whether there are validation items that are not trained on."""
         return self.config.train.on == "train"
+
+    @property
+    def best_in_words(self) -> str:
+        """For the progress bar."""
+        return f"  best {STOP_METRIC} {self.best:.4f}" if self.stops_early else ""
 
     @property
     def out_of_patience(self) -> bool:
@@ -312,7 +322,7 @@ class _State:
         if self.stops_early and ((epoch + 1) % train.evaluate_every == 0 or epoch + 1 == train.epochs):
             begin = time.monotonic()
             figures = self._validate()
-            row |= figures | {"evaluation_seconds": time.monotonic() - begin}
+            row |= figures | {"protocol_hash": self.protocol.hash, "evaluation_seconds": time.monotonic() - begin}
             if figures[STOP_METRIC] > self.best:
                 self.best, self.best_epoch, self.waited = figures[STOP_METRIC], epoch, 0
                 self.best_weights = self._weights()
@@ -345,11 +355,11 @@ class _State:
 
     def _validate(self) -> dict[str, float]:
         """The validation figures; the first process computes them, all of them go by them."""
-        figures = None
         self.judged.items.refresh()
-        if self.ranks.is_first:
-            figures = evaluate(self.judged, self.data, "valid", self.config.evaluate).summary()
-        return self.ranks.broadcast(figures)
+        config = self.config.evaluate
+        return self.ranks.from_first(
+            lambda: evaluate(self.judged, self.data, "valid", config, complete=False).summary()
+        )
 
     def _weights(self) -> dict[str, torch.Tensor]:
         return {name: value.detach().cpu().clone() for name, value in self.judged.state_dict().items()}
@@ -370,7 +380,8 @@ class _State:
         }
 
 
-def _device() -> torch.device:
+def device() -> torch.device:
+    """Where models are trained and evaluated here: this process's GPU if there is one."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cuda", torch.cuda.currentdevice())

@@ -70,9 +70,12 @@ def _once(task: Task, folder: Path, settings: Settings) -> dict[str, Any]:
 
     A peer that fails, or takes too long, leaves a row that says so; the next call tries it again.
     """
-    data = Path(task.arguments[task.arguments.index("--data") + 1])
+    place = task.arguments.index("--data") + 1
+    data = Path(task.arguments[place])
     path = folder / f"{task.stage}-{data.name}-{task.name}.json"
-    asked = hash_of([task.arguments, files.read_json(data / "meta.json")["content_hash"]])
+    # Of what the data is, wherever it lies: measurements go on on another machine too.
+    content = files.read_json(data / "meta.json")["content_hash"]
+    asked = hash_of([*task.arguments[:place], content, *task.arguments[place + 1 :]])
     if path.is_file() and (before := files.read_json(path)).get("asked") == asked:
         return before
     log.info("%s: %s on %s", task.stage, task.name, data.name)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rec.data.raw import RawData
+from rec.data.raw import RawData, require_unique_items
 from rec.data.readers.table import read_items
 from rec.runtime.errors import UserError
 
@@ -21,10 +21,11 @@ def add_item_texts(raw: RawData, path: Path) -> RawData:
     preparing leaves out those without interactions.
 
     Raises:
-        UserError: if the file cannot be read, names an item twice, or no item of the source.
+        UserError: if the file cannot be read, names an item twice, or no item of the source; if the source does.
     """
     if not path.is_file():
         raise UserError(f"item texts not found: {path}")
+    require_unique_items(raw)  # while its rows are those of the source's own file
     texts = read_items(path)
     ids = texts["item_id"]
     if len(pc.unique(ids)) < len(ids):

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import parquet
 
-from rec.data.raw import RawData
+from rec.data.raw import RawData, require_unique_items
 from rec.data.splits import Filters, assign
 from rec.runtime import files
 from rec.runtime.errors import UserError
@@ -45,7 +45,7 @@ def prepare(source: str, raw: RawData, out: Path, filters: Filters) -> dict[str,
             raise UserError(f"{out} holds other prepared data; choose another folder or delete it")
         log.info("%s is already prepared", out)
         return existing
-    _require_unique_items(raw)
+    require_unique_items(raw)
     counts = dict(raw.dropped)
     read = len(raw.interactions) + sum(raw.dropped.values())
     data = _Encoded.of(raw.interactions)
@@ -75,21 +75,31 @@ def prepare(source: str, raw: RawData, out: Path, filters: Filters) -> dict[str,
 
 @dataclass
 class _Encoded:
-    """Interactions as numbers: [interactions] codes of users and items, by first occurrence, and seconds."""
+    """Interactions as numbers: [interactions] codes of users and items, by first occurrence, and times.
+
+    ``times`` are seconds; ``parts`` of a second order what these leave equal, and are not written anywhere.
+    """
 
     users: np.ndarray
     user_names: pa.Array
     items: np.ndarray
     item_names: pa.Array
     times: np.ndarray
+    parts: np.ndarray | None
 
     @classmethod
     def of(cls, table: pa.Table) -> "_Encoded":
-        return cls(*_encode(table["user_id"]), *_encode(table["item_id"]), table["timestamp"].to_numpy())
+        parts = table["subsecond"].to_numpy() if "subsecond" in table.column_names else None
+        return cls(*_encode(table["user_id"]), *_encode(table["item_id"]), table["timestamp"].to_numpy(), parts)
 
     def by_time(self, owners: np.ndarray) -> np.ndarray:
         """Row numbers, sorted by owner, then time, then source order (the sort is stable)."""
-        return np.lexsort((self.times, owners))
+        return np.lexsort((self.times, owners) if self.parts is None else (self.parts, self.times, owners))
+
+    def of_rows(self, rows: np.ndarray, users: np.ndarray, items: np.ndarray) -> "_Encoded":
+        """Those of ``rows`` [kept], with new codes of ``users`` and ``items`` [kept]."""
+        parts = None if self.parts is None else self.parts[rows]
+        return replace(self, users=users, items=items, times=self.times[rows], parts=parts)
 
 
 def _select(data: _Encoded, filters: Filters, counts: dict[str, int]) -> np.ndarray:
@@ -112,7 +122,7 @@ def _index(raw: RawData, data: _Encoded, kept: np.ndarray) -> tuple[dict[str, pa
     """The three tables of a prepared folder, and how many items have no text."""
     new_user = _renumber(np.unique(data.users[kept]), len(data.user_names))
     item_table, new_item, without_text = _index_items(raw.items, np.unique(data.items[kept]), data.item_names)
-    data = replace(data, users=new_user[data.users[kept]], items=new_item[data.items[kept]], times=data.times[kept])
+    data = data.of_rows(kept, new_user[data.users[kept]], new_item[data.items[kept]])
     order = data.by_time(data.users)
     interactions = pa.table(
         {
@@ -138,17 +148,6 @@ def _split(interactions: pa.Table, filters: Filters) -> tuple[pa.Table, dict[str
     offsets = np.concatenate([[0], np.cumsum(np.bincount(interactions["user"].to_numpy()))])
     part, counts = assign(filters, offsets, interactions["item"].to_numpy(), interactions["timestamp"].to_numpy())
     return interactions.append_column("part", pa.array(part, pa.int8())), counts
-
-
-def _require_unique_items(raw: RawData) -> None:
-    ids = raw.items["item_id"]
-    if len(pc.unique(ids)) == len(ids):
-        return
-    seen = set()
-    for row, item in enumerate(ids.to_pylist(), start=1):
-        if item in seen:
-            raise UserError(f"{raw.files[-1]}, data row {row}: item_id {item[:80]!r} occurs twice; keep one row")
-        seen.add(item)
 
 
 def _existing(out: Path) -> dict[str, Any] | None:

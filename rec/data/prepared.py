@@ -142,6 +142,15 @@ class Prepared:
         """[M] the item to predict in each instance of the split."""
         return self.sequence[self.instances(split)[1]]
 
+    def repeated(self, split: Split) -> Tensor:
+        """[M] whether the target of each instance stands in its own history."""
+        owner = torch.repeat_interleave(torch.arange(self.n_users), self.offsets.diff())
+        pairs = owner * (self.n_items + 1) + self.sequence
+        order = pairs.argsort(stable=True)
+        first = torch.ones(len(pairs), dtype=torch.bool)
+        first[order[1:]] = pairs[order][1:] != pairs[order][:-1]
+        return ~first[self.instances(split)[1]]
+
     def histories(self, split: Split, rows: Tensor | Sequence[int], max_length: int) -> tuple[Tensor, Tensor]:
         """What precedes the targets of the instances ``rows`` [B] of the split: ``windows`` up to them."""
         users, ends = self.instances(split)

@@ -18,7 +18,8 @@ class RawData:
     Attributes:
         items: ``item_id`` (string, unique) and text columns (string, "" where missing); may lack items.
         interactions: ``user_id`` and ``item_id`` (string, or dictionaries of strings), ``timestamp`` (int64
-            seconds), in source order: it breaks ties of time.
+            seconds), and ``subsecond`` (int64, of any unit) where the source's times are finer than that, in source
+            order: it breaks ties of time.
         files: what was read.
         dropped: interactions that the reader left out, counted by reason.
         options: the reader's options that differ from their defaults.
@@ -116,8 +117,33 @@ def cast_strings(strings: pa.ChunkedArray, kind: pa.DataType, path: Path, column
         raise UserError(f"{path}, data row {row + 1}: {column} is {trimmed[row].as_py()[:80]!r}, not {what}") from None
 
 
-def to_seconds(table: pa.Table, column: str, path: Path) -> pa.ChunkedArray:
-    """A string column of times as int64 seconds. Never float32: it cannot tell times a minute apart.
+def require_unique_items(raw: RawData) -> None:
+    """Raise a UserError that names the first row of the item file that describes an item again."""
+    ids = raw.items["item_id"]
+    if len(pc.unique(ids)) == len(ids):
+        return
+    seen = set()
+    for row, item in enumerate(ids.to_pylist(), start=1):
+        if item in seen:
+            raise UserError(f"{raw.files[-1]}, data row {row}: item_id {item[:80]!r} occurs twice; keep one row")
+        seen.add(item)
+
+
+def add_times(interactions: pa.Table, times: pa.ChunkedArray, per_second: int) -> pa.Table:
+    """With ``timestamp`` of int64 ``times`` in parts of a second, cut to seconds, and ``subsecond`` if that cuts any.
+
+    What is cut off still orders a user's interactions.
+    """
+    seconds = pc.divide(times, per_second)
+    interactions = interactions.append_column("timestamp", seconds)
+    rest = pc.subtract(times, pc.multiply(seconds, per_second))
+    return interactions.append_column("subsecond", rest) if pc.any(pc.not_equal(rest, 0)).as_py() else interactions
+
+
+def read_times(interactions: pa.Table, table: pa.Table, column: str, path: Path) -> pa.Table:
+    """``interactions`` with the times in a string column of ``table``, as ``add_times`` adds them.
+
+    Never float32: it cannot tell times a minute apart.
 
     The first row decides how all are read: numbers are taken as they are (whatever they count), dates like
     2010-12-01, 2010-12-01 08:26:00 or 2010-12-01T08:26:00Z become seconds since 1970.
@@ -127,20 +153,25 @@ def to_seconds(table: pa.Table, column: str, path: Path) -> pa.ChunkedArray:
     """
     strings = table[column]
     try:
-        return pc.cast(pc.utf8_trim_whitespace(strings), pa.int64())
+        return add_times(interactions, pc.cast(pc.utf8_trim_whitespace(strings), pa.int64()), 1)
     except pa.ArrowInvalid:
         pass
     first = strings[0].as_py().strip()
     if first[4:5] == first[7:8] == "-":
         zone = "UTC" if first.endswith("Z") or first[19:20] in ("+", "-") else None
         times = cast_strings(strings, pa.timestamp("us", zone), path, column, "a date like 2010-12-01 08:26:00")
-        return pc.cast(pc.cast(times, pa.timestamp("s", zone), safe=False), pa.int64())
+        return add_times(interactions, pc.cast(times, pa.int64()), 10**6)
     seconds = cast_strings(strings, pa.float64(), path, column, "a number (or all dates like 2010-12-01)").to_numpy()
     bad = ~(np.abs(seconds) < 2**63)  # NaN compares false
     if bad.any():
         row = int(np.flatnonzero(bad)[0])
         raise UserError(f"{path}, data row {row + 1}: {column} is {strings[row].as_py()[:80]!r}, not a time")
-    return pa.chunked_array([seconds.astype(np.int64)])
+    whole = seconds.astype(np.int64)
+    rest = ((seconds - whole) * 10**9).astype(np.int64)
+    columns = {"timestamp": whole, **({"subsecond": rest} if rest.any() else {})}
+    for name, values in columns.items():
+        interactions = interactions.append_column(name, pa.chunked_array([values]))
+    return interactions
 
 
 def keep_rated(

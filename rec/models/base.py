@@ -161,12 +161,13 @@ class SequenceRecommender(Recommender):
         states = self(items, knowledge)
         return states[torch.arange(len(items), device=items.device), lengths - 1]
 
-    def scores(self, states: Tensor, out: Tensor | None = None) -> Tensor:
+    def scores(self, states: Tensor, out: Tensor | None = None, table: Tensor | None = None) -> Tensor:
         """Scores [..., N] of items 1 to N (column i is item i + 1) for states [..., D].
 
-        Without gradients they can be written into ``out``.
+        Without gradients they can be written into ``out``. ``table`` [N, D] are the items' vectors, of whoever has them
+        already: an item encoder may have to compute them.
         """
-        return torch.matmul(states, self.items.table()[1:].T, out=out)
+        return torch.matmul(states, (self.items.table()[1:] if table is None else table).T, out=out)
 
     def score_all(self, users: Tensor, items: Tensor, lengths: Tensor) -> Tensor:
         return self.scores(self.last_states(items, lengths))

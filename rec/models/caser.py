@@ -85,6 +85,16 @@ class Caser(SequenceRecommender):
         features = dropout(features, self.config.dropout, self.training)
         return self.out(F.relu(self.dense(features)))
 
+    def last_states(self, items: Tensor, lengths: Tensor, knowledge: Tensor | None = None) -> Tensor:
+        self.check_length(items)
+        # Of each history the last window alone.
+        rows = min(self.config.window, items.shape[1])
+        kept = lengths.clamp(max=rows)
+        places = (lengths - kept)[:, None] + torch.arange(rows, device=items.device)
+        if knowledge is not None:
+            knowledge = knowledge.gather(1, places[..., None].expand(-1, -1, knowledge.shape[-1]))
+        return super().last_states(items.gather(1, places), kept, knowledge)
+
     def _horizontal(self, images: Tensor) -> list[Tensor]:
         """o for each height, [B, L, n_h].
 

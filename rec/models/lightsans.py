@@ -5,8 +5,10 @@ Layers as in ``rec/models/two_branch.py``; LightSANs' own are
     K' = Dᵀ K,  D = softmax over items of K Θ_K   [L, k]     item-to-interest aggregation, Θ [D, k]; V' alike by Θ_V
     Z  = P                                                   decoupled positions: they never meet an item
 
-so Q_p and K_p are the same for all histories, and are computed once for a batch. Their product is not kept: fused
-attention makes it anew for each history in less time than reading [B, L, L] weights takes.
+K = X W_K + b is not made: D is the softmax of X (W_K Θ_K), for b Θ_K is the same for all items, and Dᵀ K is
+(Dᵀ X) W_K + b, for each of D's columns adds up to 1. Q_p and K_p are the same for all histories, and are computed once
+for a batch. Their product is not kept: fused attention makes it anew for each history in less time than reading
+[B, L, L] weights takes.
 """
 
 from typing import Literal
@@ -34,8 +36,10 @@ class LightSANsLayer(Layer):
         self.theta_keys = nn.Parameter(torch.randn(config.dim, config.interests))
         self.theta_values = nn.Parameter(torch.randn(config.dim, config.interests))
 
-    def summarise(self, keys: Tensor, values: Tensor, inside: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        return aggregate(keys, self.theta_keys, inside), aggregate(values, self.theta_values, inside), None
+    def summarise(self, x: Tensor, inside: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        thetas = [self.key.weight.T @ self.theta_keys, self.value.weight.T @ self.theta_values]
+        for_keys, for_values = aggregate(x, torch.cat(thetas, dim=1), inside).chunk(2, dim=1)
+        return self.key(for_keys), self.value(for_values), None
 
     def position_input(self, x: Tensor, positions: Tensor) -> Tensor:
         return positions[None]

@@ -7,7 +7,8 @@ Layers as in ``rec/models/two_branch.py``; PAUP's own are
 
 with weights of their own for V', and D / 16 channels between them ("progressive" attention: no segment before its
 slots). For M = max_length / k₁ slots, k₂ = ⌈M / m⌉ and ⌈(k₂ m - M) / 2⌉ empty slots stand before the first.
-A convolution whose stride is its width is a linear map of each piece, and is written so.
+A convolution whose stride is its width is a linear map of each piece, and is written so; W_K of K = X W_K + b is part
+of conv₁'s map, so that K is not made.
 
 ``attention: paper`` keeps padding out: the oldest item is always the first place of the first slot, places after the
 last item hold zeros after the projection to K, slots without an item hold zeros after conv₁, and a segment without an
@@ -69,7 +70,7 @@ class PAUPConfig(TwoBranchConfig):
 
 
 class DownConv(nn.Module):
-    """Summarises keys or values [B, L, D] in m segments [B, m, D]. Default initialisation, as in the reference."""
+    """Summarises keys or values of L items in m segments. Default initialisation, as in the reference."""
 
     def __init__(self, config: PAUPConfig) -> None:
         super().__init__()
@@ -78,12 +79,21 @@ class DownConv(nn.Module):
         self.conv1 = nn.Linear(config.slot * config.dim, channels)
         self.conv2 = nn.Linear(config.slots_per_segment * channels, config.dim)
 
-    def forward(self, x: Tensor, inside: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, projection: nn.Linear, inside: Tensor | None) -> Tensor:
+        """[B, m, D] of the keys (or values) that ``projection`` makes of x [B, L, D]; ``inside`` [B, L] marks items."""
         config, length = self.config, x.shape[1]
         slots = math.ceil(length / config.slot)
-        if inside is not None:
-            x = F.pad(x * inside[..., None], (0, 0, 0, slots * config.slot - length))
-        middle = F.relu(self.conv1(x.unflatten(1, (slots, config.slot)).flatten(2)))  # [B, slots, D / 16]
+        conv1 = self.conv1.weight.unflatten(1, (config.slot, -1))  # [D / 16, k₁, D]
+        weight, bias = conv1 @ projection.weight, conv1 @ projection.bias  # of each place of a slot
+        if inside is None:
+            bias = bias.sum(1)
+        else:
+            added = slots * config.slot - length
+            x = F.pad(x * inside[..., None], (0, 0, 0, added))
+            # Only items have the projection's bias.
+            bias = F.pad(inside, (0, added)).unflatten(1, (slots, config.slot)).to(bias.dtype) @ bias.T
+        middle = F.linear(x.unflatten(1, (slots, config.slot)).flatten(2), weight.flatten(1), self.conv1.bias)
+        middle = F.relu(middle + bias)  # [B, slots, D / 16]
         if inside is not None:
             middle = middle * inside[:, :: config.slot, None]  # a slot holds an item if its first place does
         after = config.segments * config.slots_per_segment - config.slots_before - slots
@@ -99,9 +109,9 @@ class PAUPLayer(Layer):
         self.config = config
         self.down_keys, self.down_values = DownConv(config), DownConv(config)
 
-    def summarise(self, keys: Tensor, values: Tensor, inside: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def summarise(self, x: Tensor, inside: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         exists = None if inside is None else self._segments_with_items(inside.sum(1))
-        return self.down_keys(keys, inside), self.down_values(values, inside), exists
+        return self.down_keys(x, self.key, inside), self.down_values(x, self.value, inside), exists
 
     def position_input(self, x: Tensor, positions: Tensor) -> Tensor:
         return positions + x

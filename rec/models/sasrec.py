@@ -31,7 +31,8 @@ class SASRecConfig(HeadsSection):
     max_length: int = Field(100, ge=1)
     """Longest history that is read, in items; earlier ones are cut off."""
     positions: Literal["first", "last"] = "first"
-    """Count positions from the first item that is read, or from the last, as left-padded implementations do."""
+    """Count positions from the first item that is read, or from the last, as left-padded implementations do. From the
+    last, a state in the middle of a training sequence knows how many items follow it, which no history tells."""
     item_dropout: float = Field(0.0, ge=0, lt=1)
     """Share of the input items that are left out as a whole while training; their positions stay."""
     block: Literal["sasrec", "ligr"] = "sasrec"

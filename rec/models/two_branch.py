@@ -9,8 +9,10 @@ One layer, with X [L, D] its input, P [L, D] trainable position vectors and d = 
     output  = LN(H + FFN(H))                 FFN: D → inner → D with GELU
 
 The first X is LN of the item vectors; the state of a history is the last layer's output at its last item. Summaries
-look ahead, so every prefix of a sequence is a forward pass of its own. In the last layer only the last item's row
-is computed, but for what the others must give to it. (Two models' worth of code, hence the length of this file.)
+look ahead, so every prefix of a sequence is a forward pass of its own. What is linear is done where there is least
+of it: summaries are made of X and then projected, and in the last layer, of which only the last item's row is read,
+W_K goes to its one query and W_V to the mean of the items that it makes, so that neither is applied to every item.
+(Two models' worth of code, hence the length of this file.)
 
 ``attention: paper`` is the above with row-wise softmax and with padding left out of everything, so that a state
 depends on its history alone. ``attention: reference`` is what the authors published and RecBole took over: softmax
@@ -70,10 +72,10 @@ class Layer(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def summarise(self, keys: Tensor, values: Tensor, inside: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """K' and V' [B, m, D] of K and V [B, L, D], and which of the m exist, [B, m] (None: all).
+    def summarise(self, x: Tensor, inside: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """K' and V' [B, m, D] of K and V, which ``key`` and ``value`` make of x [B, L, D].
 
-        ``inside`` [B, L] marks items, None takes all places as they are.
+        ``inside`` [B, L] marks items, None takes all places as they are. Also which of the m exist, [B, m] (None: all).
         """
         raise NotImplementedError
 
@@ -84,14 +86,17 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, positions: Tensor, inside: Tensor | None, last: Tensor | None = None) -> Tensor:
         """[B, L, D] → [B, L, D], or with ``last`` [B] → [B, 1, D], the outputs at those places alone."""
         p = self.dropout if self.training else 0.0
-        keys, values = self.key(x), self.value(x)
-        keys_short, values_short, exists = self.summarise(keys, values, inside)
+        keys_short, values_short, exists = self.summarise(x, inside)
         z = self.norm_position(self.position_input(x, positions))
         # Softmax over the queries needs all of them, even for one row of the result.
         asking = None if self.reference else last
         context = self._attend(self.query(_at(x, asking)), keys_short, values_short, exists, last, p)
         position_queries = self.position_query(_at(z, asking)) * self.position_scale
-        context = context + self._attend(position_queries, self.position_key(z), values, inside, last, 0.0)
+        if asking is None:
+            keys, values = self.position_key(z), self.value(x)
+            context = context + self._attend(position_queries, keys, values, inside, last, 0.0)
+        else:
+            context = context + self._look_back(position_queries, z, x, inside)
         x = _at(x, last)
         x = self.norm_attention(x + dropout(self.out(context), p, True))
         return self.norm_ffn(x + dropout(self.ffn_out(F.gelu(self.ffn_in(x))), p, True))
@@ -112,6 +117,22 @@ class Layer(nn.Module):
             mask = None if exists is None else exists[:, None, None]
             context = attention(q.expand(len(v), -1, -1, -1), k.expand(len(v), -1, -1, -1), v, mask, p)
         return context.transpose(1, 2).flatten(2)
+
+    def _look_back(self, queries: Tensor, z: Tensor, x: Tensor, inside: Tensor) -> Tensor:
+        """C_pos [B, 1, D] for the one query [B, 1, D] of each history.
+
+        In each head q (z W_K + b)ᵀ = (q W_Kᵀ) zᵀ + q bᵀ, and Σ w (x W_V + b) = (Σ w x) W_V + b, for the weights w add
+        up to 1.
+        """
+        by_head = (self.heads, -1)
+        q = queries.squeeze(1).unflatten(-1, by_head)  # [B, h, d]
+        to_keys, to_values = (part.weight.unflatten(0, by_head) for part in (self.position_key, self.value))
+        asked = torch.einsum("bhd,hde->bhe", q, to_keys)  # to_keys is [h, d, D]
+        scores = asked @ z.transpose(1, 2) + (q * self.position_key.bias.unflatten(0, by_head)).sum(-1, keepdim=True)
+        scores = (scores * q.shape[-1] ** -0.5).masked_fill(~inside[:, None], -torch.inf)  # [B, h, L]
+        means = scores.softmax(-1).to(x.dtype) @ x  # [B, h, D]
+        context = torch.einsum("bhe,hde->bhd", means, to_values) + self.value.bias.unflatten(0, by_head)
+        return context.flatten(1)[:, None]
 
 
 class TwoBranch(SequenceRecommender):

@@ -16,9 +16,9 @@ PLAIN_EVERY_S = 10.0
 
 
 class Advance(Protocol):
-    """Called with the number of finished units and a short status."""
+    """Called with the number of finished units, parts of one included, and a short status."""
 
-    def __call__(self, done: int, status: str = "") -> None: ...
+    def __call__(self, done: float, status: str = "") -> None: ...
 
 
 @contextlib.contextmanager
@@ -39,7 +39,7 @@ def progress(title: str, total: int, shown: bool = True) -> Iterator[Advance]:
 
     last = time.monotonic()
 
-    def plain(done: int, status: str = "") -> None:
+    def plain(done: float, status: str = "") -> None:
         nonlocal last
         if time.monotonic() - last >= PLAIN_EVERY_S:
             last = time.monotonic()

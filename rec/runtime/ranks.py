@@ -3,7 +3,7 @@
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -89,3 +89,20 @@ class Ranks:
         holder = [value]
         dist.broadcast_object_list(holder, src=0)
         return holder[0]
+
+    def from_first(self, compute: Callable[[], T]) -> T:
+        """What ``compute`` gives on rank 0, the only one that calls it, on every rank.
+
+        Raises:
+            UserError: on every rank, if it does so on rank 0: none is left waiting for what never comes.
+        """
+        answer, error = None, None
+        if self.is_first:
+            try:
+                answer = compute()
+            except UserError as mistake:
+                error = mistake
+        answer, error = self.broadcast((answer, error))
+        if error is not None:
+            raise error
+        return answer

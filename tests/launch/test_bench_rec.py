@@ -1,10 +1,14 @@
 """What ``recalign bench rec`` makes of its measurements, and that it measures each thing once."""
 
+import shutil
+from dataclasses import replace
+
 import pytest
 
 from launch.bench import rec
 from launch.bench.rec_rows import claims_of, rows_of, seconds_to_reach
 from launch.bench.rec_tasks import Settings, tasks
+from rec.protocol import Protocol
 from rec.runtime import files
 
 PLACE = {"data": "d", "max_length": 50, "precision": "fp32"}
@@ -96,8 +100,11 @@ def test_each_thing_is_measured_once(small_data, tmp_path, monkeypatch):
     assert [row["stage"] for row in first["rows"]] == ["floor", "floor", "evaluation"]
     assert all(row["seconds"] > 0 for row in first["rows"])
     assert first["rows"][2]["evaluated"] == small_data.n_users
+    assert first["rows"][2]["protocol_hash"] == Protocol().of_run(small_data, "train").hash
     monkeypatch.setattr(rec, "_ours", lambda arguments: pytest.fail("measured again"))
     assert rec.run(settings, tmp_path, "bench")["rows"] == first["rows"]
+    elsewhere = shutil.copytree(small_data.folder, tmp_path / "elsewhere" / small_data.folder.name)
+    assert rec.run(replace(settings, data=[elsewhere]), tmp_path, "bench")["rows"] == first["rows"]
     kept = tmp_path / "measured" / "evaluation-prepared-recalign.json"
     files.write_json(kept, {**files.read_json(kept), "asked": "of other data"})
     with pytest.raises(pytest.fail.Exception, match="measured again"):

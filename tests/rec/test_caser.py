@@ -51,6 +51,17 @@ def test_caser_equals_its_equations_window_by_window(window):
     torch.testing.assert_close(states[1, 0], slow_state(model, [3]))
 
 
+@pytest.mark.parametrize("window", [1, 3, 9])
+def test_the_last_state_is_computed_from_the_last_window_alone(window):
+    model, items = model_of(window), torch.tensor([[2, 5, 9, 2, 11, 1, 7], [3, 4, 0, 0, 0, 0, 0], [1] + [0] * 6])
+    lengths, read = torch.tensor([7, 2, 1]), []
+    expected = model(items)[torch.arange(3), lengths - 1]
+    plain = model.items.forward
+    model.items.forward = lambda numbers, knowledge: read.append(numbers.shape[1]) or plain(numbers, knowledge)
+    torch.testing.assert_close(model.last_states(items, lengths), expected)
+    assert read == [min(window, 7)]
+
+
 def test_a_state_reads_its_window_and_no_more():
     model = model_of(window=3)
     items = torch.tensor([[1, 2, 3, 4, 5, 6]])

@@ -10,6 +10,7 @@ from pyarrow import parquet
 from safetensors.torch import load_file
 from torch import Tensor
 
+from rec import export
 from rec.ann import write_index
 from rec.catalog import Catalog
 from rec.export import check_packages, check_table, check_tower, export_run, load_tower, save_tower, trace
@@ -183,6 +184,15 @@ def test_an_export_takes_the_place_of_an_earlier_one_and_of_nothing_else(sasrec,
     with pytest.raises(UserError, match=r"holds more than an export \(app.py\)"):
         export_run(sasrec, "torch", tmp_path / "out")
     assert (tmp_path / "out" / "app.py").is_file()
+
+
+def test_a_tower_whose_weights_lie_beside_it_is_replaced_too(sasrec, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "PROTOBUF_LIMIT", 2)
+    export_run(sasrec, "onnx", tmp_path / "out")
+    assert (tmp_path / "out" / "tower.onnx.data").is_file()
+    monkeypatch.undo()
+    export_run(sasrec, "onnx", tmp_path / "out")
+    assert not (tmp_path / "out" / "tower.onnx.data").exists()
 
 
 @pytest.mark.parametrize(

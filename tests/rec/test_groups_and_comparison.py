@@ -3,12 +3,14 @@
 import pytest
 import torch
 
+from rec.batches import fit_counts
 from rec.breakdown import break_down, groups
 from rec.compare import compare
 from rec.config import EvaluateConfig
 from rec.evaluation import Metrics, evaluate
 from rec.item_encoder import IDTable
 from rec.models.sasrec import SASRec, SASRecConfig
+from rec.runtime.errors import UserError
 
 
 @pytest.mark.parametrize("part", ["valid", "test"])
@@ -60,7 +62,7 @@ def test_a_clear_difference_is_found_and_has_a_sign():
     row = compare(better, worse)["HR@10"]
     assert row["difference"] == pytest.approx(0.5)
     assert 0.4 < row["low"] < 0.5 < row["high"] < 0.6
-    assert row["p"] == 0
+    assert row["p"] == pytest.approx(2 / 10_001)  # never 0: the difference itself counts as one more draw
     assert compare(worse, better)["HR@10"]["difference"] == pytest.approx(-0.5)
 
 
@@ -90,6 +92,23 @@ def test_instances_of_one_user_count_as_one_draw():
         assert often["high"] - often["low"] == pytest.approx(once["high"] - once["low"], rel=1e-6)
 
 
-def test_runs_on_other_instances_are_not_compared():
-    with pytest.raises(ValueError, match="same instances"):
-        compare(of_ranks([1.0]), of_ranks([1.0, 2.0]))
+def test_runs_are_compared_on_the_instances_that_they_share():
+    """Of two runs that drop different cold targets."""
+    ranks, users = torch.tensor([1.0, 2.0, 30.0, 4.0], dtype=torch.double), torch.arange(4)
+    one = Metrics(ranks, (10,), users, users)
+    other = Metrics(ranks + 1, (10,), users, users)
+    expected = compare(one.of(torch.tensor([1, 2])), other.of(torch.tensor([1, 2])))
+    assert compare(one.of(torch.tensor([0, 1, 2])), other.of(torch.tensor([3, 2, 1]))) == expected
+    with pytest.raises(UserError, match="no target in common"):
+        compare(one.of(torch.tensor([0, 1])), other.of(torch.tensor([2, 3])))
+
+
+def test_what_is_popular_is_what_was_trained_on(small_data):
+    """Popularity after training on the validation items counts these too."""
+    counts = fit_counts(small_data, "train+valid")
+    order = counts.argsort(descending=True, stable=True)
+    before = counts[order].cumsum(0) - counts[order]
+    head = order[3 * before < counts.sum()]
+    expected = torch.isin(small_data.targets("test"), head)
+    assert torch.equal(groups(small_data, "test", "train+valid")["head"], expected)
+    assert not torch.equal(groups(small_data, "test")["head"], expected)

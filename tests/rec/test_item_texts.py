@@ -1,5 +1,7 @@
 """Texts from a file of their own, joined to any source."""
 
+from dataclasses import replace
+
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
@@ -69,3 +71,10 @@ def test_a_wrong_file_is_one_clear_line(raw, tmp_path, text, message):
 def test_a_missing_file_is_one_clear_line(raw, tmp_path):
     with pytest.raises(UserError, match="item texts not found"):
         add_item_texts(raw, tmp_path / "none.csv")
+
+
+def test_an_item_that_the_source_describes_twice_is_a_mistake_in_the_sources_file(raw, tmp_path):
+    twice = replace(raw, items=pa.table({"item_id": ["c", "a", "c"], "title": ["C", "A", "B"]}))
+    path = write(tmp_path, "item_id,story\na,x\n")
+    with pytest.raises(UserError, match=r"source.txt, data row 3: item_id 'c' occurs twice"):
+        add_item_texts(twice, path)

@@ -10,6 +10,7 @@ from rec.linear_cross_entropy import linear_cross_entropy
 @pytest.mark.parametrize("chunk_rows", [1, 3, 1000])
 def test_chunked_cross_entropy_equals_the_plain_one(monkeypatch, rows, chunk_rows):
     monkeypatch.setattr(module, "CHUNK_BYTES", 4 * 50 * chunk_rows)
+    monkeypatch.setattr(module, "LEAST_ROWS", 1)
     torch.manual_seed(0)
     states, table = torch.randn(rows, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
     targets = torch.randint(50, (rows,))
@@ -65,3 +66,23 @@ def test_bfloat16_is_as_exact_as_its_products(rows):
         torch.autograd.grad(found, (states, table)), torch.autograd.grad(expected, (states, table)), strict=True
     ):
         assert (ours - theirs).norm() < 0.01 * theirs.norm()
+
+
+@pytest.mark.parametrize("scale", [0.2, 8.0])
+def test_a_big_table_is_not_read_again_for_every_few_rows(monkeypatch, scale):
+    """Two rows of it would fill a chunk: there are 64 at least, with and without the maximum subtracted."""
+    monkeypatch.setattr(module, "CHUNK_BYTES", 2 * 4 * 3000)
+    torch.manual_seed(0)
+    states, table = (scale * torch.randn(150, 8)).requires_grad_(), torch.randn(3000, 8, requires_grad=True)
+    targets, products = torch.randint(3000, (150,)), []
+    plain = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *args, **kw: products.append(args[0].shape) or plain(*args, **kw))
+    found = linear_cross_entropy(states, table, targets)
+    assert [rows for rows, inner in products if inner == 8] == [64, 64, 22]
+    monkeypatch.undo()
+    expected = F.cross_entropy(states @ table.T, targets)
+    torch.testing.assert_close(found, expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(found, (states, table)), torch.autograd.grad(expected, (states, table)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)

@@ -57,7 +57,8 @@ def test_losses_equal_their_formulas(inputs, name, shared):
             totals.append(sum(-math.log(sigmoid(own - other)) for other in others))
             pairs += len(others)
         else:
-            beta = gbce_beta(4, N, 0.75) if name == "gbce" else 1.0
+            # Of gSASRec's Eq. 19 with t = 0.75, multiplied out: 1 - t (1 - k / (N - 1)).
+            beta = 1 - 0.75 * (1 - 4 / (N - 1)) if name == "gbce" else 1.0
             positive = beta * math.log(sigmoid(own))
             totals.append(-(positive + sum(math.log(1 - sigmoid(other)) for other in others)) / 5)
     expected = sum(totals) / (pairs if name == "bpr" else M)

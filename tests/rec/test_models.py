@@ -127,6 +127,23 @@ def test_the_future_never_changes_a_state(next_item_model):
     torch.testing.assert_close(next_item_model(items)[:, :4], next_item_model(changed)[:, :4])
 
 
+@pytest.mark.parametrize("positions", ["first", "last"])
+@pytest.mark.parametrize("block", ["sasrec", "ligr"])
+def test_what_a_sasrec_state_knows_of_the_future(block, positions):
+    """Nothing; with positions from the last item, how many items follow, but not which."""
+    torch.manual_seed(0)
+    config = SASRecConfig(dim=8, heads=2, max_length=L, block=block, positions=positions)
+    model = SASRec(config, IDTable(N, 8)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    items = torch.randint(1, N + 1, (3, L))
+    changed = items.clone()
+    changed[:, 4:] = torch.randint(1, N + 1, (3, L - 4))
+    states = model(items)[:, :4]
+    torch.testing.assert_close(model(changed)[:, :4], states)
+    assert torch.allclose(model(items[:, :4]), states, atol=1e-5) == (positions == "first")
+
+
 def test_states_at_many_places_are_those_of_each_prefix_alone(prefix_model):
     items, _ = padded(HISTORIES)
     where = torch.tensor([[1, 0, 0, 1, 1, 1], [1, 0, 0, 0, 0, 0], [0, 1, 1, 0, 0, 0]], dtype=torch.bool)

@@ -63,3 +63,14 @@ def test_blocks_only_bound_memory(small_data, monkeypatch):
 def test_cold_items_fill_up_where_popular_ones_run_out(small_data, monkeypatch):
     monkeypatch.setitem(vars(small_data), "train_counts", torch.tensor([0] + [0] * 25 + [50] * 5))
     assert draw_negatives(sampled(negatives_from="popularity"), small_data, "test").min() >= 1
+
+
+def test_an_item_with_nearly_all_the_weight_does_not_make_drawing_spin(small_data, monkeypatch):
+    """Rejection alone would need a million draws for every negative after the first; weights still count."""
+    counts = torch.tensor([0, 10**9, *[1] * 20, *[100] * 9])
+    monkeypatch.setitem(vars(small_data), "train_counts", counts)
+    drawn = draw_negatives(sampled(negatives_from="popularity"), small_data, "test")
+    for row, target in zip(drawn.tolist(), small_data.targets("test").tolist(), strict=True):
+        assert len(set(row)) == 8
+        assert target not in row
+    assert (drawn[:, 1:4] > 21).double().mean() > 0.7

@@ -288,3 +288,30 @@ def test_meta_says_where_the_data_came_from(tmp_path):
     assert meta["filters"]["split"] == "leave-one-out"
     assert meta["schema_version"] == 2
     assert len(meta["raw_sha256"]) == len(meta["content_hash"]) == 16
+
+
+@pytest.mark.parametrize("source", ["csv numbers", "csv dates", "parquet", "amazon"])
+def test_parts_of_a_second_order_a_history_and_seconds_are_kept(tmp_path, source):
+    """Two users, whose rows stand in another order than their times within one second."""
+    rows = [("u1", "c", 700), ("u1", "a", 5), ("u2", "b", 9), ("u1", "b", 70), ("u2", "a", 8), ("u2", "c", 10)]
+    users, items, parts = (list(column) for column in zip(*rows, strict=True))
+    raw, name = tmp_path / "raw", "table"
+    raw.mkdir()
+    if source == "parquet":
+        times = pa.array([5_000_000 + part for part in parts], pa.timestamp("us"))
+        parquet.write_table(
+            pa.table({"user_id": users, "item_id": items, "timestamp": times}), raw / "interactions.parquet"
+        )
+    elif source == "amazon":
+        name = "amazon"
+        lines = [{"user_id": user, "parent_asin": item, "timestamp": 5000 + part, "rating": 5.0}
+                 for user, item, part in rows]  # fmt: skip
+        (raw / "Toys.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    else:
+        form = "5.{:03d}" if source == "csv numbers" else "1970-01-01 00:00:05.{:03d}"
+        lines = [f"{user},{item},{form.format(part)}" for user, item, part in rows]
+        (raw / "interactions.csv").write_text("\n".join(["user_id,item_id,timestamp", *lines]) + "\n")
+    prepare(name, readers.read(name, raw), tmp_path / "out", LOOSE)
+    assert kept_rows(tmp_path / "out") == [
+        ("u1", "a", 5), ("u1", "b", 5), ("u1", "c", 5), ("u2", "a", 5), ("u2", "b", 5), ("u2", "c", 5),
+    ]  # fmt: skip

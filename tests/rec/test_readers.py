@@ -40,6 +40,18 @@ def test_recbole_atomic_files_lose_their_types_and_keep_their_text(tmp_path):
     assert rows_of(readers.read("recbole", tmp_path / "tiny.inter")) == rows_of(raw), "a named file is not ambiguous"
 
 
+def test_recbole_rows_below_a_rating_are_left_out_and_counted(tmp_path):
+    header = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
+    rows = "".join(f"u\ti{number}\t{rating}\t{number}\n" for number, rating in enumerate((5, 2.5, 3, 1)))
+    write_files(tmp_path, tiny__inter=header + rows)
+    found = readers.read("recbole", tmp_path, min_rating=3.0)
+    assert rows_of(found) == [("u", "i0", 0), ("u", "i2", 2)]
+    assert (found.dropped, found.options) == ({"rating_too_low": 2}, {"min_rating": "3.0"})
+    write_files(tmp_path, tiny__inter="user_id:token\titem_id:token\ttimestamp:float\nu\ti\t1\n")
+    with pytest.raises(UserError, match="no column 'rating'"):
+        readers.read("recbole", tmp_path, min_rating=3.0)
+
+
 def test_recbole_mistakes_are_named(tmp_path):
     assert message_of("recbole", tmp_path / "none") == f"raw data not found: {tmp_path / 'none'}"
     assert "it holds 0" in message_of("recbole", tmp_path)

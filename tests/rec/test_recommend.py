@@ -253,7 +253,7 @@ def test_a_file_gets_the_answers_that_single_histories_get(sasrec, tmp_path, suf
     WRITERS[suffix](tmp_path / f"carts{suffix}")
     catalog = Catalog(sasrec.data)
     wanted = [recommend(sasrec, catalog, [Request(catalog.numbers(ids))], 3)[0] for ids in HISTORIES]
-    assert answer(sasrec, tmp_path / f"carts{suffix}", tmp_path / "new" / "out.jsonl") == [3, 0, 0, 0]
+    assert answer(sasrec, tmp_path / f"carts{suffix}", tmp_path / "new" / "out.jsonl") == [3, 0, 0, 0, 0]
     found = [json.loads(line) for line in (tmp_path / "new" / "out.jsonl").read_text().splitlines()]
     assert [row["row"] for row in found] == [1, 2, 3]
     assert [row["user_id"] for row in found] == ["v0", "v1", "v2"]
@@ -320,7 +320,7 @@ def test_a_mistake_in_a_file_names_file_and_row_and_leaves_no_answers(sasrec, tm
 
 def test_unknown_items_are_left_out_and_counted_when_asked(sasrec, tmp_path):
     (tmp_path / "in.csv").write_text('history\n"i1,new,i2"\nnew\n"newer,i5,newest"\n')
-    assert answer(sasrec, tmp_path / "in.csv", tmp_path / "out.jsonl", skip_unknown=True) == [2, 4, 1, 0]
+    assert answer(sasrec, tmp_path / "in.csv", tmp_path / "out.jsonl", skip_unknown=True) == [2, 4, 1, 0, 0]
     found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [row["row"] for row in found] == [1, 3]
     numbers = Catalog(sasrec.data).numbers(["i1", "i2"])
@@ -331,7 +331,7 @@ def test_empty_histories_are_counted_when_unknown_ones_are(sasrec, tmp_path):
     (tmp_path / "in.csv").write_text("history\ni1\n\nnowhere\ni2\n")
     with pytest.raises(UserError, match="data row 2: the history is empty"):
         answer(sasrec, tmp_path / "in.csv", tmp_path / "out.csv")
-    assert answer(sasrec, tmp_path / "in.csv", tmp_path / "out.csv", skip_unknown=True) == [2, 1, 2, 0]
+    assert answer(sasrec, tmp_path / "in.csv", tmp_path / "out.csv", skip_unknown=True) == [2, 1, 2, 0, 0]
     assert {line.partition(",")[0] for line in (tmp_path / "out.csv").read_text().splitlines()} == {"row", "1", "4"}
 
 
@@ -351,7 +351,14 @@ def test_a_title_is_found_whatever_stands_before_it(small_data):
 
 def test_short_lists_are_counted(sasrec, tmp_path):
     (tmp_path / "in.csv").write_text("history\ni1\n")
-    assert answer(sasrec, tmp_path / "in.csv", tmp_path / "out.csv", k=30) == [1, 0, 0, 1]
+    assert answer(sasrec, tmp_path / "in.csv", tmp_path / "out.csv", k=30) == [1, 0, 0, 1, 0]
+
+
+def test_histories_that_the_model_cuts_are_counted(sasrec, finished_run, tmp_path):
+    ids = ",".join(f"i{number}" for number in range(9))
+    (tmp_path / "in.csv").write_text(f'history,user_id\n"{ids}",u1\n"{ids[3:]}",u2\n')
+    assert sasrec.model.config.max_length == 8
+    assert answer(sasrec, tmp_path / "in.csv", tmp_path / "out.csv")[4] == 1
 
 
 def test_files_that_cannot_be_read_or_written_are_one_line(sasrec, tmp_path):

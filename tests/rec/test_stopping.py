@@ -32,9 +32,9 @@ SMALL = {
 
 @pytest.fixture
 def recipe(small_data, tmp_path):
-    def write(name: str) -> Path:
+    def write(name: str, rec: dict = SMALL) -> Path:
         path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump({"data": str(small_data.folder), "run": str(tmp_path / name), "rec": SMALL}))
+        path.write_text(yaml.safe_dump({"data": str(small_data.folder), "run": str(tmp_path / name), "rec": rec}))
         return path
 
     return write
@@ -48,10 +48,34 @@ def same_run(one: Path, other: Path) -> None:
     assert losses == others
 
 
-@pytest.mark.parametrize("step", [1, 4, 5, 7])
-def test_a_stop_in_the_middle_of_an_epoch_and_at_its_end_changes_nothing(recipe, monkeypatch, step):
-    """Five steps an epoch: the first, the last but one and the last one of an epoch, and one of the second."""
-    whole, stopped = load_job(recipe("whole")), load_job(recipe("stopped"))
+SHORT = {"lr": 5e-3, "batch_size": 16, "epochs": 2, "patience": 2, "checkpoint_every": 1}
+# What draws random numbers of its own kind while it trains.
+OTHERS = {
+    "masked items": {"model": {"name": "BERT4Rec", "dim": 16, "blocks": 1, "max_length": 8}},
+    "random prefixes": {
+        "model": {"name": "LightSANs", "dim": 16, "blocks": 1, "max_length": 8},
+        "train": {"prefixes_per_user": 3},
+    },
+    "negatives of BST": {"model": {"name": "BST", "dim": 16, "mlp": [8], "max_length": 8}},
+    "negatives of LightGCN": {"model": {"name": "LightGCN", "dim": 8}, "train": {"batch_size": 128}},
+    "a loss's negatives": {
+        "model": {"name": "GRU4Rec", "dim": 16, "hidden": 8, "max_length": 8},
+        "loss": {"name": "gbce", "negatives": 4, "sampling": "popularity", "shared": False},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("rec", "step"),
+    [
+        *((SMALL, step) for step in (1, 4, 5, 7)),
+        *(({**rec, "train": {**SHORT, **rec.get("train", {})}}, 4) for rec in OTHERS.values()),
+    ],
+    ids=["step 1", "step 4", "step 5", "step 7", *OTHERS],
+)
+def test_a_stop_in_the_middle_of_an_epoch_and_at_its_end_changes_nothing(recipe, monkeypatch, rec, step):
+    """SASRec makes five steps an epoch: the first, the last but one and the last one, and one of the second epoch."""
+    whole, stopped = load_job(recipe("whole", rec)), load_job(recipe("stopped", rec))
     run(whole, "")
     monkeypatch.setattr(stopping, "LOOK_EVERY_S", 0.0)
     taken = trainer._Step.__call__

@@ -52,7 +52,11 @@ def test_a_run_leaves_a_result_and_can_be_opened(recipe, small_data):
     result = run(job, "recalign train x")
     assert [row["part"] for row in result["rows"]] == ["valid", "test"]
     assert result["command"] == "recalign train x"
-    assert result["protocol"]["hash"] == job.rec.evaluate.protocol.hash
+    protocol = result["protocol"]
+    assert protocol["hash"] == job.rec.evaluate.protocol.of_run(small_data, "train").hash
+    assert (protocol["split"], protocol["trained_on"]) == ("leave-one-out", "train")
+    lines = [*result["rows"], *RunFolder(job.run).steps("epoch")]
+    assert {line["protocol_hash"] for line in lines} == {protocol["hash"]}
     assert result["rows"][0]["NDCG@10"] == pytest.approx(result["training"]["valid_NDCG@10"])
     opened = open_run(job.run)
     assert opened.data.meta == small_data.meta
@@ -86,11 +90,12 @@ def test_a_wrong_key_of_the_grid_is_known_before_anything_runs(recipe):
     assert list(grid_of(build(RecConfig, {"grid": {"model": ["SASRec"]}}))) == ["model=SASRec"]
 
 
-def test_training_on_validation_items_runs_all_epochs_and_says_so(recipe):
+def test_training_on_validation_items_runs_all_epochs_and_says_so(recipe, small_data):
     job = load_job(recipe(train={"on": "train+valid"}))
     result = run(job, "")
     assert [row["part"] for row in result["rows"]] == ["test"]
-    assert result["training"]["trained_on"] == "train+valid"
+    assert result["training"]["trained_on"] == result["protocol"]["trained_on"] == "train+valid"
+    assert result["protocol"]["hash"] != job.rec.evaluate.protocol.of_run(small_data, "train").hash
     assert result["training"]["epochs"] == 4
 
 
@@ -162,6 +167,11 @@ def test_an_option_that_would_not_be_used_is_refused(rec, message):
         build(RecConfig, rec)
 
 
+def test_cutoffs_above_the_catalog_are_known_before_training(recipe):
+    with pytest.raises(UserError, match=r"rec.evaluate.cutoffs asks for the best 31 of 30 items"):
+        run(load_job(recipe(evaluate={"cutoffs": [10, 31]})), "")
+
+
 def test_data_without_validation_needs_another_way_to_stop(recipe, small_data, tmp_path):
     bare = tmp_path / "bare"
     shutil.copytree(small_data.folder, bare)
@@ -200,11 +210,16 @@ def launch(recipe: Path, processes: int, *overrides: str) -> subprocess.Popen:
 
 
 @pytest.mark.distributed
-def test_two_processes_train_the_same_model_as_one(recipe):
+@pytest.mark.parametrize(
+    "model",
+    [{}, {"name": "BERT4Rec"}, {"name": "LightSANs", "interests": 3}],
+    ids=["whole sequences", "masked ones", "prefixes"],
+)
+def test_two_processes_train_the_same_model_as_one(recipe, model):
     """Without dropout and with the full softmax a step is a function of the global batch alone."""
     losses = {}
     for processes in (1, 2):
-        path = recipe(f"ranks-{processes}", train={"clip_norm": 5.0})
+        path = recipe(f"ranks-{processes}", model=model, train={"clip_norm": 5.0, "batch_size": 32 if model else 8})
         process = launch(path, processes)
         said, _ = process.communicate(timeout=900)
         assert process.returncode == 0, said
@@ -213,6 +228,19 @@ def test_two_processes_train_the_same_model_as_one(recipe):
         assert Checkpoints(folder.path / "checkpoints").newest().world_size == processes
     assert losses[2] == pytest.approx(losses[1], rel=2e-4)
     assert len(losses[2]) == 4
+
+
+@pytest.mark.distributed
+def test_a_rate_that_diverges_ends_on_both_ranks(recipe):
+    """One step an epoch: the loss is still a number, the first process alone finds that the scores are not.
+
+    It used to leave the other one waiting for the figures.
+    """
+    path = recipe("grid", grid={"train.lr": [1e30, 5e-3]}, train={"batch_size": 64})
+    process = launch(path, 2)
+    said, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, said
+    assert RunFolder(load_job(path).run).result()["training"]["grid"]["lr=1e+30"] == 0
 
 
 @pytest.mark.distributed

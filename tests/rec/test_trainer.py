@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 import torch
 
@@ -5,7 +7,7 @@ from rec.averaging import WeightAverage
 from rec.config import RecConfig
 from rec.evaluation import evaluate
 from rec.item_encoder import KnowledgeConcat
-from rec.models.base import SequenceRecommender
+from rec.models.base import Recommender, SequenceRecommender
 from rec.runtime.checkpoint import Checkpoints
 from rec.runtime.config import build
 from rec.runtime.errors import UserError
@@ -116,3 +118,35 @@ def test_knowledge_that_tells_the_next_item_helps(small_data, tmp_path):
     model = train(build_model(CONFIG, small_data, items), small_data, CONFIG, RunFolder(tmp_path), "test")
     assert model.items.fuse.weight[:, 16:].abs().max() > 1e-3
     assert evaluate(model, small_data, "test", CONFIG.evaluate)["HR@10"] > 0.6
+
+
+def changed(**train: object) -> RecConfig:
+    return CONFIG.model_copy(update={"train": CONFIG.train.model_copy(update=train)})
+
+
+def losses_of(config: RecConfig, data, folder) -> list[float]:
+    train(build_model(config, data), data, config, RunFolder(folder), "test")
+    return [row["loss"] for row in RunFolder(folder).steps("epoch")]
+
+
+def test_bf16_training_follows_float32_and_keeps_its_weights_so(small_data, tmp_path):
+    exact = losses_of(changed(epochs=4), small_data, tmp_path / "fp32")
+    rough = losses_of(changed(epochs=4, precision="bf16"), small_data, tmp_path / "bf16")
+    assert rough == pytest.approx(exact, rel=0.02)
+    assert rough != exact
+    kept = Recommender.from_pretrained(tmp_path / "bf16" / "model").state_dict()
+    assert {value.dtype for value in kept.values()} == {torch.float32}
+
+
+@pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="torch.compile needs a C++ compiler")
+def test_compiled_training_is_the_same_training(small_data, tmp_path):
+    """Without dropout, whose random numbers a compiled step may draw in another order.
+
+    One batch an epoch, of one shape, is compiled once.
+    """
+    config = build(RecConfig, {"model": {"name": "Caser", "dim": 8, "window": 2, "max_length": 8, "dropout": 0.0}})
+    own = {"epochs": 2, "batch_size": 256}
+    config = config.model_copy(update={"train": changed(**own).train})
+    plain = losses_of(config, small_data, tmp_path / "plain")
+    compiled = config.model_copy(update={"train": changed(**own, compile=True).train})
+    assert losses_of(compiled, small_data, tmp_path / "compiled") == pytest.approx(plain, rel=1e-3)

@@ -88,8 +88,8 @@ def _read_reviews(path: Path, min_rating: float | None) -> tuple[pa.Table, dict[
     if min_rating is not None:
         fields[rating] = pa.float64()
     table = jsonlines.read_fields(path, fields)
-    times = table[time] if per_second == 1 else pc.divide(table[time], per_second)
-    interactions = pa.table({"user_id": table[user], "item_id": table[item], "timestamp": times})
+    interactions = pa.table({"user_id": table[user], "item_id": table[item]})
+    interactions = raw.add_times(interactions, table[time], per_second)
     dropped: dict[str, int] = {}
     if min_rating is not None:
         interactions = raw.keep_rated(interactions, table[rating], min_rating, dropped)

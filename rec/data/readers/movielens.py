@@ -69,8 +69,7 @@ def read(folder: Path, min_rating: float | None = None) -> raw.RawData:
     table = pa.table({"item_id": items["item_id"], "title": titles, "year": years, "genres": genres})
     raw.require_ids(ratings, path, "user_id", "item_id")
     dropped: dict[str, int] = {}
-    times = raw.to_seconds(ratings, "timestamp", path)
-    interactions = ratings.select(["user_id", "item_id"]).append_column("timestamp", times)
+    interactions = raw.read_times(ratings.select(["user_id", "item_id"]), ratings, "timestamp", path)
     if min_rating is not None:
         values = raw.cast_strings(ratings["rating"], pa.float64(), path, "rating", "a number")
         interactions = raw.keep_rated(interactions, values, min_rating, dropped)

@@ -11,11 +11,15 @@ from rec.runtime.errors import UserError
 log = logging.getLogger(__name__)
 
 
-def read(folder: Path) -> raw.RawData:
+def read(folder: Path, min_rating: float | None = None) -> raw.RawData:
     """Read ``NAME.inter`` and ``NAME.item`` (also ``.gz``) of one folder; ``folder`` may be the ``.inter`` file itself.
 
     Text columns keep RecBole's names (ML-100K: ``movie_title``, ``release_year``, ``class``). Without a ``.item``
     file, items have no text.
+
+    Args:
+        folder: of one data set.
+        min_rating: leave out lower values of the column ``rating`` (counted as ``rating_too_low``).
 
     Raises:
         UserError: if a required column is missing, or several data sets lie in the folder.
@@ -30,17 +34,22 @@ def read(folder: Path) -> raw.RawData:
     inter_path = found[0]
     name = inter_path.name.removesuffix(".gz").removesuffix(".inter")
     item_path = raw.find_optional(inter_path.parent, f"{name}.item")
-    inter = _read_atomic(inter_path, ["user_id", "item_id", "timestamp"], ["user_id", "item_id"])
+    rated = ["rating"] if min_rating is not None else []
+    inter = _read_atomic(inter_path, ["user_id", "item_id", "timestamp", *rated], ["user_id", "item_id"])
     raw.require_ids(inter, inter_path, "user_id", "item_id")
-    times = raw.to_seconds(inter, "timestamp", inter_path)
-    interactions = inter.select(["user_id", "item_id"]).append_column("timestamp", times)
+    interactions = raw.read_times(inter.select(["user_id", "item_id"]), inter, "timestamp", inter_path)
+    dropped: dict[str, int] = {}
+    if min_rating is not None:
+        ratings = raw.cast_strings(inter["rating"], pa.float64(), inter_path, "rating", "a number")
+        interactions = raw.keep_rated(interactions, ratings, min_rating, dropped)
+    options = {} if min_rating is None else {"min_rating": str(min_rating)}
     if item_path is None:
         log.warning("%s is absent: the items have no text", inter_path.with_name(f"{name}.item"))
-        return raw.RawData(raw.items_without_text(), interactions, [inter_path])
+        return raw.RawData(raw.items_without_text(), interactions, [inter_path], dropped, options)
     items = _read_atomic(item_path)
     raw.require_columns(items.column_names, item_path, "item_id")
     raw.require_ids(items, item_path, "item_id")
-    return raw.RawData(items, interactions, [inter_path, item_path])
+    return raw.RawData(items, interactions, [inter_path, item_path], dropped, options)
 
 
 def _read_atomic(path: Path, wanted: list[str] | None = None, ids: list[str] | None = None) -> pa.Table:

@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 NAMES = ("csv", "parquet")
 COLUMNS = ("user_id", "item_id", "timestamp")
 ROWS = 1 << 17
+PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
 
 def read(folder: Path) -> raw.RawData:
@@ -32,7 +33,7 @@ def read(folder: Path) -> raw.RawData:
     else:
         interactions = _read_parquet(path, COLUMNS, ids=COLUMNS[:2])
     raw.require_ids(interactions, path, "user_id", "item_id")
-    interactions = interactions.set_column(2, "timestamp", _times(interactions, path))
+    interactions = _with_times(interactions, path)
     items_path = raw.find_optional(path.parent, *(f"items.{name}" for name in NAMES))
     if items_path is None:
         log.warning("%s holds no items.csv or items.parquet: the items have no text", path.parent)
@@ -94,15 +95,19 @@ def _encoded(column: pa.Array) -> pa.DictionaryArray:
     return pa.DictionaryArray.from_arrays(codes, values)
 
 
-def _times(interactions: pa.Table, path: Path) -> pa.ChunkedArray:
-    times = interactions["timestamp"]
-    if pa.types.is_timestamp(times.type) or pa.types.is_date(times.type):
+def _with_times(interactions: pa.Table, path: Path) -> pa.Table:
+    """Times as every reader has them, in place of the column as it was read."""
+    times, interactions = interactions["timestamp"], interactions.drop_columns(["timestamp"])
+    per_second = 1
+    if pa.types.is_date(times.type):
         times = pc.cast(pc.cast(times, pa.timestamp("s"), safe=False), pa.int64())
+    elif pa.types.is_timestamp(times.type):
+        times, per_second = pc.cast(times, pa.int64()), PER_SECOND[times.type.unit]
     try:
         if pa.types.is_integer(times.type) and not times.null_count:
-            return pc.cast(times, pa.int64())
+            return raw.add_times(interactions, pc.cast(times, pa.int64()), per_second)
         # One place decides what is a time, and it reads text.
         strings = pc.fill_null(pc.cast(times, pa.string()), "")
     except pa.ArrowException:
         raise UserError(f"{path}: column 'timestamp' ({times.type}) cannot be read as a time") from None
-    return raw.to_seconds(pa.table({"timestamp": strings}), "timestamp", path)
+    return raw.read_times(interactions, pa.table({"timestamp": strings}), "timestamp", path)
