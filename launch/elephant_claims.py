@@ -8,15 +8,13 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from safetensors.torch import load_file, save_file
 
 from launch.tables import console
 from rec.compare import compare
 from rec.evaluate import rank_run
-from rec.evaluation import Metrics
+from rec.evaluation import Metrics, load_ranks, save_ranks
 from rec.job import open_run
 from rec.protocol import Protocol
-from rec.runtime import files
 
 METRIC, FULL = "NDCG@10", "elephant-full"
 REQUESTS = 100
@@ -30,12 +28,8 @@ def ranks_of(run: Path, protocols: Mapping[str, Protocol]) -> dict[str, Metrics]
         path = run / "ranks" / f"{name}-{protocol.hash}.safetensors"
         if not path.exists():
             metrics = rank_run(open_run(run), {name: protocol})[name]
-            path.parent.mkdir(exist_ok=True)
-            temporary = files.beside(path)
-            save_file({key: getattr(metrics, key) for key in ("ranks", "instances", "users")}, temporary)
-            temporary.replace(path)
-        kept = load_file(path)
-        found[name] = Metrics(kept["ranks"], protocol.cutoffs, kept["instances"], kept["users"])
+            save_ranks(metrics, path)
+        found[name] = load_ranks(path, protocol.cutoffs)
     return found
 
 

@@ -5,9 +5,11 @@ Scores of one batch of users exist at a time, never [users, items], and every pr
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rec.batches import fit_counts
@@ -16,6 +18,7 @@ from rec.data.prepared import Prepared
 from rec.models.base import Recommender, SequenceRecommender
 from rec.negatives import draw_negatives
 from rec.protocol import Protocol, TrainedOn
+from rec.runtime import files
 from rec.runtime.errors import Diverged, UserError
 
 Part = Literal["valid", "test"]
@@ -130,6 +133,28 @@ def evaluate_many(
     model.train(was_training)
     back = order.argsort()
     return {name: rankers[name].metrics(torch.cat(found[name])[back], chosen) for name in protocols}
+
+
+def some_instances(data: Prepared, part: Part, count: int | None) -> Tensor:
+    """Numbers of ``count`` held-out instances, the same in every run and for every model; of all, if that is null."""
+    total = len(data.instances(part)[0])
+    if count is None or count >= total:
+        return torch.arange(total)
+    return torch.randperm(total, generator=torch.Generator().manual_seed(0))[:count].sort().values
+
+
+def save_ranks(metrics: Metrics, path: Path) -> None:
+    """Keep what ``load_ranks`` reads."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = files.beside(path)
+    save_file({name: getattr(metrics, name) for name in ("ranks", "instances", "users")}, temporary)
+    temporary.replace(path)
+
+
+def load_ranks(path: Path, cutoffs: tuple[int, ...]) -> Metrics:
+    """What ``save_ranks`` kept, so that models can be compared user by user later."""
+    kept = load_file(path)
+    return Metrics(kept["ranks"], cutoffs, kept["instances"], kept["users"])
 
 
 class _Scorer:

@@ -14,9 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rec.averaging import WeightAverage
 from rec.batches import Windows, fit_counts, fit_ends, make_batches
-from rec.config import RecConfig
+from rec.config import RecConfig, TrainConfig
 from rec.data.prepared import Prepared
-from rec.evaluation import evaluate
+from rec.evaluation import evaluate, some_instances
 from rec.item_encoder import ItemEncoder
 from rec.items import make_items
 from rec.losses import Loss, make_loss
@@ -152,7 +152,7 @@ class _Step:
     def __call__(self, batch: Batch, state: "_State | EpochTimer") -> torch.Tensor:
         """The mean loss over the targets of the global batch."""
         own, share = self._own(batch)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.train.precision == "bf16"):
+        with autocast(self.model, self.train):
             loss = self.forward(own.to(self.device)) * share
         state.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -348,7 +348,10 @@ class _State:
         figures = None
         self.judged.items.refresh()
         if self.ranks.is_first:
-            figures = evaluate(self.judged, self.data, "valid", self.config.evaluate).summary()
+            # As it is trained: a model that is bf16 in every step need not be float32 in every validation.
+            with autocast(self.judged, self.config.train):
+                rows = some_instances(self.data, "valid", self.config.train.valid_users)
+                figures = evaluate(self.judged, self.data, "valid", self.config.evaluate, rows).summary()
         return self.ranks.broadcast(figures)
 
     def _weights(self) -> dict[str, torch.Tensor]:
@@ -368,6 +371,12 @@ class _State:
             "losses": torch.stack(self.losses).cpu() if self.losses else torch.empty(0),
             "seconds": self.seconds,
         }
+
+
+def autocast(model: Recommender, train: TrainConfig) -> torch.autocast:
+    """The precision that a model is trained in."""
+    device = next(model.parameters()).device.type
+    return torch.autocast(device, torch.bfloat16, enabled=train.precision == "bf16")
 
 
 def _device() -> torch.device:

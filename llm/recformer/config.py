@@ -118,7 +118,9 @@ class RecformerFinetuneConfig(OptimizerConfig):
     patience: int = Field(5, ge=1)
     """Validations without a better NDCG@10 before a stage ends; the paper's code waits 5, then 3 or 5."""
     valid_users: int | None = Field(None, ge=1)
-    """Validate on so many random users; null for all."""
+    """Validate on so many users, drawn once and for all; null for all."""
+    test_first_stage: bool = False
+    """Rank the test items with stage-FT1's best too, which is what stage-FT2 begins with."""
     train_table: bool = False
     """In stage-FT2 train the item table along (Elephant, Table 5); otherwise it is fixed."""
     evaluate: EvaluateConfig = EvaluateConfig(cutoffs=(5, 10, 50))
@@ -145,6 +147,10 @@ class RecformerSettings(Section):
     size: SizeConfig = SizeConfig()
     temperature: float = Field(0.05, gt=0)
     """Of the cosine similarity."""
+    attention_dropout: float | None = Field(0.0, ge=0, lt=1)
+    """Of attention's weights while training; null for the backbone's own (0.1 in BERT and Longformer, and so in the
+    paper). Anything but 0 rules out fused attention: every weight of every head is then made, and kept for the backward
+    pass."""
     processes: int = Field(1, ge=1)
     """Ranks of the whole job."""
     zero_stage: Literal[0, 1, 2] = 0

@@ -108,6 +108,9 @@ class Objective(nn.Module):
         self.model, self.head, self.stage = model, head, stage
         self.temperature, self.pad_token = temperature, pad_token
         head.requires_grad_(stage.mlm_weight > 0)
+        # Words and their bias are one table of the cross-entropy: a gradient of either costs that of both.
+        words_are_tuned = model.backbone.get_input_embeddings().weight.requires_grad
+        head.bias.requires_grad_(stage.mlm_weight > 0 and words_are_tuned)
 
     def forward(self, batch: PretrainBatch) -> tuple[Tensor, dict[str, Tensor | int]]:
         """This rank's loss, whose mean over ranks is the batch's; and figures of this rank."""

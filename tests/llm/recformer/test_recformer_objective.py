@@ -12,6 +12,7 @@ import torch
 from objective_setting import make_setting
 from torch.nn import functional as F
 
+from llm.recformer import mlm
 from llm.recformer.batches import pad
 from llm.recformer.config import RecformerSettings
 from llm.recformer.contrastive import item_contrast
@@ -113,6 +114,25 @@ def test_without_masked_language_modelling_the_loss_is_the_contrast(bert, small_
     objective, batch = make_setting(bert, small_data.folder, tmp_path, {"mlm_weight": 0, "bf16": False})
     found, _ = objective(batch)
     torch.testing.assert_close(found, naive_objective(objective, batch), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_frozen_words_cost_no_gradient_of_the_vocabulary(bert, small_data, tmp_path, monkeypatch, frozen):
+    tables = []
+    plain = mlm.linear_cross_entropy
+    monkeypatch.setattr(
+        mlm,
+        "linear_cross_entropy",
+        lambda states, table, labels: (tables.append(table), plain(states, table, labels))[1],
+    )
+    stage = {"freeze_word_embeddings": frozen, "bf16": False}
+    objective, batch = make_setting(bert, small_data.folder, tmp_path, stage)
+    loss, _ = objective(batch)
+    loss.backward()
+    assert len(tables) == 2  # histories and next items
+    assert all(table.requires_grad != frozen for table in tables)
+    assert (objective.head.bias.grad is None) == frozen
+    assert objective.head.dense.weight.grad.abs().sum() > 0
 
 
 def test_dropout_of_parts_that_are_recomputed_is_drawn_alike(tmp_path, small_data):
