@@ -93,7 +93,9 @@ class RecformerPretrainConfig(OptimizerConfig):
     pass of its own, as in the authors' code, at twice the cost."""
     by_length: bool = True
     """Histories and next items share passes with others of like length; otherwise histories and next items each have
-    passes of their own, padded to the longest, as in the authors' code."""
+    passes of their own, ``micro_batch`` rows padded to their longest, as in the authors' code."""
+    micro_batch: int = Field(16, ge=1)
+    """Rows of such a pass; 16 in the authors' code."""
     evaluate_every: int = Field(200, ge=1)
     """Steps between validations; the weights with the best one are kept."""
     valid_users: int = Field(1024, ge=2)

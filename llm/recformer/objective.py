@@ -144,7 +144,9 @@ class Objective(nn.Module):
     def _rows(self, parts: Parts, lengths: np.ndarray) -> list[np.ndarray]:
         if self.stage.by_length:
             return parts.rows(lengths)
-        return np.split(np.arange(len(lengths)), 2)
+        sides = np.split(np.arange(len(lengths)), 2)
+        size = self.stage.micro_batch
+        return [side[begin : begin + size] for side in sides for begin in range(0, len(side), size)]
 
     def _both(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         """Vectors [b, D] of a part, and the hidden states [m, D] of the tokens that are to be predicted."""

@@ -88,6 +88,7 @@ WAYS = {
     "recomputed": {"part_tokens": 64, "recompute": True},
     "one sequence a part, recomputed": {"part_tokens": 1, "recompute": True},
     "histories and items apart": {"by_length": False},
+    "the same, three at a time": {"by_length": False, "micro_batch": 3},
 }
 
 
@@ -108,6 +109,17 @@ def test_loss_and_gradient_are_those_of_one_big_batch_however_it_is_divided(
         torch.testing.assert_close(own[name], value, rtol=1e-3, atol=1e-6, msg=name)
     assert figures["tokens"] == len(batch.plain.ids)
     assert figures["places"] >= figures["tokens"] * (1 if shared_pass else 2)
+
+
+def test_passes_of_their_own_are_padded_to_the_longest_of_a_micro_batch(bert, small_data, tmp_path):
+    stage = {"by_length": False, "micro_batch": 3, "bf16": False}
+    objective, batch = make_setting(bert, small_data.folder, tmp_path, stage)
+    lengths, padded = batch.plain.lengths, 0
+    for side in (lengths[:8], lengths[8:]):
+        for begin in range(0, 8, 3):
+            rows = side[begin : begin + 3]
+            padded += len(rows) * 8 * math.ceil(max(rows) / 8)
+    assert objective(batch)[1]["places"] == padded
 
 
 def test_without_masked_language_modelling_the_loss_is_the_contrast(bert, small_data, tmp_path):
