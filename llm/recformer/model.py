@@ -157,6 +157,23 @@ def resolve(name: str) -> str:
     return name
 
 
+def _config_of(name: str) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{name} is no text encoder: {str(error).strip().splitlines()[0]}") from error
+
+
+def width_of(backbone: str) -> int:
+    """Of the vectors of a RECFORMER on this backbone; raises UserError if there is no such model."""
+    return _config_of(resolve(backbone)).hidden_size
+
+
+def is_recformer(folder: str) -> bool:
+    """Whether a folder holds a RECFORMER that was saved."""
+    return (Path(folder) / "config.json").is_file() and _config_of(folder).model_type == RecformerConfig.model_type
+
+
 def load_recformer(settings: RecformerSettings) -> tuple[RecformerModel, PreTrainedTokenizerBase]:
     """An untuned RECFORMER on the recipe's backbone, or the saved one that it names, and its tokenizer.
 
@@ -164,8 +181,8 @@ def load_recformer(settings: RecformerSettings) -> tuple[RecformerModel, PreTrai
         UserError: if there is no such model, it is no encoder, or it has too few positions.
     """
     name = resolve(settings.backbone)
+    config = _config_of(name)
     try:
-        config = AutoConfig.from_pretrained(name)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{name} is no text encoder: {str(error).strip().splitlines()[0]}") from error
