@@ -89,7 +89,7 @@ class ElephantRun:
             serving = elephant_claims.serving({cell: self.cells.folder(cell) for cell in cells})
             attention = self._attention()
             described = {name: protocol.described() for name, protocol in self.protocols.items()}
-            elephant_sizes.draw(self.out, elephant_claims.means(rows), self._shares())
+            elephant_sizes.draw(self.out, elephant_claims.means(rows), self._users())
             claims = elephant_claims.claims(ranks, serving, self.first)
             watch.count()
             return folder.write_result(
@@ -237,8 +237,11 @@ class ElephantRun:
         tuned = job.finetune_folder / "FT1" / "model"
         return elephant_attention.analyse(before.settings, tuned, job.open(self.data), job.tokens, self.out)
 
-    def _shares(self) -> dict[str, float]:
-        return {name: own.pretrain.share for name, own in self.settings.items() if own.pretrain is not None}
+    def _users(self) -> dict[str, int]:
+        """How many users stage-PT of every RECFORMER saw."""
+        jobs = {name: self._pretraining(name) for name in self.settings}
+        facts = {name: job.pretrain_folder / recformer.FINISHED for name, job in jobs.items() if job is not None}
+        return {name: files.read_json(path)["users"] for name, path in facts.items()}
 
 
 class _Watch:

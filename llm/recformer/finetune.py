@@ -152,7 +152,8 @@ class Stage:
         train_table = name == "FT2" and self.stage.train_table
         loss = FullSoftmax(model, table.to(accelerator.device), self.stage, tokenizer.pad_token_id, train_table)
         self.total = self.epochs * self.prefixes.steps
-        self.engine = Engine(loss, self.stage, job.settings, self.total, accelerator) if self.epochs else None
+        rates = {"table": self.stage.table_lr}
+        self.engine = Engine(loss, self.stage, job.settings, self.total, accelerator, rates) if self.epochs else None
         self.loss = loss
         keep = self.stage.keep_checkpoints, self.stage.keep_checkpoint_every
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.ranks, *keep)

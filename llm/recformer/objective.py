@@ -2,6 +2,8 @@
 
     L = L_contrast + λ (L_mlm of the histories + L_mlm of the next items)        (RECFORMER, Eq. 9)
 
+L_contrast has a weight of its own here (``contrast_weight``): what either objective is worth alone is a question.
+
 Parts are only how the encoder's work is divided: loss and gradient are those of one big batch (gradient caching, Gao
 et al. 2021; here the parts' activations are recomputed in the one backward pass, by ``torch.utils.checkpoint``).
 """
@@ -139,7 +141,7 @@ class Objective(nn.Module):
             "tokens": len(batch.plain.ids),
             "places": places,
         }
-        return contrast + self.stage.mlm_weight * mlm, figures
+        return self.stage.contrast_weight * contrast + self.stage.mlm_weight * mlm, figures
 
     def _rows(self, parts: Parts, lengths: np.ndarray) -> list[np.ndarray]:
         if self.stage.by_length:

@@ -27,6 +27,7 @@ from rec.runtime.checkpoint import Checkpoints
 from rec.runtime.config import build
 from rec.runtime.errors import UserError
 from rec.runtime.ranks import Ranks
+from rec.runtime.runfolder import RunFolder
 
 
 def make_job(bert: Path, data: Prepared, out: Path, **finetune_settings: object) -> RecformerJob:
@@ -115,6 +116,34 @@ def test_test_items_are_ranked_by_the_second_stage_alone_unless_asked_for(bert, 
     assert (facts["FT1"]["test"] != {}) == asked
     kept = load_ranks(job.finetune_folder / "FT2" / "ranks-elephant-full.safetensors", (5, 10))
     assert kept.summary() == pytest.approx(facts["FT2"]["test"]["elephant-full"])
+
+
+def test_the_second_stage_trains_the_encoder_from_the_firsts_best_and_the_table_at_its_own_rate(
+    bert, small_data, tmp_path
+):
+    found = {}
+    for name, more in (
+        ("fixed", {}),
+        ("slow", {"train_table": True, "table_lr": 1e-4}),
+        ("fast", {"train_table": True}),
+    ):
+        settings = {"epochs": 2, "fixed_epochs": 3, "evaluate_every": 1, "patience": 99, "lr": 1e-3, **more}
+        job = make_job(bert, small_data, tmp_path / name, **settings)
+        facts = finetune(job)
+        folders = [job.finetune_folder / stage for stage in ("FT1", "FT2")]
+        found[name] = [load_file(folder / "item_vectors.safetensors")["vectors"] for folder in folders]
+        rows = RunFolder(job.run).steps("ft2_step")
+        assert len(rows) == 3 * 5
+        assert all(row["loss"] > 0 for row in rows)
+        # What it begins with is judged too, and is FT1's best: it can only get better.
+        assert facts["FT2"]["valid_NDCG@10"] >= facts["FT1"]["valid_NDCG@10"]
+        state = torch.load(folders[1] / "checkpoints/step-15/rank-0.pt", weights_only=True)["state"]
+        last, first = state["module"], load_file(folders[0] / "model/model.safetensors")
+        assert any(not torch.equal(last[f"model.{key}"], value) for key, value in first.items())
+        found[name].append(last["table"])
+    assert torch.equal(found["fixed"][0], found["fixed"][2])
+    moved = {name: (own[2] - own[0]).abs().mean() for name, own in found.items()}
+    assert moved["fast"] > 5 * moved["slow"] > 0
 
 
 @pytest.mark.parametrize("train_table", [False, True])

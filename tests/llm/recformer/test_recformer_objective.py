@@ -20,6 +20,7 @@ from llm.recformer.engine import linear_rate
 from llm.recformer.objective import Objective
 from llm.recformer.sources import Sources
 from rec.runtime.config import build
+from rec.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[3]
 
@@ -109,6 +110,20 @@ def test_loss_and_gradient_are_those_of_one_big_batch_however_it_is_divided(
         torch.testing.assert_close(own[name], value, rtol=1e-3, atol=1e-6, msg=name)
     assert figures["tokens"] == len(batch.plain.ids)
     assert figures["places"] >= figures["tokens"] * (1 if shared_pass else 2)
+
+
+@pytest.mark.parametrize(("contrast", "mlm_weight"), [(1, 0.3), (0, 0.3), (2, 0)])
+def test_the_weights_say_what_the_loss_is_made_of(bert, small_data, tmp_path, contrast, mlm_weight):
+    stage = {"contrast_weight": contrast, "mlm_weight": mlm_weight, "shared_pass": False, "bf16": False}
+    objective, batch = make_setting(bert, small_data.folder, tmp_path, stage)
+    loss, figures = objective(batch)
+    torch.testing.assert_close(loss, contrast * figures["contrast"] + mlm_weight * figures["mlm"])
+    assert (figures["mlm"] == 0) == (mlm_weight == 0)
+
+
+def test_a_loss_of_nothing_is_refused():
+    with pytest.raises(UserError, match="mlm_weight and contrast_weight are both 0"):
+        build(RecformerSettings, {"pretrain": {"mlm_weight": 0, "contrast_weight": 0}})
 
 
 def test_passes_of_their_own_are_padded_to_the_longest_of_a_micro_batch(bert, small_data, tmp_path):
