@@ -166,12 +166,12 @@ def choose(rec: RecConfig, data: str, folder: Path, lrs: Sequence[float], stds: 
         return
     order, std = list(lrs), stds[0]
     try:
-        if len(lrs) > 1:
-            found = _grid(rec, data, folder / "lr", "train.lr", lrs)
-            order = sorted(found, key=found.__getitem__, reverse=True)
-        if len(stds) > 1:
-            found = _grid(_at(rec, order[0]), data, folder / "std", "items.std", stds)
-            std = max(found, key=found.__getitem__)
+        by_lr = _grid(rec, data, folder / "lr", "train.lr", lrs) if len(lrs) > 1 or len(stds) > 1 else {}
+        order.sort(key=lambda lr: by_lr.get(lr, 0.0), reverse=True)
+        if len(stds) > 1:  # the first of them has been tried, with the rates
+            by_std = _grid(_at(rec, order[0]), data, folder / "std", "items.std", stds[1:])
+            by_std = {std: by_lr[order[0]], **by_std}
+            std = max(by_std, key=by_std.__getitem__)
     except Diverged as error:
         log.warning("%s is left out: %s", folder, error)
         order = []

@@ -130,6 +130,8 @@ def test_a_familys_rate_and_deviation_are_chosen_once_and_told(study):
             assert chosen["lrs"] == sorted((1e-3, 5e-3), key=lambda lr: -by_rate[f"lr={lr}"])
             if family in ("frozen", "trainable"):
                 by_std = json.loads((folder / "std" / "finished.json").read_text())["grid"]
+                assert list(by_std) == ["std=None"]
+                by_std["std=0.02"] = max(by_rate.values())
                 assert by_std[f"std={chosen['std']}"] == max(by_std.values())
             rows = [row for row in result["rows"] if row["model"] == model and row["variant"].startswith(family)]
             assert {row["lr"] for row in rows} == {chosen["lrs"][0]}

@@ -62,6 +62,28 @@ def test_without_new_embeddings_the_untuned_model_is_the_pretrained_one(bert, sm
     torch.testing.assert_close(model.eval()(batch).last_hidden_state, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_attention_is_trained_in_float32_under_bfloat16_and_is_the_same(bert, small_data, monkeypatch):
+    seen, plain = [], F.scaled_dot_product_attention
+
+    def attention(q, *inputs, **options):
+        seen.append(q.dtype)
+        return plain(q, *inputs, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    model, tokenizer = load_recformer(settings(bert))
+    batch = make_batch(small_data, tokenizer, settings(bert))
+    with torch.autocast("cpu", torch.bfloat16):
+        trained = model.vectors(batch)
+        with torch.no_grad():
+            read = model.vectors(batch)
+    assert seen == [torch.float32] * 3 + [torch.bfloat16] * 3
+    torch.testing.assert_close(trained, read, rtol=0.05, atol=0.05)
+    trained.sum().backward()
+    with torch.no_grad():
+        torch.testing.assert_close(model.vectors(batch), trained, rtol=0.05, atol=0.05)
+
+
 def test_dropout_is_the_cheap_one_and_attentions_is_a_choice(bert, longformer, small_data, tmp_path):
     own = save_bert(tmp_path / "dropping", dropout=0.2)
     for folder in (own, longformer):
