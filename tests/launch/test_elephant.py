@@ -14,12 +14,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "llm" / "recformer"))
 from backbones import save_bert
 from tiny_recformer import RECFORMER
 
-from launch import cli, elephant_claims, vectors
+from launch import cli, elephant_cells, elephant_claims, vectors
 from launch.elephant import ElephantRun
 from launch.elephant_cells import Chosen, train_cell
 from launch.elephant_config import TABLE_3, Cell
 from llm.config import LMRecConfig
 from llm.lmrec import build_lmrec
+from llm.lmrec_job import LMRecJob
 from llm.recformer.job import RecformerJob
 from llm.tokenizer import train_tokenizer
 from rec.evaluation import Metrics
@@ -157,6 +158,46 @@ def test_a_recommender_that_diverges_takes_the_next_rate_and_blocks_nothing(smal
 
 
 @pytest.mark.distributed
+def test_a_study_that_is_killed_goes_on_where_it_was(study, small_data, backbone, tmp_path, monkeypatch):
+    _, before, _ = study
+    model = {"dim": 32, "heads": 2, "blocks": 1, "max_length": 8}
+    more = {
+        "models": {"SASRec": {"model": model, "train": {"batch_size": 16, "epochs": 1}}},
+        "variants": ["random", "frozen PT", "trainable PT"],
+        "headline": {},
+        "pretrained": str(before.study.run),
+    }
+    results, ranked = {}, elephant_cells.ranks_of
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+        path = recipe_of(tmp_path / name, small_data.folder, backbone, **more)
+        content = yaml.safe_load(path.read_text())
+        content["recformer"]["finetune"] = None
+        path.write_text(yaml.safe_dump(content))
+        run, calls = ElephantRun(path), []
+
+        def die_at_the_second(folder, protocols, calls=calls):
+            calls.append(folder)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return ranked(folder, protocols)
+
+        if name == "killed":
+            with monkeypatch.context() as patch:
+                patch.setattr(elephant_cells, "ranks_of", die_at_the_second)
+                with pytest.raises(KeyboardInterrupt):
+                    run.execute("test")
+            kept = [path for path in run.out.rglob("model.safetensors") if "seed-1" in path.parts]
+            times = {path: path.stat().st_mtime_ns for path in kept}
+            assert len(times) == 2
+        results[name] = run.execute("test")
+        assert not list(run.study.run.glob("pretrained-*"))  # stage-PT is the other study's
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items())
+    assert results["killed"]["rows"][1:] == results["whole"]["rows"][1:]
+    assert len(results["whole"]["rows"]) == 1 + 3
+
+
+@pytest.mark.distributed
 def test_a_finished_study_says_what_it_found_and_trains_nothing(study, monkeypatch):
     path, _, result = study
     monkeypatch.setattr("launch.recformer._watch", None)
@@ -209,6 +250,33 @@ def test_vectors_of_a_causal_lm_are_the_states_of_eos(small_data, tmp_path):
     with safe_open(out, framework="pt") as stored:
         assert "[EOS]" in json.loads(stored.metadata()["source"])["kind"]
         assert json.loads(stored.metadata()["item_ids"]) == small_data.items["item_id"].to_pylist()
+
+
+def test_the_vectors_of_an_lmrecs_run_begin_a_recommender_of_the_study(small_data, backbone, tmp_path):
+    torch.manual_seed(0)
+    texts = [f"{row['title']}, {row['kind']}" for row in small_data.items.to_pylist()]
+    tokenizer = train_tokenizer(texts, 400, 48)
+    model = build_lmrec(LMRecConfig(dim=32, heads=2, layers=1, context=48), len(tokenizer), tokenizer.eos_token_id)
+    job = build(
+        LMRecJob, {"data": str(small_data.folder), "run": str(tmp_path / "lm"), "llm": {"item_text": "{title}"}}
+    )
+    RunFolder(job.run).claim(job)
+    model.save_pretrained(job.run / "model")
+    tokenizer.save_pretrained(job.run / "model")
+    own = {"model": {"dim": 32, "heads": 2, "blocks": 1, "max_length": 8}, "train": {"batch_size": 16, "epochs": 1}}
+    more = {"models": {"SASRec": own}, "variants": ["random", "frozen lmrec", "trainable lmrec"], "headline": {}}
+    more |= {"more": {"lmrec": str(job.run)}, "item_text": "{title}, {kind}", "lrs": [1e-3], "stds": [None]}
+    path = recipe_of(tmp_path, small_data.folder, backbone, **more)
+    content = yaml.safe_load(path.read_text())
+    content["recformer"] |= {"pretrain": None, "finetune": None}
+    path.write_text(yaml.safe_dump(content))
+    run = ElephantRun(path)
+    rows = run.execute("test")["rows"]
+    assert [row["variant"] for row in rows] == ["random", "frozen lmrec", "trainable lmrec"]
+    frozen = Recommender.from_pretrained(run.out / "SASRec/frozen-lmrec/seed-1/model").items.vectors.weight[1:]
+    ids = torch.tensor([[*tokenizer(texts[7])["input_ids"], tokenizer.eos_token_id]])
+    expected = model.eval().transformer(ids).last_hidden_state[0, -1]
+    torch.testing.assert_close(frozen[7], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_vectors_of_a_sentence_encoder_are_means_and_go_into_a_recommender(
