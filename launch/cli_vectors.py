@@ -32,7 +32,8 @@ def _vectors(arguments: argparse.Namespace) -> None:
 
     told = vectors.write(arguments.source, arguments.data, arguments.out, arguments.stage, arguments.item_text)
     sys.stdout.write(
-        f"{arguments.out}: {told['items']:,} items, width {told['width']}, deviation {told['std']:.3f}\n"
+        f"{arguments.out}: {told['items']:,} items, width {told['width']}, deviation {told['std']:.3f}"
+        f"{', stage ' + told['stage'] if 'stage' in told else ''}\n"
         f"use it with rec.items.kind=vectors rec.items.file={arguments.out}, and rec.model.dim={told['width']} or"
         " rec.items.projection=true\n"
     )

@@ -10,88 +10,26 @@
 """
 
 import json
-import logging
 import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
-
-from pydantic import Field, model_validator
+from typing import Any
 
 from launch import elephant_attention, elephant_claims, elephant_sizes, recformer, vectors
+from launch.elephant_cells import Cells
+from launch.elephant_claims import ranks_of
+from launch.elephant_config import OWN, RANDOM, Cell, ElephantStudy, parts_of
 from llm.recformer.config import RecformerSettings
 from llm.recformer.job import RecformerJob
-from rec.config import RecConfig
-from rec.evaluation import Metrics
-from rec.job import RecJob
-from rec.protocol import PRESETS, Protocol, preset
+from llm.recformer.model import width_of
+from rec.data.prepared import Prepared
+from rec.evaluation import Metrics, load_ranks
+from rec.protocol import Protocol, preset
 from rec.runtime import files
-from rec.runtime.config import Section, apply_overrides, build, hash_of, read_recipe
+from rec.runtime.config import apply_overrides, build, hash_of, read_recipe
 from rec.runtime.errors import UserError
 from rec.runtime.runfolder import RunFolder
-from rec.train import run as train
-
-log = logging.getLogger(__name__)
-
-OWN = ("vanilla", "PT", "FT")
-RANDOM, START = "random", "frozen FT"
-FURTHER: dict[str, Literal["all", "items"]] = {"further all": "all", "further items": "items"}
-TABLE_3 = [RANDOM, *(f"{how} {what}" for how in ("frozen", "trainable") for what in OWN), *FURTHER]
-
-
-class ElephantStudy(Section):
-    """The recipe of such a study."""
-
-    run: Path
-    """The run folder."""
-    target: str
-    """One of ``targets``, or a prepared folder."""
-    targets: dict[str, str] = Field(default_factory=dict)
-    """Prepared folders by name."""
-    recformer: RecformerSettings
-    """The ``llm.recformer`` section; its pretrain section names the sources."""
-    recformers: dict[str, list[str]] = Field({"RECFORMER": []}, min_length=1)
-    """Overrides of that section by a name; variants that need none of them are run for the first one alone."""
-    models: dict[str, RecConfig] = Field(default_factory=dict)
-    """The ``rec`` section of every plain recommender, by a name; its items are the variants'."""
-    variants: list[str] = Field(default_factory=lambda: list(TABLE_3))
-    """``random``; ``frozen X``, ``trainable X`` and ``id+X`` for X of vanilla, PT, FT and the names of ``more``;
-    ``further all`` and ``further items``, which start from ``frozen FT``."""
-    more: dict[str, str] = Field(default_factory=dict)
-    """More item vectors: what ``recalign vectors`` takes (an LMRec's run, a sentence encoder), by a name."""
-    item_text: str = "{title}"
-    """Template of an item's text for ``more``."""
-    lrs: list[float] = Field([3e-4, 1e-3, 3e-3, 1e-2], min_length=1)
-    """Learning rates; each variant's is chosen by validation NDCG@10."""
-    rate_epochs: int | None = Field(None, ge=1)
-    """Epochs by which it is chosen; null for whole trainings."""
-    seeds: list[int] = Field([1], min_length=1)
-    """The first of them of all cells; the others of the ``headline`` alone."""
-    headline: list[str] = Field(default_factory=list)
-    """Variants that are trained with every seed."""
-    std: float | None = Field(0.02, gt=0)
-    """Deviation that item vectors are scaled to as a whole; null leaves them as they are."""
-    protocols: list[str] = Field(["elephant-100", "elephant-full"], min_length=1)
-    cutoffs: list[int] = Field([5, 10, 50], min_length=1)
-    cold_targets: Literal["drop", "rank", "miss"] = "drop"
-    """Held-out items that never occur in training; the paper leaves these instances out."""
-
-    @model_validator(mode="after")
-    def _names_are_known(self) -> Self:
-        for variant in [*self.variants, *self.headline]:
-            how, _, what = variant.replace("id+", "id+ ").partition(" ")
-            if variant not in (RANDOM, *FURTHER) and (
-                how not in ("frozen", "trainable", "id+") or what not in (*OWN, *self.more)
-            ):
-                raise ValueError(f"unknown variant {variant!r}")
-        for name in self.protocols:
-            if name not in PRESETS:
-                raise ValueError(f"unknown protocol {name!r}; there are: {', '.join(PRESETS)}")
-        for name in (*self.recformers, *self.models, *self.more):
-            if not name or "/" in name:
-                raise ValueError(f"{name!r} names a folder: no '/'")
-        return self
 
 
 class ElephantRun:
@@ -106,7 +44,10 @@ class ElephantRun:
     """
 
     def __init__(self, path: Path, overrides: Sequence[str] = ()) -> None:
-        self.study = study = build(ElephantStudy, apply_overrides(read_recipe(path), overrides))
+        content = read_recipe(path)
+        study = build(ElephantStudy, apply_overrides(content, overrides))
+        own = study.for_target.get(study.target, ())
+        self.study = study = build(ElephantStudy, apply_overrides(content, [*own, *overrides]))
         self.data = study.targets.get(study.target, study.target)
         self.out = study.run / Path(study.target).name
         self.settings = {name: self._settings(changes) for name, changes in study.recformers.items()}
@@ -115,48 +56,76 @@ class ElephantRun:
             for name in study.protocols
         }
         self.first = next(iter(study.recformers))
+        self.cells = Cells(study, self.data, self.out, self.protocols, self._vectors_path)
+        for cell in self.cells.all():
+            self._source(parts_of(cell.variant)[1], cell.recformer)
+            self.cells.rec(cell)
 
     def execute(self, command: str) -> dict[str, Any]:
-        """Run what is not done yet; the content of ``result.json``."""
-        begin, folder = time.monotonic(), RunFolder(self.out)
+        """Run what is not done yet; the content of ``result.json``.
+
+        Raises:
+            UserError: if the data or the backbone does not fit the recipe; before anything is trained.
+        """
+        folder = RunFolder(self.out)
         RunFolder(self.study.run)
         with folder.lock("launcher"):
             folder.claim(self.study)
+            self._check()
+            watch = _Watch(folder)
             rows = [row for name in self.settings for row in self._recformer_rows(name)]
-            ranks: dict[tuple[str, str, str, int], dict[str, Metrics]] = {}
-            begin = _count(folder, begin)
-            for model, variant, name in self._cells():
-                for seed in self.study.seeds if variant in self.study.headline else self.study.seeds[:1]:
-                    run = self._train(model, variant, name, seed)
-                    ranks[model, variant, name, seed] = self._ranks(run)
-                    told = {"model": model, "variant": variant, "recformer": name, "seed": seed}
-                    told |= {"parameters": self._parameters(run)}
-                    begin = _count(folder, begin)
-                    rows += [
-                        told
-                        | {"protocol": protocol, "protocol_hash": self.protocols[protocol].hash}
-                        | metrics.summary()
-                        for protocol, metrics in ranks[model, variant, name, seed].items()
-                    ]
-            serving = elephant_claims.serving(
-                {key: self._folder(*key) for key in ranks if key[3] == self.study.seeds[0]}
-            )
+            watch.count()
+            for cell in self.cells.all():
+                self._make_vectors(cell)
+            watch.count()
+            cells = self.cells.train(watch.count)
+            ranks = {cell: ranks_of(self.cells.folder(cell), self.protocols) for cell in cells}
+            rows += [
+                {**self.cells.facts(cell), "protocol": protocol, "protocol_hash": self.protocols[protocol].hash}
+                | metrics.summary()
+                for cell, found in ranks.items()
+                for protocol, metrics in found.items()
+            ]
+            ranks |= self._recformer_ranks()
+            serving = elephant_claims.serving({cell: self.cells.folder(cell) for cell in cells})
             attention = self._attention()
             described = {name: protocol.described() for name, protocol in self.protocols.items()}
-            elephant_sizes.draw(self.out, elephant_claims.means(rows), self._shares())
-            _count(folder, begin)
+            elephant_sizes.draw(self.out, elephant_claims.means(rows), self._users())
+            claims = elephant_claims.claims(ranks, serving, self.first)
+            watch.count()
             return folder.write_result(
                 command,
                 hash_of(self.study),
                 {"hash": hash_of([protocol.hash for protocol in self.protocols.values()]), **described},
                 rows,
                 sum(row["seconds"] for row in folder.events("studied")),
-                elephant_claims.claims(rows, ranks, serving, self.first),
+                claims,
                 means=elephant_claims.means(rows),
+                diverged=[cell._asdict() for cell in self.cells.all() if cell not in ranks],
                 serving=serving,
                 attention=attention,
                 speed={name: self._speed(name) for name in self.settings},
             )
+
+    def _check(self) -> None:
+        """Raise a UserError for what would only fail after hours."""
+        sources = {name for own in self.settings.values() if own.pretrain for name in own.pretrain.sources}
+        found = {name: Prepared.load(Path(name)) for name in sorted({self.data, *sources})}
+        if max(self.study.cutoffs) > (count := found[self.data].n_items):
+            raise UserError(f"cutoffs: the best {max(self.study.cutoffs)} of {count} items; use smaller ones")
+        if any(parts_of(variant)[1] == "vanilla" for variant in self.study.variants):
+            vectors.require_untuned(self.settings[self.first].backbone)
+        kinds = {parts_of(variant)[1] for variant in self.study.variants if variant != RANDOM}
+        if self.study.projection or not kinds.intersection(OWN):
+            return
+        for name, own in self.settings.items():
+            width = width_of(own.backbone)
+            for model, rec in self.study.models.items():
+                if rec.model.dim != width:
+                    raise UserError(
+                        f"the vectors of {name} have width {width}, the dim of models.{model} is {rec.model.dim}: set"
+                        f" models.{model}.model.dim={width}, or projection=true to learn a map between them"
+                    )
 
     def _settings(self, changes: Sequence[str]) -> RecformerSettings:
         content = self.study.recformer.model_dump(mode="json")
@@ -164,17 +133,6 @@ class ElephantRun:
             own |= {"protocols": self.study.protocols, "cold_targets": self.study.cold_targets}
             own["evaluate"] |= {"cutoffs": self.study.cutoffs, "cold_targets": self.study.cold_targets}
         return build(RecformerSettings, apply_overrides(content, changes))
-
-    def _cells(self) -> list[tuple[str, str, str]]:
-        """(model, variant, RECFORMER) of every recommender."""
-        needs = {*(f"{how}{what}" for how in ("frozen ", "trainable ", "id+") for what in ("PT", "FT")), *FURTHER}
-        return [
-            (model, variant, name)
-            for name in self.settings
-            for model in self.study.models
-            for variant in self.study.variants
-            if name == self.first or variant in needs
-        ]
 
     # stage-PT, FT1, FT2
 
@@ -186,7 +144,8 @@ class ElephantRun:
         content = {"data": (own.pretrain.sources or [self.data])[0], "run": "-", "llm": {"recformer": own.model_dump()}}
         job = build(RecformerJob, content)
         mark = hash_of([job.identity("pretrain"), own.pretrain.sources or [self.data]])
-        return job.model_copy(update={"run": self.study.run / f"pretrained-{mark[:8]}"})
+        folder = self.study.pretrained or self.study.run
+        return job.model_copy(update={"run": folder / f"pretrained-{mark[:8]}"})
 
     def _finetuning(self, name: str) -> RecformerJob | None:
         settings, before = self.settings[name], self._pretraining(name)
@@ -229,21 +188,47 @@ class ElephantRun:
         jobs = [job for job in (self._pretraining(name), self._finetuning(name)) if job is not None]
         return {key: value for job in jobs for key, value in recformer.speed_of(RunFolder(job.run)).items()}
 
-    def _vectors(self, what: str, name: str) -> Path:
-        """The file of item vectors called ``what``, made when it is first asked for."""
+    def _recformer_ranks(self) -> dict[Cell, dict[str, Metrics]]:
+        """The ranks of the test items by the RECFORMERs themselves, after stage-FT2."""
+        found = {}
+        for name in self.settings:
+            if (job := self._finetuning(name)) is not None:
+                folder = job.finetune_folder / "FT2"
+                found[Cell("RECFORMER", "RECFORMER FT2", name, self.study.seeds[0])] = {
+                    protocol: load_ranks(folder / f"ranks-{protocol}.safetensors", tuple(self.study.cutoffs))
+                    for protocol in self.protocols
+                }
+        return found
+
+    def _vectors_path(self, what: str, name: str) -> Path:
         of_own = what in ("PT", "FT") and name != self.first
-        path = self.out / "vectors" / f"{what}{f' {name}' if of_own else ''}.safetensors"
-        if path.exists():
-            return path
+        return self.out / "vectors" / f"{what}{f' {name}' if of_own else ''}.safetensors"
+
+    def _source(self, what: str, name: str) -> str | None:
+        """What the vectors called ``what`` are made from; None for a variant that has none."""
+        if not what:
+            return None
         if what in self.study.more:
-            vectors.write(self.study.more[what], Path(self.data), path, item_text=self.study.item_text)
-            return path
+            return self.study.more[what]
         # An untuned one is any job's: the backbone as RECFORMER reads it.
         job = self._finetuning(name) if what == "FT" else self._pretraining(name) or self._finetuning(name)
         if job is None or (what == "PT" and job.settings.pretrain is None):
-            raise UserError(f"variants with {what} vectors need recformer.{'finetune' if what == 'FT' else 'pretrain'}")
-        vectors.write(str(job.run), Path(self.data), path, what)
-        return path
+            raise UserError(
+                f"variants with {what} vectors need recformer.{'finetune' if what == 'FT' else 'pretrain'}"
+                f" ({name} has none)"
+            )
+        return str(job.run)
+
+    def _make_vectors(self, cell: Cell) -> None:
+        """Write the file that a cell begins with, unless it is there."""
+        what = parts_of(cell.variant)[1]
+        source, path = self._source(what, cell.recformer), self._vectors_path(what, cell.recformer)
+        if source is None or path.exists():
+            return
+        if what in self.study.more:
+            vectors.write(source, Path(self.data), path, item_text=self.study.item_text)
+        else:
+            vectors.write(source, Path(self.data), path, what)
 
     def _attention(self) -> dict[str, Any] | None:
         """Fig. 1: the first RECFORMER's maps beside its backbone's."""
@@ -253,71 +238,29 @@ class ElephantRun:
         tuned = job.finetune_folder / "FT1" / "model"
         return elephant_attention.analyse(before.settings, tuned, job.open(self.data), job.tokens, self.out)
 
-    def _shares(self) -> dict[str, float]:
-        return {name: own.pretrain.share for name, own in self.settings.items() if own.pretrain is not None}
-
-    # the recommenders
-
-    def _folder(self, model: str, variant: str, name: str, seed: int) -> Path:
-        own = variant if name == self.first else f"{variant} {name}"
-        return self.out / model / own.replace(" ", "-") / f"seed-{seed}"
-
-    def _train(self, model: str, variant: str, name: str, seed: int) -> Path:
-        """Train one cell unless it is trained; its run folder."""
-        run = self._folder(model, variant, name, seed)
-        rec = self._rec(model, variant, name, seed)
-        rate = self._rate(rec, run.parent / "rate") if len(self.study.lrs) > 1 else self.study.lrs[0]
-        log.info("%s, %s, seed %d, lr %g", model, variant, seed, rate)
-        job = RecJob(data=self.data, run=run, rec=rec.model_copy(update={"train": _with(rec.train, lr=rate)}))
-        train(job, f"recalign train {run}/config.yaml")
-        return run
-
-    def _rate(self, rec: RecConfig, run: Path) -> float:
-        """The learning rate with the best validation NDCG@10, by the first seed."""
-        epochs = min(self.study.rate_epochs or rec.train.epochs, rec.train.epochs)
-        first = _with(rec.train, epochs=epochs, seed=self.study.seeds[0])
-        own = rec.model_copy(update={"train": first, "grid": {"train.lr": self.study.lrs}})
-        if not (run / recformer.FINISHED).exists():
-            train(RecJob(data=self.data, run=run, rec=own), f"recalign train {run}/config.yaml")
-        return float(files.read_json(run / recformer.FINISHED)["chosen"].removeprefix("lr="))
-
-    def _rec(self, model: str, variant: str, name: str, seed: int) -> RecConfig:
-        rec, tune = self.study.models[model], FURTHER.get(variant)
-        how, _, what = variant.replace("id+", "id+ ").partition(" ")
-        items: dict[str, Any] = {"kind": "id"}
-        if tune is not None:
-            how, what = "trainable", "FT"
-        if variant != RANDOM:
-            items = {"kind": "vectors", "file": str(self._vectors(what, name)), "std": self.study.std}
-            items |= {"kind": "id+vectors"} if how == "id+" else {"trainable": how == "trainable"}
-        start = {"start": str(self._train(model, START, name, seed)), "tune": tune} if tune is not None else {}
-        content = rec.model_dump(mode="json") | {"items": items}
-        content["train"] |= {"seed": seed, **start}
-        content["evaluate"] |= {"cutoffs": self.study.cutoffs, "cold_targets": self.study.cold_targets}
-        return build(RecConfig, content)
-
-    def _ranks(self, run: Path) -> dict[str, Metrics]:
-        """The ranks of all test instances under every protocol, kept beside the model."""
-        return elephant_claims.ranks_of(run, self.protocols)
-
-    def _parameters(self, run: Path) -> int:
-        return files.read_json(run / "result.json")["rows"][0]["parameters"]
+    def _users(self) -> dict[str, int]:
+        """How many users stage-PT of every RECFORMER saw."""
+        jobs = {name: self._pretraining(name) for name in self.settings}
+        facts = {name: job.pretrain_folder / recformer.FINISHED for name, job in jobs.items() if job is not None}
+        return {name: files.read_json(path)["users"] for name, path in facts.items()}
 
 
-def _count(folder: RunFolder, begin: float) -> float:
-    """Log the seconds since ``begin``, so that a study that is killed keeps what it had spent; now."""
-    now = time.monotonic()
-    folder.log("studied", seconds=round(now - begin, 1))
-    return now
+class _Watch:
+    """Logs the seconds that a study takes, bit by bit, so that one that is killed keeps what it had spent."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder, self.begin = folder, time.monotonic()
+
+    def count(self) -> None:
+        """Log the seconds since the last call."""
+        now = time.monotonic()
+        self.folder.log("studied", seconds=round(now - self.begin, 1))
+        self.begin = now
 
 
 def _first_stage(job: RecformerJob) -> str:
     """A hash of what decides stage-FT1 alone."""
     content = json.loads(job.settings.model_dump_json(exclude={"processes", "zero_stage"}))
-    for key in ("fixed_epochs", "train_table"):
+    for key in ("fixed_epochs", "train_table", "table_lr"):
         (content["finetune"] or {}).pop(key, None)
     return hash_of([content, job.data])
-
-
-def _with(section: Section, **changes: Any) -> Any:
-    return build(type(section), section.model_dump(mode="json") | changes)

@@ -18,6 +18,7 @@ from rec.runtime import files
 
 matplotlib.use("Agg")  # before pyplot: no screen is needed
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 HISTORIES, SHOWN_ITEMS = 64, 3
 FIGURES, PICTURE = "attention.json", "attention.png"
@@ -53,12 +54,15 @@ def analyse(
         for name, model in models.items()
     }
     found = {name: attention.figures(own) for name, own in maps.items()}
-    draw({name: own[0] for name, own in maps.items()}, out / PICTURE)
+    figure = draw({name: own[0] for name, own in maps.items()})
+    out.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out / PICTURE, dpi=110)
+    plt.close(figure)
     files.write_json(out / FIGURES, found)
     return found
 
 
-def draw(maps: dict[str, attention.AttentionMap], path: Path) -> None:
+def draw(maps: dict[str, attention.AttentionMap]) -> Figure:
     """One row a layer, one column a model; heads down, tokens across, newest item first, lines between items."""
     layers = len(next(iter(maps.values())).cls)
     figure, axes = plt.subplots(
@@ -78,6 +82,4 @@ def draw(maps: dict[str, attention.AttentionMap], path: Path) -> None:
         axes[-1][column].set_xticks(middles, [f"item {item}" for item in range(1, len(middles) + 1)], fontsize=8)
         axes[0][column].set_title(name)
     figure.supxlabel("tokens, newest item first", fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    return figure

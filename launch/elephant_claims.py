@@ -4,23 +4,22 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from rich.table import Table
-from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from launch.elephant_config import Cell
 from launch.tables import console
-from rec.compare import compare
+from rec.compare import bootstrap
 from rec.evaluate import rank_run
-from rec.evaluation import Metrics
+from rec.evaluation import Metrics, load_ranks, save_ranks
 from rec.job import open_run
 from rec.protocol import Protocol
-from rec.runtime import files
 
-METRIC, FULL = "NDCG@10", "elephant-full"
+METRIC, RECFORMER = "NDCG@10", "RECFORMER"
 REQUESTS = 100
-Cell = tuple[str, str, str, int]  # model, variant, RECFORMER, seed
 
 
 def ranks_of(run: Path, protocols: Mapping[str, Protocol]) -> dict[str, Metrics]:
@@ -30,12 +29,8 @@ def ranks_of(run: Path, protocols: Mapping[str, Protocol]) -> dict[str, Metrics]
         path = run / "ranks" / f"{name}-{protocol.hash}.safetensors"
         if not path.exists():
             metrics = rank_run(open_run(run), {name: protocol})[name]
-            path.parent.mkdir(exist_ok=True)
-            temporary = files.beside(path)
-            save_file({key: getattr(metrics, key) for key in ("ranks", "instances", "users")}, temporary)
-            temporary.replace(path)
-        kept = load_file(path)
-        found[name] = Metrics(kept["ranks"], protocol.cutoffs, kept["instances"], kept["users"])
+            save_ranks(metrics, path)
+        found[name] = load_ranks(path, protocol.cutoffs)
     return found
 
 
@@ -58,119 +53,129 @@ def means(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def claims(
-    rows: Sequence[dict[str, Any]], ranks: Mapping[Cell, dict[str, Metrics]], serving: dict[str, Any], first: str
+    ranks: Mapping[Cell, dict[str, Metrics]], serving: Mapping[str, dict[str, Any]], first: str
 ) -> list[dict[str, Any]]:
-    """The paper's claims of every model, as far as the study has what they compare.
+    """The paper's claims of every model under every protocol, as far as the study has what they compare.
 
-    Figures are differences of NDCG@10 under full ranking (or the study's first protocol), means over seeds; ``low`` and
-    ``high`` bound the first seed's by a paired bootstrap over users. "Helps" means that ``low`` is above 0.
+    A figure is a difference of NDCG@10, every user's averaged over the seeds that both variants have; ``low`` and
+    ``high`` are its 95 % interval by a paired bootstrap over users. "Beats" means that ``low`` is above 0; of what
+    is neither shown nor refuted, ``undecided`` is true.
+
+    Args:
+        ranks: of the test items, by cell and protocol; RECFORMER's too.
+        serving: from ``serving``.
+        first: the RECFORMER whose variants are compared.
     """
-    protocols = list(next(iter(ranks.values()))) if ranks else []
-    if not protocols:
-        return []
-    protocol = FULL if FULL in protocols else protocols[0]
-    table = {
-        (row["model"], row["variant"]): row
-        for row in means(rows)
-        if row["protocol"] == protocol and row["recformer"] == first
-    }
     found: list[dict[str, Any]] = []
-    for model in dict.fromkeys(cell[0] for cell in ranks):
-        compared = _Compared(model, table, ranks, protocol, first)
-        for letter, one, other, helps in (
-            ("a", "trainable vanilla", "random", False),
-            ("b", "trainable PT", "random", True),
-            ("c", "trainable PT", "frozen PT", True),
-            ("c", "trainable FT", "frozen FT", True),
-        ):
-            found += compared.claim(letter, one, other, helps)
-        found += compared.best() + compared.reaches_recformer()
-    if serving:
-        same = serving["parameters"][0] == serving["parameters"][1]
-        held = same and abs(serving["latency_ratio"] - 1) < 0.1
-        name = "serving costs what the plain recommender does: as many parameters, latency within 10 %"
-        found.append({"id": name, "holds": held, "figure": serving["latency_ratio"]})
+    for protocol in next(iter(ranks.values()), ()):
+        own = [_Compared(name, ranks, protocol, first) for name in dict.fromkeys(cell.model for cell in ranks)]
+        pairs = [pair for model in own if model.name != RECFORMER for pair in model.pairs()]
+        if pairs:
+            # One bootstrap for all: every pair meets the same draws of users.
+            intervals = bootstrap({pair.name: pair.differences for pair in pairs}, pairs[0].users)
+            found += [_row(pair, intervals[pair.name]) for pair in pairs]
+    for model, figures in serving.items():
+        same = figures["parameters"][0] == figures["parameters"][1]
+        name = f"{model}: serving costs what the plain recommender does: as many parameters, latency within 10 %"
+        held = same and abs(figures["latency_ratio"] - 1) < 0.1
+        found.append({"id": name, "holds": held, "figure": figures["latency_ratio"]})
     return found
 
 
+class _Pair(NamedTuple):
+    """Two variants of which a claim says something."""
+
+    name: str
+    claim: Literal["beats", "does not beat", "reaches"]
+    differences: Tensor
+    users: Tensor
+
+
+def _row(pair: _Pair, interval: Mapping[str, float]) -> dict[str, Any]:
+    low, high, figure = (round(interval[key], 5) for key in ("low", "high", "difference"))
+    holds = {"beats": low > 0, "does not beat": low <= 0, "reaches": high >= 0}[pair.claim]
+    told = {"id": pair.name, "holds": holds, "figure": figure, "low": low, "high": high}
+    return told | ({"undecided": True} if pair.claim == "beats" and low <= 0 <= high else {})
+
+
 class _Compared:
-    """The cells of one model."""
+    """The cells of one model under one protocol."""
 
-    def __init__(
-        self,
-        model: str,
-        table: Mapping[tuple[str, str], dict[str, Any]],
-        ranks: Mapping[Cell, dict[str, Metrics]],
-        protocol: str,
-        first: str,
-    ) -> None:
-        self.model, self.protocol = model, protocol
-        self.means = {variant: row for (name, variant), row in table.items() if name == model}
-        self.recformer = {variant: row for (name, variant), row in table.items() if name == "RECFORMER"}
-        cells = {cell: found for cell, found in ranks.items() if cell[0] == model and cell[2] == first}
-        self.ranks = {cell[1]: found[protocol] for cell, found in reversed(cells.items())}  # the first seed wins
+    def __init__(self, name: str, ranks: Mapping[Cell, dict[str, Metrics]], protocol: str, first: str) -> None:
+        self.name, self.protocol = name, protocol
+        self.found: dict[str, dict[int, Metrics]] = {}
+        for cell, own in ranks.items():
+            if cell.model in (name, RECFORMER) and cell.recformer == first:
+                self.found.setdefault(cell.variant, {})[cell.seed] = own[protocol]
 
-    def claim(self, letter: str, one: str, other: str, helps: bool) -> list[dict[str, Any]]:
-        """That ``one`` is better than ``other``, or that it is not."""
-        if one not in self.means or other not in self.means:
+    def pairs(self) -> list[_Pair]:
+        """What the paper compares, and the study has."""
+        asked: list[tuple[str, str, str, Literal["beats", "does not beat", "reaches"]]] = [
+            ("a", "trainable vanilla", "random", "does not beat"),
+            ("a", "frozen vanilla", "random", "does not beat"),
+            ("b", "trainable PT", "random", "beats"),
+            ("c", "trainable PT", "frozen PT", "beats"),
+            ("c", "trainable FT", "frozen FT", "beats"),
+            *(("d", "further items", other, "beats") for other in self._next_best("further items")),
+            ("e", "frozen FT", "RECFORMER FT2", "reaches"),
+        ]
+        return [
+            _Pair(
+                f"{self.name}: ({letter}) {one} {claim} {other} ({METRIC}, {self.protocol})",
+                claim,
+                self._differences(one, other),
+                next(iter(self.found[one].values())).users,
+            )
+            for letter, one, other, claim in asked
+            if one in self.found and other in self.found
+        ]
+
+    def _next_best(self, own: str) -> list[str]:
+        """The variant that comes nearest to ``own``, or leaves it behind most."""
+        others = [variant for variant in self.found if variant not in (own, "RECFORMER FT2")]
+        if own not in self.found or not others:
             return []
-        difference = self.means[one][METRIC] - self.means[other][METRIC]
-        interval = compare(self.ranks[one], self.ranks[other])[METRIC]
-        better = interval["low"] > 0 and difference > 0
-        verb = "beats" if helps else "does not beat"
-        return [self._row(f"({letter}) {one} {verb} {other}", better == helps, difference, interval)]
+        return [min(others, key=lambda other: self._differences(own, other).mean().item())]
 
-    def best(self) -> list[dict[str, Any]]:
-        """That training the table of the frozen model on is the best of all."""
-        own = "further items"
-        others = {variant: row for variant, row in self.means.items() if variant != own}
-        if own not in self.means or not others:
-            return []
-        next_best = max(others, key=lambda variant: others[variant][METRIC])
-        difference = self.means[own][METRIC] - others[next_best][METRIC]
-        interval = compare(self.ranks[own], self.ranks[next_best])[METRIC]
-        return [self._row(f"(d) {own} is the best; next: {next_best}", difference > 0, difference, interval)]
-
-    def reaches_recformer(self) -> list[dict[str, Any]]:
-        """That a plain model on frozen FT vectors is not worse than RECFORMER by more than two standard errors."""
-        plain, own = self.means.get("frozen FT"), self.recformer.get("RECFORMER FT2")
-        if plain is None or own is None:
-            return []
-        difference = plain[METRIC] - own[METRIC]
-        error = math.hypot(plain[f"{METRIC}_se"], own[f"{METRIC}_se"])
-        interval = {"low": difference - 2 * error, "high": difference + 2 * error}
-        return [self._row("(e) frozen FT reaches RECFORMER", interval["high"] >= 0, difference, interval)]
-
-    def _row(self, name: str, holds: bool, difference: float, interval: Mapping[str, float]) -> dict[str, Any]:
-        low, high = (round(interval[key], 5) for key in ("low", "high"))
-        identity = f"{self.model}: {name} ({METRIC}, {self.protocol})"
-        return {"id": identity, "holds": bool(holds), "figure": round(difference, 5), "low": low, "high": high}
+    def _differences(self, one: str, other: str) -> Tensor:
+        """[M] differences, each value the mean over the seeds that both have; RECFORMER has one seed for all."""
+        ones, others = self.found[one], self.found[other]
+        if other == "RECFORMER FT2":
+            others = dict.fromkeys(ones, next(iter(others.values())))
+        seeds = [seed for seed in ones if seed in others]
+        if not all(torch.equal(ones[seed].instances, others[seed].instances) for seed in seeds):
+            raise ValueError(f"{one} and {other} were not evaluated on the same instances")
+        return torch.stack([ones[seed].values()[METRIC] - others[seed].values()[METRIC] for seed in seeds]).mean(0)
 
 
-def serving(folders: Mapping[Cell, Path]) -> dict[str, Any]:
-    """Parameters and single-request latency of a model with a table of its own, and with one that text began.
+def serving(folders: Mapping[Cell, Path]) -> dict[str, dict[str, Any]]:
+    """Parameters and single-request latency of every model with a table of its own, and with one that text began.
 
-    {} if the study has not both.
+    Models of which the study has not both are left out.
     """
-    by_variant = {variant: (model, path) for (model, variant, _, _), path in reversed(folders.items())}
-    tuned = next((name for name in ("further items", "trainable FT", "trainable PT") if name in by_variant), None)
-    if tuned is None or "random" not in by_variant:
-        return {}
-    models = [open_run(by_variant[name][1]) for name in ("random", tuned)]
+    found = {}
+    for model in dict.fromkeys(cell.model for cell in folders):
+        own = {cell.variant: path for cell, path in reversed(folders.items()) if cell.model == model}
+        tuned = next((name for name in ("further items", "trainable FT", "trainable PT") if name in own), None)
+        if tuned is not None and "random" in own:
+            found[model] = {"compared": ["random", tuned], **_cost(own["random"], own[tuned])}
+    return found
+
+
+def _cost(*runs: Path) -> dict[str, Any]:
+    models = [open_run(run) for run in runs]
     data, seconds = models[0].data, ([], [])
-    items, lengths = data.histories("test", torch.arange(min(REQUESTS, len(data.targets("test")))), 50)
+    longest = models[0].model.config.max_length
+    items, lengths = data.histories("test", torch.arange(min(REQUESTS, len(data.targets("test")))), longest)
     with torch.no_grad():
-        for row in range(len(items)):
+        for row, length in enumerate(lengths.tolist()):
             # Turn and turn about, so that both meet the same machine.
             for which, run in enumerate(models):
                 begin = time.perf_counter()
-                length = min(int(lengths[row]), run.model.config.max_length)
                 run.model.score_all(torch.tensor([0]), items[row : row + 1, :length], torch.tensor([length]))
                 seconds[which].append(time.perf_counter() - begin)
     medians = [torch.tensor(own).median().item() for own in seconds]
     return {
-        "compared": ["random", tuned],
-        "model": by_variant[tuned][0],
         "parameters": [sum(p.numel() for p in run.model.parameters()) for run in models],
         "latency_ms": [round(1000 * value, 3) for value in medians],
         "latency_ratio": round(medians[1] / medians[0], 3),
@@ -194,9 +199,10 @@ def print_study(result: dict[str, Any]) -> None:
     out.print("± is the standard error over seeds, or over users where there is one seed")
     for claim in result["claims"]:
         interval = f" [{claim['low']:+.4f}, {claim['high']:+.4f}]" if "low" in claim else ""
-        out.print(
-            f"{claim['id']}: {'yes' if claim['holds'] else 'NO'} ({claim['figure']:+.4f}{interval})", soft_wrap=True
-        )
+        answer = "yes" if claim["holds"] else "undecided" if claim.get("undecided") else "NO"
+        out.print(f"{claim['id']}: {answer} ({claim['figure']:+.4f}{interval})", soft_wrap=True)
+    for cell in result["diverged"]:
+        out.print(f"diverged at every learning rate: {cell['model']}, {cell['variant']}, seed {cell['seed']}")
     for name, speeds in result["speed"].items():
         for stage, speed in speeds.items():
             out.print(f"{name}, stage-{stage.upper()}: {speed['tokens_per_s']:,.0f} useful tokens/s")

@@ -12,20 +12,20 @@ import matplotlib.pyplot as plt
 METRIC, PICTURE = "NDCG@10", "sizes.png"
 
 
-def draw(folder: Path, means: Sequence[dict[str, Any]], shares: Mapping[str, float]) -> Path | None:
-    """Write ``sizes.png``: NDCG@10 by the share of users that stage-PT had; None where no two RECFORMERs differ in it.
+def draw(folder: Path, means: Sequence[dict[str, Any]], users: Mapping[str, int]) -> Path | None:
+    """Write ``sizes.png``: NDCG@10 by the users that stage-PT had; None where no two RECFORMERs differ in them.
 
     Args:
         folder: where to.
         means: of the study.
-        shares: by RECFORMER.
+        users: that were really trained on, by RECFORMER.
     """
-    if len(set(shares.values())) < 2:
+    if len(set(users.values())) < 2:
         return None
-    lines: dict[tuple[str, str, str], list[tuple[float, float, float]]] = {}
+    lines: dict[tuple[str, str, str], list[tuple[int, float, float]]] = {}
     for row in means:
-        if row["variant"].endswith("PT") and row["model"] != "RECFORMER" and row["recformer"] in shares:
-            place = 100 * shares[row["recformer"]]
+        if row["variant"].endswith("PT") and row["model"] != "RECFORMER" and row["recformer"] in users:
+            place = users[row["recformer"]]
             key = row["protocol"], row["model"], row["variant"]
             lines.setdefault(key, []).append((place, row[METRIC], row[f"{METRIC}_se"]))
     protocols = list(dict.fromkeys(protocol for protocol, _, _ in lines))
@@ -41,7 +41,7 @@ def draw(folder: Path, means: Sequence[dict[str, Any]], shares: Mapping[str, flo
         base = [row for row in means if row["variant"] == "random" and row["protocol"] == protocol]
         for row in base:
             axis.axhline(row[METRIC], color="grey", linestyle="--", linewidth=1, label=f"{row['model']}, random")
-        axis.set(title=protocol, xlabel="% of the pretraining users", ylabel=METRIC, xscale="log")
+        axis.set(title=protocol, xlabel="pretraining users", ylabel=METRIC, xscale="log")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     path = folder / PICTURE

@@ -15,7 +15,7 @@ from llm.eos_vectors import eos_vectors
 from llm.prompts import item_texts
 from llm.recformer.encode import vectors_of_backbone, vectors_of_model
 from llm.recformer.job import RecformerJob, Stage, load_job
-from llm.recformer.model import RecformerConfig, resolve
+from llm.recformer.model import RecformerConfig, is_recformer, resolve
 from llm.text_encoder import TextEncoder
 from rec.data.prepared import Prepared
 from rec.items import load_vectors, save_vectors
@@ -31,13 +31,13 @@ DEFAULT_TEMPLATE = "{title}"
 def write(
     source: str, data: Path, out: Path, stage: Stage | None = None, item_text: str | None = None
 ) -> dict[str, Any]:
-    """Make ``out``, and say what it holds.
+    """Make ``out``, and say what it holds: ``items``, ``width``, ``std``, and ``stage`` if a RECFORMER's run made it.
 
     Args:
         source: a run folder, a model folder, or a model's name on the hub.
         data: prepared folder of the catalog.
         out: ``item_vectors.safetensors``.
-        stage: of a RECFORMER's run: which model; by default the last that is finished.
+        stage: of a RECFORMER's run: which model; by default the last that is finished, never the untuned one.
         item_text: template of an item's text, for models that are no RECFORMER.
 
     Raises:
@@ -48,8 +48,8 @@ def write(
     if is_run_config(config):
         if (read_recipe(config).get("llm") or {}).get("recformer"):
             _refuse(item_text, "--item-text", "reads llm.recformer.text.attributes")
-            _write_of_run(load_job(config), prepared, out, stage)
-            return _described(out, prepared)
+            written = _write_of_run(load_job(config), prepared, out, stage)
+            return {**_described(out, prepared), "stage": written}
         item_text = item_text or (read_recipe(config).get("llm") or {}).get("item_text")
         source = str(_language_model(Path(source)))
     _refuse(stage, "--stage", "is no run of a RECFORMER")
@@ -57,13 +57,20 @@ def write(
     return _described(out, prepared)
 
 
-def _write_of_run(job: RecformerJob, data: Prepared, out: Path, stage: Stage | None) -> None:
+def _write_of_run(job: RecformerJob, data: Prepared, out: Path, stage: Stage | None) -> Stage:
     finetuned, pretrained = job.finetune_folder / "FT1", job.pretrain_folder
     there = {"FT": (finetuned / FINISHED).exists(), "PT": (pretrained / FINISHED).exists(), "vanilla": True}
-    stage = stage or next(name for name, finished in there.items() if finished)
+    finished: list[Stage] = [name for name in ("FT", "PT") if there[name]]
+    if not finished and stage is None:
+        raise UserError(
+            f"no stage of {job.run} is finished: run 'recalign pretrain {job.run / CONFIG}', or take the untuned"
+            " backbone's vectors with --stage vanilla"
+        )
+    stage = stage or finished[0]
     if not there[stage]:
         raise UserError(f"stage-{stage} of {job.run} is not finished: run 'recalign pretrain {job.run / CONFIG}'")
     if stage == "vanilla":
+        require_untuned(job.settings.backbone)
         vectors_of_backbone(job.settings, data, out, job.tokens)
     elif stage == "PT":
         vectors_of_model(pretrained / "model", data, out, job.tokens)
@@ -74,6 +81,17 @@ def _write_of_run(job: RecformerJob, data: Prepared, out: Path, stage: Stage | N
         save_vectors(out, data.items["item_id"].to_pylist(), vectors, source)
     else:
         vectors_of_model(finetuned / "model", data, out, job.tokens)
+    return stage
+
+
+def require_untuned(backbone: str) -> None:
+    """Raise a UserError if ``backbone`` is a RECFORMER that was trained: its vectors are not an untuned one's."""
+    name = resolve(backbone)
+    if is_recformer(name):
+        raise UserError(
+            f"{name} is a RECFORMER that was trained: what it gives is no vanilla vector; name a run or a recipe with"
+            " the pretrained encoder as its backbone"
+        )
 
 
 def _write_of_model(source: str, data: Prepared, out: Path, item_text: str | None) -> None:

@@ -1,6 +1,9 @@
 """Whether one run is better than another: paired bootstrap over the users that both were evaluated on."""
 
+from collections.abc import Mapping
+
 import torch
+from torch import Tensor
 
 from rec.evaluation import Metrics
 from rec.runtime.errors import UserError
@@ -20,25 +23,35 @@ def compare(one: Metrics, other: Metrics, draws: int = DRAWS) -> dict[str, dict[
         UserError: if they have no instance in common.
     """
     one, other = paired(one, other)
-    generator = torch.Generator().manual_seed(SEED)
-    owners = one.users.unique(return_inverse=True)[1]
-    count = int(owners.max()) + 1
     values, others = one.values(), other.values()
-    names = [name for name in values if name in others]
-    differences = torch.stack([values[name] - others[name] for name in names])
-    by_user = torch.zeros(len(names), count, dtype=torch.double).index_add_(1, owners, differences)
+    return bootstrap({name: values[name] - others[name] for name in values if name in others}, one.users, draws)
+
+
+def bootstrap(differences: Mapping[str, Tensor], users: Tensor, draws: int = DRAWS) -> dict[str, dict[str, float]]:
+    """The mean, interval and p-value of ``compare`` for any differences [M] of the same instances.
+
+    Args:
+        differences: by name, one an instance.
+        users: [M] whose the instances are.
+        draws: of users.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    owners = users.unique(return_inverse=True)[1]
+    count = int(owners.max()) + 1
+    stacked = torch.stack(list(differences.values()))
+    by_user = torch.zeros(len(stacked), count, dtype=torch.double).index_add_(1, owners, stacked)
     instances = torch.bincount(owners, minlength=count).double()
     # How often each user is drawn is all that a mean needs; one draw at a time keeps [draws, users] out of memory.
-    means = torch.empty(draws, len(names), dtype=torch.double)
+    means = torch.empty(draws, len(stacked), dtype=torch.double)
     for draw in range(draws):
         times = torch.bincount(torch.randint(count, (count,), generator=generator), minlength=count)
         means[draw] = by_user @ times.double() / (instances @ times.double())
     result = {}
-    for number, name in enumerate(names):
+    for number, name in enumerate(differences):
         drawn = means[:, number]
         low, high = torch.quantile(drawn, torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
         p = 2 * (min(int((drawn <= 0).sum()), int((drawn >= 0).sum())) + 1) / (draws + 1)
-        difference = differences[number].mean().item()
+        difference = stacked[number].mean().item()
         result[name] = {"difference": difference, "low": low, "high": high, "p": min(1.0, p)}
     return result
 

@@ -36,6 +36,9 @@ class TrainConfig(Section):
     """Evaluations without a better validation NDCG@10 before training stops."""
     evaluate_every: int = Field(1, ge=1)
     """Epochs between validations."""
+    valid_users: int | None = Field(None, ge=1)
+    """Validate on so many of the held-out items, drawn once and for all, in training and in the result; null for all.
+    The test has always all of them."""
     weight_decay: float = Field(0.0, ge=0)
     clip_norm: float | None = Field(None, gt=0)
     ema: float | None = Field(None, gt=0, lt=1)

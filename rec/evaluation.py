@@ -5,8 +5,10 @@ Scores of one batch of users exist at a time, never [users, items], and every pr
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rec.batches import fit_counts
@@ -15,6 +17,7 @@ from rec.data.prepared import Prepared
 from rec.models.base import Recommender, SequenceRecommender
 from rec.protocol import Protocol, TrainedOn
 from rec.ranking import Part, Ranker, Reach, Scorer
+from rec.runtime import files
 from rec.runtime.errors import UserError
 
 
@@ -145,6 +148,28 @@ def _metrics(ranker: Ranker, ranks: Tensor, instances: Tensor, complete: bool) -
     if not complete:  # what is known beyond the cutoffs depends on what was popular
         ranks = ranks.masked_fill(ranks > max(cutoffs), torch.inf)
     return Metrics(ranks, cutoffs, instances, ranker.users[instances], complete)
+
+
+def some_instances(data: Prepared, part: Part, count: int | None) -> Tensor:
+    """Numbers of ``count`` held-out instances, the same in every run and for every model; of all, if that is null."""
+    total = len(data.instances(part)[0])
+    if count is None or count >= total:
+        return torch.arange(total)
+    return torch.randperm(total, generator=torch.Generator().manual_seed(0))[:count].sort().values
+
+
+def save_ranks(metrics: Metrics, path: Path) -> None:
+    """Keep what ``load_ranks`` reads."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = files.beside(path)
+    save_file({name: getattr(metrics, name) for name in ("ranks", "instances", "users")}, temporary)
+    temporary.replace(path)
+
+
+def load_ranks(path: Path, cutoffs: tuple[int, ...]) -> Metrics:
+    """What ``save_ranks`` kept, so that models can be compared user by user later."""
+    kept = load_file(path)
+    return Metrics(kept["ranks"], cutoffs, kept["instances"], kept["users"])
 
 
 def require_cutoffs(protocol: Protocol, data: Prepared, whose: str) -> None:

@@ -52,13 +52,18 @@ class Scorer:
             yield from self._checked(rows, self.model.score_all(*inputs).float())
             return
         states = self.model.last_states(items.to(self.device), lengths.to(self.device)).float()
+        # States may be of a lower precision, but their scores are compared to the last bit.
+        exactly = torch.autocast(self.device.type, enabled=False)
         if self.reach is not None:
-            within = self.reach(states, rows).nonzero()[:, 0]
+            with exactly:
+                within = self.reach(states, rows).nonzero()[:, 0]
             rows, states = rows[within.cpu()], states[within]
         size = len(rows) if self.buffer is None else SCORED_ROWS
         for some, own in zip(rows.split(max(1, size)), states.split(max(1, size)), strict=True):
-            out = None if self.buffer is None else self.buffer[: len(some)]
-            yield from self._checked(some, self.model.scores(own, out=out, table=self.table))
+            with exactly:
+                out = None if self.buffer is None else self.buffer[: len(some)]
+                scores = self.model.scores(own, out=out, table=self.table)
+            yield from self._checked(some, scores)
 
     def _checked(self, rows: Tensor, scores: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """A state that has a NaN makes its every score one, an item its whole column."""

@@ -18,7 +18,7 @@ import torch
 from accelerate import PartialState
 
 from rec.data.prepared import Prepared
-from rec.evaluation import evaluate, require_cutoffs
+from rec.evaluation import evaluate, require_cutoffs, some_instances
 from rec.job import RecJob, grid_of, load_job, open_data
 from rec.models.base import Recommender
 from rec.runtime import files
@@ -100,15 +100,16 @@ def _conclude(
     protocol = rec.evaluate.protocol.of_run(data, rec.train.on)
     row = {"model": rec.model.name, "trained_on": rec.train.on, "parameters": parameters}
     row["protocol_hash"] = protocol.hash
-    # A validation figure of a model that was trained on the validation items would say nothing.
-    parts = ("valid", "test") if rec.train.on == "train" else ("test",)
+    parts = {"test": None}
+    if rec.train.on == "train":  # a validation figure of a model that was trained on these items would say nothing
+        parts = {"valid": some_instances(data, "valid", rec.train.valid_users), **parts}
     return folder.write_result(
         command,
         hash_of(job.model_dump(mode="json", exclude={"run"})),
         protocol.described(),
         [
-            {**row, "part": part, **evaluate(model, data, part, rec.evaluate, trained_on=rec.train.on).summary()}
-            for part in parts
+            {**row, "part": part, **evaluate(model, data, part, rec.evaluate, rows, rec.train.on).summary()}
+            for part, rows in parts.items()
         ],
         wall_s,
         data={"name": job.data, "content_hash": data.meta["content_hash"], **data.meta["counts"]},

@@ -14,10 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rec.averaging import WeightAverage
 from rec.batches import Windows, fit_counts, fit_ends, make_batches
-from rec.config import RecConfig
+from rec.config import RecConfig, TrainConfig
 from rec.data.prepared import Prepared
 from rec.epoch_progress import EpochProgress
-from rec.evaluation import evaluate
+from rec.evaluation import evaluate, some_instances
 from rec.item_encoder import ItemEncoder
 from rec.items import make_items
 from rec.losses import Loss, make_loss
@@ -156,7 +156,7 @@ class _Step:
     def __call__(self, batch: Batch, state: "_State | EpochTimer") -> torch.Tensor:
         """The mean loss over the targets of the global batch."""
         own, share = self._own(batch)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.train.precision == "bf16"):
+        with autocast(self.model, self.train):
             loss = self.forward(own.to(self.device)) * share
         state.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -356,10 +356,14 @@ class _State:
     def _validate(self) -> dict[str, float]:
         """The validation figures; the first process computes them, all of them go by them."""
         self.judged.items.refresh()
-        config = self.config.evaluate
-        return self.ranks.from_first(
-            lambda: evaluate(self.judged, self.data, "valid", config, complete=False).summary()
-        )
+        return self.ranks.from_first(self._figures)
+
+    def _figures(self) -> dict[str, float]:
+        train = self.config.train
+        rows = some_instances(self.data, "valid", train.valid_users)
+        # As it is trained: a model that is bf16 in every step need not be float32 in every validation.
+        with autocast(self.judged, train):
+            return evaluate(self.judged, self.data, "valid", self.config.evaluate, rows, complete=False).summary()
 
     def _weights(self) -> dict[str, torch.Tensor]:
         return {name: value.detach().cpu().clone() for name, value in self.judged.state_dict().items()}
@@ -378,6 +382,11 @@ class _State:
             "losses": torch.stack(self.losses).cpu() if self.losses else torch.empty(0),
             "seconds": self.seconds,
         }
+
+
+def autocast(model: Recommender, train: TrainConfig) -> torch.autocast:
+    """The precision that a model is trained in."""
+    return torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=train.precision == "bf16")
 
 
 def device() -> torch.device:

@@ -1,5 +1,7 @@
 """``recalign bench recformer``: useful tokens a second of stage-PT, beside the authors' four padded passes.
 
+These are of micro-batches of 16 as in the authors' code; and of the whole batch, which pads more.
+
 Same model, data, batches, precision and process; what differs is how the encoder's work is cut up. The ways take turns,
 round by round, so that all of them meet the same machine.
 """
@@ -18,13 +20,14 @@ from rec.runtime.errors import UserError
 from rec.runtime.runfolder import RunFolder
 
 LEAST_SPEEDUP = 1.5
-OFFICIAL = "four padded passes"
+OFFICIAL, WHOLE = "four padded passes of 16", "four padded passes of the batch"
 WAYS = {
     "recalign": {"by_length": True, "shared_pass": True},
     "by length alone": {"by_length": True, "shared_pass": False},
     "shared passes alone": {"by_length": False, "shared_pass": True},
-    # A history and a next item, each once for the contrast and once masked, padded to the longest of the batch.
-    OFFICIAL: {"by_length": False, "shared_pass": False},
+    # A history and a next item, each once for the contrast and once masked, padded to the longest.
+    OFFICIAL: {"by_length": False, "shared_pass": False, "micro_batch": 16},
+    WHOLE: {"by_length": False, "shared_pass": False, "micro_batch": 10**6},
 }
 
 

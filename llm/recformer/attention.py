@@ -69,19 +69,19 @@ def layer_similarity(maps: Sequence[AttentionMap]) -> Tensor:
 
 
 def stratification(similarity: Tensor) -> float | None:
-    """How much more alike layers of one third are than layers of different thirds: the claimed strata, as a number.
+    """How much more alike neighbours of one third of the layers are than neighbours across its border.
 
-    0 where nothing sets the thirds apart, at most 1; None where a third is one layer.
+    Neighbours alone: layers of one third are also nearer to each other than to the others, and nearness by itself makes
+    layers alike. 0 where nothing sets the thirds apart, at most 1; None where a third is one layer.
     """
     layers = len(similarity)
-    third = torch.empty(layers, dtype=torch.long)
-    for number, own in enumerate(np.array_split(np.arange(layers), STRATA)):
-        third[own] = number
-    same = third[:, None] == third[None, :]
-    together = same & ~torch.eye(layers, dtype=torch.bool)
-    if not together.any() or same.all():
+    inside, across = [], []
+    borders = {own[-1] for own in np.array_split(range(layers), STRATA)}
+    for layer in range(layers - 1):
+        (across if layer in borders else inside).append(similarity[layer, layer + 1].item())
+    if not inside or not across:
         return None
-    return round((similarity[together].mean() - similarity[~same].mean()).item(), 4)
+    return round(float(np.mean(inside) - np.mean(across)), 4)
 
 
 def figures(maps: Sequence[AttentionMap]) -> dict[str, object]:

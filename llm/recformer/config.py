@@ -78,6 +78,9 @@ class RecformerPretrainConfig(OptimizerConfig):
     batch_size: int = Field(64, ge=2)
     """Sequences a step over all ranks, and so the candidates that each has to tell its next item from."""
     epochs: int = Field(32, ge=1)
+    steps: int | None = Field(None, ge=1)
+    """Steps in all, in as many epochs as they take; null for ``epochs``. Shares of the users then differ in users
+    alone, and not in steps too."""
     clip_norm: float | None = Field(1.0, gt=0)
     freeze_word_embeddings: bool = True
     """As the authors' code does."""
@@ -85,7 +88,8 @@ class RecformerPretrainConfig(OptimizerConfig):
     whole_words: bool = True
     """Mask all tokens of a word together."""
     mlm_weight: float = Field(0.1, ge=0)
-    """Of the histories' and of the next items' masked language modelling each; the contrast has 1."""
+    """Of the histories' and of the next items' masked language modelling each."""
+    contrast_weight: float = Field(1.0, ge=0)
     duplicates: Literal["mask", "keep"] = "mask"
     """Another row whose next item is the same: no negative, or one as in the authors' code."""
     shared_pass: bool = True
@@ -93,11 +97,19 @@ class RecformerPretrainConfig(OptimizerConfig):
     pass of its own, as in the authors' code, at twice the cost."""
     by_length: bool = True
     """Histories and next items share passes with others of like length; otherwise histories and next items each have
-    passes of their own, padded to the longest, as in the authors' code."""
+    passes of their own, ``micro_batch`` rows padded to their longest, as in the authors' code."""
+    micro_batch: int = Field(16, ge=1)
+    """Rows of such a pass; 16 in the authors' code."""
     evaluate_every: int = Field(200, ge=1)
     """Steps between validations; the weights with the best one are kept."""
     valid_users: int = Field(1024, ge=2)
     """Users at most whose validation items are told from each other's, in batches of ``batch_size``."""
+
+    @model_validator(mode="after")
+    def _has_an_objective(self) -> Self:
+        if not self.mlm_weight and not self.contrast_weight:
+            raise ValueError("mlm_weight and contrast_weight are both 0: nothing is left to learn")
+        return self
 
 
 class RecformerFinetuneConfig(OptimizerConfig):
@@ -118,9 +130,13 @@ class RecformerFinetuneConfig(OptimizerConfig):
     patience: int = Field(5, ge=1)
     """Validations without a better NDCG@10 before a stage ends; the paper's code waits 5, then 3 or 5."""
     valid_users: int | None = Field(None, ge=1)
-    """Validate on so many random users; null for all."""
+    """Validate on so many users, drawn once and for all; null for all."""
+    test_first_stage: bool = False
+    """Rank the test items with stage-FT1's best too, which is what stage-FT2 begins with."""
     train_table: bool = False
     """In stage-FT2 train the item table along (Elephant, Table 5); otherwise it is fixed."""
+    table_lr: float = Field(1e-3, gt=0)
+    """Of that table: at an encoder's rate its vectors would hardly move in the steps of a stage."""
     evaluate: EvaluateConfig = EvaluateConfig(cutoffs=(5, 10, 50))
     """Of validation; its cutoffs are those of the test too."""
     protocols: list[str] = Field(["elephant-100", "elephant-full"], min_length=1)
@@ -145,6 +161,10 @@ class RecformerSettings(Section):
     size: SizeConfig = SizeConfig()
     temperature: float = Field(0.05, gt=0)
     """Of the cosine similarity."""
+    attention_dropout: float | None = Field(0.0, ge=0, lt=1)
+    """Of attention's weights while training; null for the backbone's own (0.1 in BERT and Longformer, and so in the
+    paper). Anything but 0 rules out fused attention: every weight of every head is then made, and kept for the backward
+    pass."""
     processes: int = Field(1, ge=1)
     """Ranks of the whole job."""
     zero_stage: Literal[0, 1, 2] = 0

@@ -1,7 +1,7 @@
 """A model under ``accelerate launch``: DDP, or DeepSpeed ZeRO-1 or 2, on CPU or GPU, in checkpoints of our own."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,7 @@ class Engine:
         settings: how many processes, and which kind of sharding.
         total: steps after which the rate is 0.
         accelerator: from ``make_accelerator``.
+        own_rates: rates of parameters that do not have the stage's, by their names; they rise and fall alike.
     """
 
     def __init__(
@@ -70,10 +71,17 @@ class Engine:
         settings: RecformerSettings,
         total: int,
         accelerator: Accelerator,
+        own_rates: Mapping[str, float] | None = None,
     ) -> None:
         self.module, self.stage, self.total, self.accelerator = module, stage, total, accelerator
-        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=stage.lr, weight_decay=stage.weight_decay)
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                groups.setdefault((own_rates or {}).get(name, stage.lr), []).append(parameter)
+        self.scales = [rate / stage.lr for rate in groups]
+        optimizer = torch.optim.AdamW(
+            [{"params": parameters} for parameters in groups.values()], lr=stage.lr, weight_decay=stage.weight_decay
+        )
         self.engine, self.optimizer = accelerator.prepare(module, optimizer)
         self.sharded = settings.zero_stage > 0
         self.ranks = Ranks.current()
@@ -89,8 +97,8 @@ class Engine:
         Dropout is a function of (seed, step, rank), so a resumed run draws the same.
         """
         torch.manual_seed(int(hash_of([self.stage.seed, step, self.ranks.rank])[:15], 16))
-        for group in self.optimizer.param_groups:
-            group["lr"] = linear_rate(step, self.total, self.stage)
+        for group, scale in zip(self.optimizer.param_groups, self.scales, strict=True):
+            group["lr"] = scale * linear_rate(step, self.total, self.stage)
         self.module.train()
         loss, told = self.engine(*inputs)
         if self.sharded:  # clips by its own configuration

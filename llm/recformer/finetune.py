@@ -34,7 +34,7 @@ from llm.recformer.start import run_stage
 from llm.recformer.text import item_tokens
 from llm.recformer.tuning import choose_tuned
 from rec.data.prepared import Prepared
-from rec.evaluation import Metrics
+from rec.evaluation import Metrics, save_ranks, some_instances
 from rec.items import load_vectors, save_vectors
 from rec.linear_cross_entropy import linear_cross_entropy
 from rec.negatives import draw_negatives
@@ -123,7 +123,7 @@ class Stage:
         data: the target domain.
         model: what to begin with.
         tokenizer: the model's.
-        table: [N, D] what to begin with; None encodes it.
+        table: [N, D] what to begin with; None for stage-FT1, which encodes it.
         accelerator: from ``make_accelerator``.
     """
 
@@ -147,12 +147,13 @@ class Stage:
         self.epochs = self.stage.epochs if name == "FT1" else self.stage.fixed_epochs
         self.epochs *= self.stage.tune_layers != "none"
         model.to(accelerator.device)
-        if table is None:
-            table = encode_items(model, self.maker, Parts(model, tokenizer.pad_token_id, self.stage))
+        if table is None:  # until ``loop`` encodes it, or restores the one of a checkpoint
+            table = torch.zeros(data.n_items, model.config.hidden_size)
         train_table = name == "FT2" and self.stage.train_table
         loss = FullSoftmax(model, table.to(accelerator.device), self.stage, tokenizer.pad_token_id, train_table)
         self.total = self.epochs * self.prefixes.steps
-        self.engine = Engine(loss, self.stage, job.settings, self.total, accelerator) if self.epochs else None
+        rates = {"table": self.stage.table_lr}
+        self.engine = Engine(loss, self.stage, job.settings, self.total, accelerator, rates) if self.epochs else None
         self.loss = loss
         keep = self.stage.keep_checkpoints, self.stage.keep_checkpoint_every
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.ranks, *keep)
@@ -160,9 +161,7 @@ class Stage:
         self.meta = {"config_hash": job.identity("finetune"), "data_hash": data.meta["content_hash"]}
         self.best, self.best_epoch, self.waited = -1.0, -1, 0
         self.best_weights: dict[str, Tensor] = {}
-        rows, count = torch.arange(len(data.instances("valid")[0])), self.stage.valid_users
-        drawn = torch.from_numpy(np.random.default_rng(self.stage.seed).permutation(len(rows))[:count]).sort().values
-        self.valid_rows = rows if count is None else drawn
+        self.valid_rows = some_instances(data, "valid", self.stage.valid_users)
 
     def loop(self) -> None:
         """Train until validation stops rising; the best model and table are in ``model`` and in the vectors' file."""
@@ -172,7 +171,7 @@ class Stage:
                 epoch = step // steps
                 if self.waited >= self.stage.patience:
                     break
-                if step % steps == 0 and self.name == "FT1":
+                if step % steps == 0 and step and self.name == "FT1":  # the first epoch's is there already
                     self._refresh_table(epoch)
                 row = self._step(step, epoch)
                 if (step + 1) % steps == 0 and self._is_judged(epoch):
@@ -194,6 +193,8 @@ class Stage:
         """Restore the newest checkpoint, or judge what training begins with; the steps that are done."""
         found = self.engine.resume(self.checkpoints, self.meta) if self.engine else None
         if found is None:
+            if self.name == "FT1":
+                self._refresh_table(0)
             self._judge(-1)
             return 0
         done, state = found
@@ -258,14 +259,17 @@ class Stage:
 
     def _finish(self) -> None:
         self.loss.load_state_dict(self.best_weights)
-        tested = {name: metrics.summary() for name, metrics in self.evaluate("test").items()}
+        tested = self.evaluate("test") if self.name == "FT2" or self.stage.test_first_stage else {}
         if self.ranks.is_first:
             self.loss.model.save_pretrained(self.folder / MODEL)
             self.tokenizer.save_pretrained(self.folder / MODEL)
             source = {"model": str(self.folder / MODEL), "kind": f"RECFORMER, item table of stage-{self.name}"}
             ids = self.data.items["item_id"].to_pylist()
             save_vectors(self.folder / VECTORS, ids, self.loss.table.detach().cpu(), source)
-            facts = {"best_epoch": self.best_epoch, f"valid_{STOP_METRIC}": self.best, "test": tested}
+            for protocol, metrics in tested.items():
+                save_ranks(metrics, self.folder / f"ranks-{protocol}.safetensors")
+            test = {name: metrics.summary() for name, metrics in tested.items()}
+            facts = {"best_epoch": self.best_epoch, f"valid_{STOP_METRIC}": self.best, "test": test}
             files.write_json(self.folder / FINISHED, {**facts, **self.meta})
         self.ranks.barrier()
 

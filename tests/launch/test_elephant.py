@@ -14,14 +14,20 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "llm" / "recformer"))
 from backbones import save_bert
 from tiny_recformer import RECFORMER
 
-from launch import cli, elephant_claims, vectors
-from launch.elephant import TABLE_3, ElephantRun
+from launch import cli, elephant_cells, elephant_claims, vectors
+from launch.elephant import ElephantRun
+from launch.elephant_cells import Chosen, train_cell
+from launch.elephant_config import TABLE_3, Cell
 from llm.config import LMRecConfig
 from llm.lmrec import build_lmrec
+from llm.lmrec_job import LMRecJob
+from llm.recformer.job import RecformerJob
 from llm.tokenizer import train_tokenizer
 from rec.evaluation import Metrics
-from rec.job import load_job, open_run
+from rec.job import RecJob, load_job, open_run
 from rec.models.base import Recommender
+from rec.protocol import Protocol
+from rec.runtime.config import build
 from rec.runtime.errors import UserError
 from rec.runtime.runfolder import RunFolder
 from rec.train import run as train
@@ -48,7 +54,8 @@ def recipe_of(folder: Path, data: Path, backbone: Path, **more: object) -> Path:
         "lrs": [1e-3, 5e-3],
         "rate_epochs": 1,
         "seeds": [1, 2],
-        "headline": ["random", "further items"],
+        "stds": [0.02, None],
+        "headline": {name: ["random", "further items"] for name in ("SASRec", "BERT4Rec")},
         "protocols": ["elephant-full"],
         "cutoffs": [5, 10],
         **more,
@@ -78,16 +85,19 @@ def test_every_cell_of_the_table_is_there_with_its_seeds(study):
         for variant in TABLE_3:
             seeds = (1, 2) if variant in ("random", "further items") else (1,)
             assert {seed for name, own, seed in cells if (name, own) == (model, variant)} == set(seeds)
-    assert {("RECFORMER", "RECFORMER FT1", 1), ("RECFORMER", "RECFORMER FT2", 1)} <= cells
+    assert ("RECFORMER", "RECFORMER FT2", 1) in cells
     [row] = [row for row in result["means"] if (row["model"], row["variant"]) == ("SASRec", "random")]
     own = [row["NDCG@10"] for row in result["rows"] if (row["model"], row["variant"]) == ("SASRec", "random")]
     assert row["NDCG@10"] == pytest.approx(sum(own) / 2)
     assert row["NDCG@10_se"] == pytest.approx(abs(own[0] - own[1]) / 2)
-    letters = {claim["id"].partition("(")[2][0] for claim in result["claims"] if claim["id"].startswith("SASRec")}
+    letters = {claim["id"].partition("(")[2][0] for claim in result["claims"] if claim["id"].startswith("SASRec: (")}
     assert letters == set("abcde")
     assert set(result["attention"]) == {"backbone", "tuned"}
     assert (run.out / "attention.png").is_file()
-    assert result["serving"]["parameters"][0] == result["serving"]["parameters"][1]
+    for figures in result["serving"].values():
+        assert figures["parameters"][0] == figures["parameters"][1]
+    assert set(result["serving"]) == {"SASRec", "BERT4Rec"}
+    assert result["diverged"] == []
     elephant_claims.print_study(result)
 
 
@@ -97,13 +107,94 @@ def test_tables_begin_as_the_vectors_that_they_are_named_after(study):
     vectors_of = {what: load_file(run.out / "vectors" / f"{what}.safetensors")["vectors"] for what in ("PT", "FT")}
     assert not torch.equal(vectors_of["PT"], vectors_of["FT"])
     frozen = Recommender.from_pretrained(run.out / "SASRec/frozen-FT/seed-1/model")
-    expected = vectors_of["FT"] * (0.02 / vectors_of["FT"].std())
+    chosen = json.loads((run.out / "SASRec/chosen/frozen/chosen.json").read_text())
+    scale = 1 if chosen["std"] is None else chosen["std"] / vectors_of["FT"].std()
+    expected = vectors_of["FT"] * scale
     torch.testing.assert_close(frozen.items.vectors.weight[1:], expected)
     further = open_run(run.out / "SASRec/further-items/seed-1")
     assert further.rec.train.tune == "items"
     assert str(further.rec.train.start).endswith("SASRec/frozen-FT/seed-1")
     table = load_file(run.out / "finetuned/RECFORMER/finetune/FT1/item_vectors.safetensors")["vectors"]
     assert torch.equal(table, vectors_of["FT"])
+
+
+@pytest.mark.distributed
+def test_a_familys_rate_and_deviation_are_chosen_once_and_told(study):
+    _, run, result = study
+    for model in ("SASRec", "BERT4Rec"):
+        families = {path.name for path in (run.out / model / "chosen").iterdir()}
+        assert families == {"random", "frozen", "trainable", "further"}
+        for family in families:
+            folder = run.out / model / "chosen" / family
+            chosen = json.loads((folder / "chosen.json").read_text())
+            by_rate = json.loads((folder / "lr" / "finished.json").read_text())["grid"]
+            assert chosen["lrs"] == sorted((1e-3, 5e-3), key=lambda lr: -by_rate[f"lr={lr}"])
+            if family in ("frozen", "trainable"):
+                by_std = json.loads((folder / "std" / "finished.json").read_text())["grid"]
+                assert list(by_std) == ["std=None"]
+                by_std["std=0.02"] = max(by_rate.values())
+                assert by_std[f"std={chosen['std']}"] == max(by_std.values())
+            rows = [row for row in result["rows"] if row["model"] == model and row["variant"].startswith(family)]
+            assert {row["lr"] for row in rows} == {chosen["lrs"][0]}
+            assert {row["std"] for row in rows} == {None if family == "random" else chosen["std"]}
+            assert all(-1 <= row["best_epoch"] < row["epochs"] <= 2 for row in rows)
+        frozen, further = (json.loads((run.out / model / "chosen" / name / "chosen.json").read_text()) for name in
+                           ("frozen", "further"))  # fmt: skip
+        assert frozen["std"] == further["std"]
+
+
+def test_a_recommender_that_diverges_takes_the_next_rate_and_blocks_nothing(small_data, tmp_path):
+    rec = {"model": {"dim": 16, "blocks": 1, "max_length": 8}, "train": {"epochs": 1, "batch_size": 16}}
+    job = build(RecJob, {"data": str(small_data.folder), "run": str(tmp_path / "seed-1"), "rec": rec})
+    protocols = {"own": Protocol()}
+    train_cell(job, Chosen([1e30, 1e-3], None), protocols)
+    facts = json.loads((tmp_path / "seed-1/finished.json").read_text())
+    assert (facts["lr"], facts["std"]) == (1e-3, None)
+    assert json.loads((tmp_path / "seed-1-diverged.json").read_text()) == [1e30]
+    train_cell(job, Chosen([1e30, 1e-3], None), protocols)  # which tries the diverged one no more
+    other = job.model_copy(update={"run": tmp_path / "seed-2"})
+    train_cell(other, Chosen([1e30], None), protocols)
+    assert not (tmp_path / "seed-2").exists()
+
+
+@pytest.mark.distributed
+def test_a_study_that_is_killed_goes_on_where_it_was(study, small_data, backbone, tmp_path, monkeypatch):
+    _, before, _ = study
+    model = {"dim": 32, "heads": 2, "blocks": 1, "max_length": 8}
+    more = {
+        "models": {"SASRec": {"model": model, "train": {"batch_size": 16, "epochs": 1}}},
+        "variants": ["random", "frozen PT", "trainable PT"],
+        "headline": {},
+        "pretrained": str(before.study.run),
+    }
+    results, ranked = {}, elephant_cells.ranks_of
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+        path = recipe_of(tmp_path / name, small_data.folder, backbone, **more)
+        content = yaml.safe_load(path.read_text())
+        content["recformer"]["finetune"] = None
+        path.write_text(yaml.safe_dump(content))
+        run, calls = ElephantRun(path), []
+
+        def die_at_the_second(folder, protocols, calls=calls):
+            calls.append(folder)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return ranked(folder, protocols)
+
+        if name == "killed":
+            with monkeypatch.context() as patch:
+                patch.setattr(elephant_cells, "ranks_of", die_at_the_second)
+                with pytest.raises(KeyboardInterrupt):
+                    run.execute("test")
+            kept = [path for path in run.out.rglob("model.safetensors") if "seed-1" in path.parts]
+            times = {path: path.stat().st_mtime_ns for path in kept}
+            assert len(times) == 2
+        results[name] = run.execute("test")
+        assert not list(run.study.run.glob("pretrained-*"))  # stage-PT is the other study's
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items())
+    assert results["killed"]["rows"][1:] == results["whole"]["rows"][1:]
+    assert len(results["whole"]["rows"]) == 1 + 3
 
 
 @pytest.mark.distributed
@@ -124,7 +215,7 @@ def test_vectors_of_a_recformers_run_by_stage(study, small_data, tmp_path, capsy
     found = {}
     for stage, source in (("vanilla", pretrained), ("PT", pretrained), ("FT", finetuned)):
         out = tmp_path / f"{stage}.safetensors"
-        vectors.write(str(source), small_data.folder, out, stage)
+        assert vectors.write(str(source), small_data.folder, out, stage)["stage"] == stage
         found[stage] = load_file(out)["vectors"]
         torch.testing.assert_close(found[stage], load_file(run.out / "vectors" / f"{stage}.safetensors")["vectors"])
     assert not torch.equal(found["vanilla"], found["PT"])
@@ -133,6 +224,11 @@ def test_vectors_of_a_recformers_run_by_stage(study, small_data, tmp_path, capsy
     torch.testing.assert_close(load_file(tmp_path / "folder.safetensors")["vectors"], found["PT"])
     with pytest.raises(UserError, match=r"stage-FT of .* is not finished"):
         vectors.write(str(pretrained), small_data.folder, tmp_path / "x", "FT")
+    out = tmp_path / "default.safetensors"
+    assert vectors.write(str(finetuned), small_data.folder, out)["stage"] == "FT"
+    # Its backbone is the model of stage-PT.
+    with pytest.raises(UserError, match="is a RECFORMER that was trained"):
+        vectors.write(str(finetuned), small_data.folder, tmp_path / "x", "vanilla")
     with pytest.raises(UserError, match=r"--item-text .* has no meaning here"):
         vectors.write(str(pretrained), small_data.folder, tmp_path / "x", item_text="{title}")
 
@@ -154,6 +250,33 @@ def test_vectors_of_a_causal_lm_are_the_states_of_eos(small_data, tmp_path):
     with safe_open(out, framework="pt") as stored:
         assert "[EOS]" in json.loads(stored.metadata()["source"])["kind"]
         assert json.loads(stored.metadata()["item_ids"]) == small_data.items["item_id"].to_pylist()
+
+
+def test_the_vectors_of_an_lmrecs_run_begin_a_recommender_of_the_study(small_data, backbone, tmp_path):
+    torch.manual_seed(0)
+    texts = [f"{row['title']}, {row['kind']}" for row in small_data.items.to_pylist()]
+    tokenizer = train_tokenizer(texts, 400, 48)
+    model = build_lmrec(LMRecConfig(dim=32, heads=2, layers=1, context=48), len(tokenizer), tokenizer.eos_token_id)
+    job = build(
+        LMRecJob, {"data": str(small_data.folder), "run": str(tmp_path / "lm"), "llm": {"item_text": "{title}"}}
+    )
+    RunFolder(job.run).claim(job)
+    model.save_pretrained(job.run / "model")
+    tokenizer.save_pretrained(job.run / "model")
+    own = {"model": {"dim": 32, "heads": 2, "blocks": 1, "max_length": 8}, "train": {"batch_size": 16, "epochs": 1}}
+    more = {"models": {"SASRec": own}, "variants": ["random", "frozen lmrec", "trainable lmrec"], "headline": {}}
+    more |= {"more": {"lmrec": str(job.run)}, "item_text": "{title}, {kind}", "lrs": [1e-3], "stds": [None]}
+    path = recipe_of(tmp_path, small_data.folder, backbone, **more)
+    content = yaml.safe_load(path.read_text())
+    content["recformer"] |= {"pretrain": None, "finetune": None}
+    path.write_text(yaml.safe_dump(content))
+    run = ElephantRun(path)
+    rows = run.execute("test")["rows"]
+    assert [row["variant"] for row in rows] == ["random", "frozen lmrec", "trainable lmrec"]
+    frozen = Recommender.from_pretrained(run.out / "SASRec/frozen-lmrec/seed-1/model").items.vectors.weight[1:]
+    ids = torch.tensor([[*tokenizer(texts[7])["input_ids"], tokenizer.eos_token_id]])
+    expected = model.eval().transformer(ids).last_hidden_state[0, -1]
+    torch.testing.assert_close(frozen[7], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_vectors_of_a_sentence_encoder_are_means_and_go_into_a_recommender(
@@ -179,6 +302,12 @@ def test_vectors_of_a_sentence_encoder_are_means_and_go_into_a_recommender(
 
 
 def test_what_gives_no_vectors_is_one_clear_line(backbone, small_data, tmp_path):
+    content = {"data": str(small_data.folder), "run": str(tmp_path / "run")}
+    job = build(RecformerJob, {**content, "llm": {"recformer": {**RECFORMER, "backbone": str(backbone)}}})
+    RunFolder(job.run).claim(job)
+    with pytest.raises(UserError, match=r"no stage of .*run is finished: .*--stage vanilla"):
+        vectors.write(str(job.run), small_data.folder, tmp_path / "x")
+    assert vectors.write(str(job.run), small_data.folder, tmp_path / "x", "vanilla")["stage"] == "vanilla"
     with pytest.raises(UserError, match="neither a run folder nor a model"):
         vectors.write(str(tmp_path / "nothing"), small_data.folder, tmp_path / "x")
     with pytest.raises(UserError, match="--stage 'PT' has no meaning"):
@@ -196,8 +325,10 @@ def test_recformers_that_differ_share_what_they_have_in_common(study, small_data
         },
         "models": {"SASRec": {"model": {"dim": 32, "heads": 2, "blocks": 1, "max_length": 8}, "train": {"epochs": 1}}},
         "variants": ["random", "trainable PT", "id+PT"],
-        "headline": [],
+        "headline": {},
         "lrs": [1e-3],
+        "stds": [0.02],
+        "parallel": 2,
     }
     more |= {"run": str(before.study.run), "target": "other", "targets": {"other": str(small_data.folder)}}
     run = ElephantRun(recipe_of(tmp_path, small_data.folder, backbone, **more))
@@ -219,35 +350,55 @@ def metrics(ranks: list[float]) -> Metrics:
     return Metrics(torch.tensor(ranks, dtype=torch.double), (10,), rows, rows)
 
 
-def made_up(figures: dict[tuple[str, str], float]) -> tuple[list[dict], dict]:
-    """Rows and ranks in which each cell hits its share of 400 users at rank 1."""
-    rows, ranks = [], {}
-    for (model, variant), share in figures.items():
-        own = metrics([1.0 if user < share * 400 else 99.0 for user in range(400)])
-        told = {"model": model, "variant": variant, "recformer": "R", "seed": 1, "protocol": "elephant-full"}
-        rows.append({**told, **own.summary()})
-        if model != "RECFORMER":
-            ranks[model, variant, "R", 1] = {"elephant-full": own}
-    return rows, ranks
+def made_up(figures: dict[tuple[str, str], float], seed: int = 1) -> dict[Cell, dict[str, Metrics]]:
+    """Ranks in which each cell hits its share of 400 users at rank 1."""
+    return {
+        Cell(model, variant, "R", seed): {
+            protocol: metrics([1.0 if user < share * 400 else 99.0 for user in range(400)])
+            for protocol in ("elephant-100", "elephant-full")
+        }
+        for (model, variant), share in figures.items()
+    }
 
 
-def test_claims_answer_yes_and_no():
+def test_claims_answer_yes_and_no_under_every_protocol():
     paper = {
-        ("SASRec", "random"): 0.3, ("SASRec", "trainable vanilla"): 0.25, ("SASRec", "frozen PT"): 0.3,
-        ("SASRec", "trainable PT"): 0.5, ("SASRec", "frozen FT"): 0.4, ("SASRec", "trainable FT"): 0.55,
-        ("SASRec", "further all"): 0.56, ("SASRec", "further items"): 0.6, ("RECFORMER", "RECFORMER FT2"): 0.38,
+        ("SASRec", "random"): 0.3, ("SASRec", "frozen vanilla"): 0.2, ("SASRec", "trainable vanilla"): 0.25,
+        ("SASRec", "frozen PT"): 0.3, ("SASRec", "trainable PT"): 0.5, ("SASRec", "frozen FT"): 0.4,
+        ("SASRec", "trainable FT"): 0.55, ("SASRec", "further all"): 0.56, ("SASRec", "further items"): 0.6,
+        ("RECFORMER", "RECFORMER FT2"): 0.38,
     }  # fmt: skip
-    rows, ranks = made_up(paper)
-    found = elephant_claims.claims(rows, ranks, {"parameters": [5, 5], "latency_ratio": 1.02}, "R")
-    assert [claim["holds"] for claim in found] == [True] * 7
-    assert found[1]["figure"] == pytest.approx(0.2)
-    assert found[1]["low"] > 0.1
+    serving = {"SASRec": {"parameters": [5, 5], "latency_ratio": 1.02}}
+    found = elephant_claims.claims(made_up(paper), serving, "R")
+    assert [claim["id"].count("elephant-100") for claim in found] == [1] * 7 + [0] * 8
+    assert [claim["id"].count("elephant-full") for claim in found] == [0] * 7 + [1] * 7 + [0]
+    assert [claim["holds"] for claim in found] == [True] * 15
+    assert found[2]["figure"] == pytest.approx(0.2)
+    assert found[2]["low"] > 0.1
     other = {key: 0.7 - value for key, value in paper.items()}
     other["SASRec", "trainable vanilla"] = 0.69
-    rows, ranks = made_up(other)
-    found = elephant_claims.claims(rows, ranks, {"parameters": [5, 6], "latency_ratio": 1.0}, "R")
-    assert [claim["holds"] for claim in found] == [False, False, False, False, False, True, False]
-    assert elephant_claims.claims([], {}, {}, "R") == []
+    serving = {"SASRec": {"parameters": [5, 6], "latency_ratio": 1.0}}
+    found = elephant_claims.claims(made_up(other), serving, "R")
+    assert [claim["holds"] for claim in found][-8:] == [False] * 6 + [False, False]
+    assert elephant_claims.claims({}, {}, "R") == []
+
+
+def test_the_best_of_all_is_undecided_where_the_next_is_as_good():
+    near = {("SASRec", "further items"): 0.5025, ("SASRec", "trainable FT"): 0.5, ("SASRec", "random"): 0.1}
+    [claim, _] = elephant_claims.claims(made_up(near), {}, "R")
+    assert claim["id"].startswith("SASRec: (d) further items beats trainable FT")
+    assert claim["figure"] > 0
+    assert not claim["holds"]
+    assert claim["undecided"]
+
+
+def test_figure_and_interval_are_of_the_seeds_that_both_have():
+    ranks = made_up({("SASRec", "trainable PT"): 0.5, ("SASRec", "random"): 0.4})
+    ranks |= made_up({("SASRec", "trainable PT"): 0.7, ("SASRec", "random"): 0.5}, seed=2)
+    ranks |= made_up({("SASRec", "trainable PT"): 0.0}, seed=3)
+    claim = elephant_claims.claims(ranks, {}, "R")[0]
+    assert claim["figure"] == pytest.approx(0.15)
+    assert claim["low"] < 0.15 < claim["high"]
 
 
 @pytest.mark.parametrize(
@@ -257,11 +408,43 @@ def test_claims_answer_yes_and_no():
         ({"protocols": ["full"]}, "unknown protocol 'full'"),
         ({"recformers": {"a/b": []}}, "'a/b' names a folder"),
         ({"recformers": {"a": ["finetune.lrr=1"]}}, "unknown key 'lrr'"),
+        ({"recformers": {"a": ["finetune=null"]}}, r"FT vectors need recformer.finetune \(a has none\)"),
+        ({"headline": {"GRU4Rec": []}}, "unknown model 'GRU4Rec'; there are: BERT4Rec, SASRec"),
     ],
 )
 def test_a_mistake_is_found_before_anything_runs(small_data, tmp_path, more, message):
     with pytest.raises(UserError, match=message):
         ElephantRun(recipe_of(tmp_path, small_data.folder, tmp_path, **more))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"cutoffs": [10, 50]}, "the best 50 of 30 items"),
+        ({"target": "nowhere"}, "nowhere"),
+        (
+            {"models": {"A": {"model": {"dim": 16}}}, "headline": {}},
+            "width 32, the dim of models.A is 16: .*projection",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_data_or_the_backbone_is_said_before_anything_is_trained(
+    small_data, backbone, tmp_path, more, message
+):
+    run = ElephantRun(recipe_of(tmp_path, small_data.folder, backbone, **more))
+    with pytest.raises(UserError, match=message):
+        run.execute("test")
+    assert not list(run.study.run.glob("pretrained-*"))
+
+
+def test_a_target_may_have_overrides_of_its_own_and_the_users_win(small_data, backbone, tmp_path):
+    own = {"for_target": {"tiny": ["recformer.finetune.epochs=7", "rate_epochs=3"]}}
+    path = recipe_of(tmp_path, small_data.folder, backbone, **own)
+    assert ElephantRun(path).study.recformer.finetune.epochs == 7
+    changed = ElephantRun(path, ["rate_epochs=4"]).study
+    assert (changed.recformer.finetune.epochs, changed.rate_epochs) == (7, 4)
+    elsewhere = ElephantRun(path, [f"target={small_data.folder}"]).study
+    assert elsewhere.recformer.finetune.epochs == 2
 
 
 @pytest.mark.parametrize(

@@ -252,6 +252,28 @@ def test_without_ranks_beyond_the_cutoffs_the_figures_are_the_same(small_data, m
     assert part.ranks.tolist() == [rank if rank <= 10 else math.inf for rank in whole.ranks.tolist()]
 
 
+def test_under_autocast_scores_are_still_compared_in_float32(small_data, monkeypatch):
+    """bfloat16 has 8 bits: what it rounds to a tie, or to the other side, is more than any margin for float32."""
+    monkeypatch.setattr(ranking, "POPULAR", 20)
+    torch.manual_seed(3)
+    model = SASRec(SASRecConfig(dim=16, heads=1, max_length=6), IDTable(small_data.n_items, 16)).eval()
+    found = {}
+    for complete in (True, False):
+        kept, plain = [], model.last_states
+        model.last_states = lambda *inputs, own=plain, kept=kept: kept.append(own(*inputs)) or kept[-1]
+        with torch.autocast("cpu", torch.bfloat16):
+            found[complete] = evaluate(model, small_data, "test", EvaluateConfig(cutoffs=(1, 10)), complete=complete)
+        model.last_states = plain
+        states = torch.cat(kept).float()
+    table, targets = model.items.table()[1:].detach(), small_data.targets("test") - 1
+    lengths = small_data.instances("test")[1] - small_data.offsets[:-1]
+    order = lengths.argsort(stable=True)  # as evaluation reads them
+    exact = (states.double() @ table.double().T)[order.argsort()]
+    ranks = 1 + (exact > exact.gather(1, targets[:, None])).sum(1)
+    assert found[True].ranks.tolist() == ranks.tolist()
+    assert found[False].ranks.tolist() == [rank if rank <= 10 else math.inf for rank in ranks.tolist()]
+
+
 def test_item_vectors_are_made_once_an_evaluation(small_data):
     model, made = coarse_model(small_data.n_items), []
     plain = model.items.table

@@ -63,6 +63,16 @@ def test_a_run_leaves_a_result_and_can_be_opened(recipe, small_data):
     assert run(job, "again") == result
 
 
+def test_the_result_validates_as_training_did_and_tests_everybody(recipe, small_data):
+    job = load_job(recipe(train={"valid_users": 6}))
+    result = run(job, "")
+    assert result["rows"][0]["NDCG@10"] == pytest.approx(result["training"]["valid_NDCG@10"])
+    opened = open_run(job.run)
+    everybody = evaluate_run(opened, {"own": opened.rec.evaluate.protocol})["own"]
+    assert result["rows"][1]["NDCG@10"] == pytest.approx(everybody["NDCG@10"])
+    assert len(everybody.ranks) == 40
+
+
 def test_the_grid_keeps_the_best_by_validation(recipe):
     job = load_job(recipe(grid={"train.lr": [1e-6, 5e-3], "model.dropout": [0.0]}))
     result = run(job, "")

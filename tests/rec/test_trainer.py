@@ -3,9 +3,10 @@ import shutil
 import pytest
 import torch
 
+from rec import trainer
 from rec.averaging import WeightAverage
 from rec.config import RecConfig
-from rec.evaluation import evaluate
+from rec.evaluation import evaluate, some_instances
 from rec.item_encoder import KnowledgeConcat
 from rec.models.base import Recommender, SequenceRecommender
 from rec.runtime.checkpoint import Checkpoints
@@ -31,6 +32,34 @@ def test_training_learns_the_ring(small_data, tmp_path):
     untrained = evaluate(build_model(CONFIG, small_data), small_data, "test", CONFIG.evaluate)["HR@10"]
     model = train(build_model(CONFIG, small_data), small_data, CONFIG, RunFolder(tmp_path), "test")
     assert evaluate(model, small_data, "test", CONFIG.evaluate)["HR@10"] > max(0.6, untrained)
+
+
+def test_validation_on_a_subset_is_of_the_same_users_whatever_the_seed(small_data, tmp_path, monkeypatch):
+    seen = []
+    plain = trainer.evaluate
+    monkeypatch.setattr(trainer, "evaluate", lambda *inputs: (seen.append(inputs[4]), plain(*inputs))[1])
+    for seed in (1, 2):
+        own = CONFIG.train.model_copy(update={"valid_users": 7, "seed": seed, "epochs": 1})
+        config = CONFIG.model_copy(update={"train": own})
+        train(build_model(config, small_data), small_data, config, RunFolder(tmp_path / str(seed)), "test")
+    assert len(seen) == 4
+    assert all(torch.equal(rows, seen[0]) for rows in seen)
+    assert len(seen[0].unique()) == 7
+    assert torch.equal(some_instances(small_data, "valid", None), torch.arange(40))
+    assert torch.equal(some_instances(small_data, "valid", 41), torch.arange(40))
+
+
+def test_a_model_is_validated_in_the_precision_that_it_is_trained_in(small_data, tmp_path):
+    for precision in ("fp32", "bf16"):
+        config = CONFIG.model_copy(update={"train": CONFIG.train.model_copy(update={"precision": precision})})
+        run = RunFolder(tmp_path / precision)
+        model = train(build_model(config, small_data), small_data, config, run, "test")
+        plain = evaluate(model, small_data, "valid", CONFIG.evaluate)["NDCG@10"]
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = evaluate(model, small_data, "valid", CONFIG.evaluate)["NDCG@10"]
+        best = max(row["NDCG@10"] for row in run.steps("epoch"))
+        assert best == (plain if precision == "fp32" else rounded)
+        assert rounded == pytest.approx(plain, abs=0.02)
 
 
 @pytest.mark.parametrize(("killed_in_epoch", "ema"), [(0, None), (1, None), (5, None), (5, 0.9)])

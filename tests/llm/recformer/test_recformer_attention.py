@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from launch import elephant_attention
+from llm.fused_attention import NAME
 from llm.recformer.attention import AttentionMap, attention_map, figures, layer_similarity, stratification
 from llm.recformer.batches import SequenceMaker, pad
 from llm.recformer.config import RecformerSettings
@@ -42,7 +43,7 @@ def test_the_map_of_cls_is_the_softmax_of_its_query_with_all_keys(bert, small_da
         scores = key[:, head] @ query[0, head] / math.sqrt(8)
         torch.testing.assert_close(own.cls[0, head], scores.softmax(0), rtol=1e-4, atol=1e-6)
     assert own.first_tokens.tolist() == [1, *(np.flatnonzero(np.diff(own.items[1:])) + 2)]
-    assert model.backbone.config._attn_implementation == "sdpa"  # as before
+    assert model.backbone.config._attn_implementation == NAME  # as before
 
 
 def test_a_longformers_map_is_that_of_its_global_token(longformer, small_data):
@@ -68,7 +69,7 @@ def test_figures_of_a_map_made_by_hand():
     assert found["head_similarity"] == pytest.approx([0.5, 1, 1], abs=1e-4)
 
 
-def test_stratification_is_the_similarity_within_thirds_beyond_that_across():
+def test_stratification_is_the_similarity_of_neighbours_within_thirds_beyond_that_across():
     profile = torch.eye(3).repeat_interleave(4, dim=0)  # twelve layers in three strata, nothing in common
     cls = torch.cat([torch.zeros(12, 1), profile], dim=1)[:, None]
     own = AttentionMap(cls, None, np.array([0, 1, 1, 2]), np.zeros(4))
@@ -76,6 +77,25 @@ def test_stratification_is_the_similarity_within_thirds_beyond_that_across():
     flat = AttentionMap(torch.ones(12, 1, 4), None, np.array([0, 1, 1, 2]), np.zeros(4))
     assert stratification(layer_similarity([flat, flat])) == pytest.approx(0, abs=1e-6)
     assert stratification(torch.ones(3, 3)) is None  # every third is one layer
+    # Layers that only change little by little are no strata, though those of one third are nearer to each other.
+    layers = torch.arange(6.0)
+    assert stratification(1 - 0.1 * (layers[:, None] - layers).abs()) == pytest.approx(0, abs=1e-6)
+
+
+def test_lines_and_names_of_the_picture_are_where_its_items_are():
+    items = np.array([0, 1, 1, 1, 2, 3, 3])
+    cls = torch.rand(6, 2, 7)
+    own = AttentionMap(cls, None, items, items)
+    figure = elephant_attention.draw({"backbone": own, "tuned": own})
+    for layer in range(6):
+        axis = figure.axes[2 * layer + 1]
+        [image] = axis.images
+        assert image.get_array().data.tolist() == cls[layer, :, 1:].tolist()  # [CLS] itself is not drawn
+        lines = [line.get_xdata()[0] for line in axis.lines]
+        drawn = items[1:]
+        assert [(drawn[int(x - 0.5)], drawn[int(x + 0.5)]) for x in lines] == [(1, 2), (2, 3)]
+    names = {label.get_text(): x for label, x in zip(axis.get_xticklabels(), axis.get_xticks(), strict=True)}
+    assert names == {"item 1": 1, "item 2": 3, "item 3": 4.5}
 
 
 def test_both_models_are_drawn_side_by_side(bert, small_data, tmp_path):

@@ -11,6 +11,7 @@ from tiny_recformer import RECFORMER
 from torch.nn import functional as F
 
 from llm.recformer import encode as encoding
+from llm.recformer import finetune as finetuning
 from llm.recformer import recommender
 from llm.recformer.batches import pad
 from llm.recformer.encode import encode_items, vectors_of_backbone, vectors_of_model
@@ -20,11 +21,13 @@ from llm.recformer.model import load_recformer
 from llm.recformer.objective import Parts
 from llm.recformer.recommender import RecformerRecommender, evaluate_on_all_ranks
 from rec.data.prepared import Prepared
-from rec.evaluation import evaluate_many
+from rec.evaluation import evaluate_many, load_ranks
 from rec.protocol import Protocol
+from rec.runtime.checkpoint import Checkpoints
 from rec.runtime.config import build
 from rec.runtime.errors import UserError
 from rec.runtime.ranks import Ranks
+from rec.runtime.runfolder import RunFolder
 
 
 def make_job(bert: Path, data: Prepared, out: Path, **finetune_settings: object) -> RecformerJob:
@@ -83,6 +86,66 @@ def test_the_loop_refreshes_once_an_epoch_before_any_of_its_losses(stage, monkey
     assert len(happened) >= 2 * (1 + stage.prefixes.steps)
 
 
+def test_the_catalog_is_encoded_once_before_the_first_epoch_and_not_at_all_for_a_checkpoint(
+    bert, small_data, tmp_path, monkeypatch
+):
+    encoded: list[int] = []
+    plain = finetuning.encode_items
+    monkeypatch.setattr(finetuning, "encode_items", lambda *inputs: (encoded.append(1), plain(*inputs))[1])
+    job = make_job(bert, small_data, tmp_path / "run", epochs=2, fixed_epochs=1, checkpoint_every=1, patience=99)
+    saved = Checkpoints.save
+
+    def save_then_die(self, step, *inputs):
+        saved(self, step, *inputs)
+        if step == 7:  # in the second epoch of five steps
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", save_then_die)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(job)
+    assert len(encoded) == 2
+    finetune(job)
+    assert len(encoded) == 2
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_test_items_are_ranked_by_the_second_stage_alone_unless_asked_for(bert, small_data, tmp_path, asked):
+    job = make_job(bert, small_data, tmp_path / "run", epochs=1, fixed_epochs=1, test_first_stage=asked)
+    facts = finetune(job)
+    assert (facts["FT1"]["test"] != {}) == asked
+    kept = load_ranks(job.finetune_folder / "FT2" / "ranks-elephant-full.safetensors", (5, 10))
+    assert kept.summary() == pytest.approx(facts["FT2"]["test"]["elephant-full"])
+
+
+def test_the_second_stage_trains_the_encoder_from_the_firsts_best_and_the_table_at_its_own_rate(
+    bert, small_data, tmp_path
+):
+    found = {}
+    for name, more in (
+        ("fixed", {}),
+        ("slow", {"train_table": True, "table_lr": 1e-4}),
+        ("fast", {"train_table": True}),
+    ):
+        settings = {"epochs": 2, "fixed_epochs": 3, "evaluate_every": 1, "patience": 99, "lr": 1e-3, **more}
+        job = make_job(bert, small_data, tmp_path / name, **settings)
+        facts = finetune(job)
+        folders = [job.finetune_folder / stage for stage in ("FT1", "FT2")]
+        found[name] = [load_file(folder / "item_vectors.safetensors")["vectors"] for folder in folders]
+        rows = RunFolder(job.run).steps("ft2_step")
+        assert len(rows) == 3 * 5
+        assert all(row["loss"] > 0 for row in rows)
+        # What it begins with is judged too, and is FT1's best: it can only get better.
+        assert facts["FT2"]["valid_NDCG@10"] >= facts["FT1"]["valid_NDCG@10"]
+        state = torch.load(folders[1] / "checkpoints/step-15/rank-0.pt", weights_only=True)["state"]
+        last, first = state["module"], load_file(folders[0] / "model/model.safetensors")
+        assert any(not torch.equal(last[f"model.{key}"], value) for key, value in first.items())
+        found[name].append(last["table"])
+    assert torch.equal(found["fixed"][0], found["fixed"][2])
+    moved = {name: (own[2] - own[0]).abs().mean() for name, own in found.items()}
+    assert moved["fast"] > 5 * moved["slow"] > 0
+
+
 @pytest.mark.parametrize("train_table", [False, True])
 def test_the_table_has_gradients_only_if_it_is_trained_along(stage, train_table):
     loss = FullSoftmax(stage.loss.model, stage.loss.table.detach(), stage.stage, 0, train_table)
@@ -109,6 +172,7 @@ def test_prefixes_are_one_a_user_and_uniform(small_data):
 
 
 def test_scores_are_cosines_over_the_temperature_and_ranks_share_the_evaluation(stage, small_data, monkeypatch):
+    stage._refresh_table(0)
     model, table = stage.loss.model, stage.loss.table.detach()
     parts = Parts(model, stage.tokenizer.pad_token_id, stage.stage)
     scorer = RecformerRecommender(model, table, stage.maker, parts).eval()

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from backbones import save_bert
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertModel, RobertaConfig, RobertaModel
 
@@ -59,6 +60,46 @@ def test_without_new_embeddings_the_untuned_model_is_the_pretrained_one(bert, sm
     plain = AutoModel.from_pretrained(bert).eval()
     expected = plain(input_ids=batch.ids, attention_mask=batch.mask.long()).last_hidden_state
     torch.testing.assert_close(model.eval()(batch).last_hidden_state, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_is_trained_in_float32_under_bfloat16_and_is_the_same(bert, small_data, monkeypatch):
+    seen, plain = [], F.scaled_dot_product_attention
+
+    def attention(q, *inputs, **options):
+        seen.append(q.dtype)
+        return plain(q, *inputs, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    model, tokenizer = load_recformer(settings(bert))
+    batch = make_batch(small_data, tokenizer, settings(bert))
+    with torch.autocast("cpu", torch.bfloat16):
+        trained = model.vectors(batch)
+        with torch.no_grad():
+            read = model.vectors(batch)
+    assert seen == [torch.float32] * 3 + [torch.bfloat16] * 3
+    torch.testing.assert_close(trained, read, rtol=0.05, atol=0.05)
+    trained.sum().backward()
+    with torch.no_grad():
+        torch.testing.assert_close(model.vectors(batch), trained, rtol=0.05, atol=0.05)
+
+
+def test_dropout_is_the_cheap_one_and_attentions_is_a_choice(bert, longformer, small_data, tmp_path):
+    own = save_bert(tmp_path / "dropping", dropout=0.2)
+    for folder in (own, longformer):
+        model, _ = load_recformer(settings(folder))
+        assert not any(isinstance(module, torch.nn.Dropout) for module in model.modules())
+    model, tokenizer = load_recformer(settings(own))
+    hidden, attention = model.backbone.embeddings.dropout, model.layers[0].attention.self.dropout
+    assert (hidden.p, attention.p) == (0.2, 0.0)
+    batch = make_batch(small_data, tokenizer, settings(own))
+    assert not torch.equal(model.train().vectors(batch), model.eval().vectors(batch))
+    # A saved one is what the next stage's recipe says, not what the last one's said.
+    model.save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    for folder, asked, expected in ((own, None, 0.2), (own, 0.3, 0.3), (tmp_path / "saved", 0.3, 0.3)):
+        changed = settings(folder).model_copy(update={"attention_dropout": asked})
+        assert load_recformer(changed)[0].layers[0].attention.self.dropout.p == expected
 
 
 def test_padding_and_neighbours_change_nothing(bert, longformer, small_data):

@@ -12,6 +12,7 @@ import torch
 from objective_setting import make_setting
 from torch.nn import functional as F
 
+from llm.recformer import mlm
 from llm.recformer.batches import pad
 from llm.recformer.config import RecformerSettings
 from llm.recformer.contrastive import item_contrast
@@ -19,6 +20,7 @@ from llm.recformer.engine import linear_rate
 from llm.recformer.objective import Objective
 from llm.recformer.sources import Sources
 from rec.runtime.config import build
+from rec.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[3]
 
@@ -87,6 +89,7 @@ WAYS = {
     "recomputed": {"part_tokens": 64, "recompute": True},
     "one sequence a part, recomputed": {"part_tokens": 1, "recompute": True},
     "histories and items apart": {"by_length": False},
+    "the same, three at a time": {"by_length": False, "micro_batch": 3},
 }
 
 
@@ -109,10 +112,54 @@ def test_loss_and_gradient_are_those_of_one_big_batch_however_it_is_divided(
     assert figures["places"] >= figures["tokens"] * (1 if shared_pass else 2)
 
 
+@pytest.mark.parametrize(("contrast", "mlm_weight"), [(1, 0.3), (0, 0.3), (2, 0)])
+def test_the_weights_say_what_the_loss_is_made_of(bert, small_data, tmp_path, contrast, mlm_weight):
+    stage = {"contrast_weight": contrast, "mlm_weight": mlm_weight, "shared_pass": False, "bf16": False}
+    objective, batch = make_setting(bert, small_data.folder, tmp_path, stage)
+    loss, figures = objective(batch)
+    torch.testing.assert_close(loss, contrast * figures["contrast"] + mlm_weight * figures["mlm"])
+    assert (figures["mlm"] == 0) == (mlm_weight == 0)
+
+
+def test_a_loss_of_nothing_is_refused():
+    with pytest.raises(UserError, match="mlm_weight and contrast_weight are both 0"):
+        build(RecformerSettings, {"pretrain": {"mlm_weight": 0, "contrast_weight": 0}})
+
+
+def test_passes_of_their_own_are_padded_to_the_longest_of_a_micro_batch(bert, small_data, tmp_path):
+    stage = {"by_length": False, "micro_batch": 3, "bf16": False}
+    objective, batch = make_setting(bert, small_data.folder, tmp_path, stage)
+    lengths, padded = batch.plain.lengths, 0
+    for side in (lengths[:8], lengths[8:]):
+        for begin in range(0, 8, 3):
+            rows = side[begin : begin + 3]
+            padded += len(rows) * 8 * math.ceil(max(rows) / 8)
+    assert objective(batch)[1]["places"] == padded
+
+
 def test_without_masked_language_modelling_the_loss_is_the_contrast(bert, small_data, tmp_path):
     objective, batch = make_setting(bert, small_data.folder, tmp_path, {"mlm_weight": 0, "bf16": False})
     found, _ = objective(batch)
     torch.testing.assert_close(found, naive_objective(objective, batch), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_frozen_words_cost_no_gradient_of_the_vocabulary(bert, small_data, tmp_path, monkeypatch, frozen):
+    tables = []
+    plain = mlm.linear_cross_entropy
+    monkeypatch.setattr(
+        mlm,
+        "linear_cross_entropy",
+        lambda states, table, labels: (tables.append(table), plain(states, table, labels))[1],
+    )
+    stage = {"freeze_word_embeddings": frozen, "bf16": False}
+    objective, batch = make_setting(bert, small_data.folder, tmp_path, stage)
+    loss, _ = objective(batch)
+    loss.backward()
+    assert len(tables) == 2  # histories and next items
+    assert all(table.requires_grad != frozen for table in tables)
+    assert (objective.head.bias.grad is None) == frozen
+    assert objective.head.dense.weight.grad.abs().sum() > 0
 
 
 def test_dropout_of_parts_that_are_recomputed_is_drawn_alike(tmp_path, small_data):
