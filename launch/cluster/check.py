@@ -89,12 +89,12 @@ def measure(folder: Path) -> list[dict[str, Any]] | None:
     try:
         found = probe.facts()
         found["sees_the_folder"] = probe.rename_visible_s(place, ranks)
-        if all(_gathered(found["sees_the_folder"] is not None, ranks)):
+        if all(ranks.gather(found["sees_the_folder"] is not None)):
             found["locks_reach"] = probe.locks_reach(place, ranks)
             found["write_mb_per_s"] = probe.write_mb_per_s(place, ranks)
         found["skew_s"] = probe.clock_skews_s(ranks)[ranks.rank]
         found["all_reduce_gb_per_s"] = probe.all_reduce_gb_per_s(ranks)
-        everybody = _gathered(found, ranks)
+        everybody = ranks.gather(found)
     finally:
         ranks.barrier()
         if ranks.is_first:
@@ -155,14 +155,6 @@ def _brief(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(f"{n} x {name}" for name, n in Counter(value).items()) or "none"
     return str(value)
-
-
-def _gathered(value: Any, ranks: Ranks) -> list[Any]:
-    if ranks.size == 1:
-        return [value]
-    everybody: list[Any] = [None] * ranks.size
-    dist.all_gather_object(everybody, value)
-    return everybody
 
 
 def _join_group() -> None:
