@@ -18,8 +18,8 @@ from launch.cluster.where import run_of, stages_of
 from rec.job import load_job
 from rec.runtime.checkpoint import Checkpoints
 from rec.runtime.config import hash_of
-from rec.runtime.errors import UserError
-from rec.runtime.runfolder import CONFIG, RunFolder
+from rec.runtime.errors import RESUME_ANYWAY, UserError
+from rec.runtime.runfolder import CONFIG, RESULT, RunFolder
 from rec.runtime.stopping import STOP
 from rec.train import run as train_run
 
@@ -52,6 +52,7 @@ def test_every_script_is_bash_and_leaves_the_site_to_one_file(path):
         head = text.partition("#SBATCH")[0]
         assert f"launch/slurm/{path.name}" in head, "it begins with the command that uses it"
         assert "source launch/slurm/site.sh\n" in text
+        assert "\ntrap EARLY=yes USR1\ncd " in text, "a warning may come at any time"
         for setting in ("partition", "account", "qos", "gpus", "gres", "module", "ib0"):
             assert setting not in text.partition("\ncd ")[0].replace(head, "")
 
@@ -79,7 +80,7 @@ def test_a_dry_run_is_a_whole_script_and_writes_nothing(recipe, tmp_path, which,
         assert text in script
     assert "\nsource " not in script
     # What comes after the first command sbatch does not read.
-    assert "#SBATCH" not in script.partition('cd "${SLURM_SUBMIT_DIR')[2].replace("# --- ", "")
+    assert "#SBATCH" not in script.partition("trap EARLY")[2].replace("# --- ", "")
     assert not (tmp_path / "run").exists()
 
 
@@ -108,6 +109,95 @@ def test_mistakes_are_found_before_anything_is_submitted(recipe, tmp_path, monke
     assert "holds a run of another recipe (rec.train.lr: 0.001 there, 0.5 now)" in refused(
         Wish(recipe, ["rec.train.lr=0.5"], 1)
     )
+
+
+def git(folder: Path, *words: str) -> None:
+    subprocess.run(["git", "-C", str(folder), "-c", "user.name=x", "-c", "user.email=x", *words], check=True)
+
+
+def test_what_was_changed_and_added_since_the_commit_can_be_applied_to_it(tmp_path, monkeypatch):
+    sources = tmp_path / "sources"
+    (sources / "launch").mkdir(parents=True)
+    (sources / "launch" / "old.py").write_text("one\n")
+    git(sources, "init", "-q")
+    git(sources, "add", ".")
+    git(sources, "commit", "-q", "-m", "x")
+    git(sources, "config", "diff.noprefix", "true")
+    (sources / "launch" / "old.py").write_text("one\n\ttwo \n\n")  # which stripping would spoil
+    (sources / "launch" / "new one.py").write_bytes("größer\n".encode())
+    (sources / "binary").write_bytes(bytes(range(256)))
+    monkeypatch.setattr(submit, "MAX_UNTRACKED_BYTES", 1000)
+    (sources / "table.parquet").write_bytes(bytes(1001))
+    patch, left_out = submit.uncommitted(sources / "launch")
+    assert left_out == ["table.parquet"]
+    subprocess.run(["git", "clone", "-q", sources, tmp_path / "again"], check=True)
+    subprocess.run(["git", "-C", tmp_path / "again", "apply", "-"], input=patch, check=True)
+    for name in ("launch/old.py", "launch/new one.py", "binary"):
+        assert (tmp_path / "again" / name).read_bytes() == (sources / name).read_bytes()
+    assert submit.uncommitted(tmp_path) == (b"", [])
+
+
+@pytest.fixture
+def a_scheduler(tmp_path, monkeypatch) -> Path:
+    """An sbatch that writes what it is given, and whether the submission was described before."""
+    (tmp_path / "bin").mkdir()
+    sbatch, said = tmp_path / "bin" / "sbatch", tmp_path / "said"
+    sbatch.write_text(f'#!/bin/bash\necho "$@" > {said}; ls "$(dirname "${{@: -1}}")" >> {said}; echo 4711\n')
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    return said
+
+
+def test_a_submission_is_frozen_before_the_scheduler_hears_of_it(recipe, tmp_path, a_scheduler):
+    run = tmp_path / "run"
+    _, job = submit.submit(Wish(recipe, [], 1, options=("--time=5",)), "test")
+    assert job == "4711"
+    said = a_scheduler.read_text()
+    assert said.startswith("--parsable --time=5 ")  # where they win over the site's SBATCH_TIMELIMIT
+    assert {"environment.json", "job.sbatch", "recipe.yaml", "uncommitted.patch"} <= set(said.split())
+    frozen = yaml.safe_load((run / "slurm" / "submission-1" / "recipe.yaml").read_text())
+    assert frozen["rec"]["train"]["patience"] == load_job(recipe).rec.train.patience, "defaults are written out"
+    assert load_job(run / "slurm" / "submission-1" / "recipe.yaml").rec == load_job(recipe).rec
+    # Numbers are never used again, and are ordered as numbers.
+    for number in (2, 9, 10):
+        (run / "slurm" / f"submission-{number}").mkdir()
+    (run / "slurm" / "submission-2").rmdir()
+    submit.submit(Wish(recipe, [], 1), "test")
+    assert submit.submission_numbers(run) == [1, 9, 10, 11]
+    assert any("submission-11" in line for line in status(run).lines)
+
+
+def test_each_half_of_a_heterogeneous_job_may_have_options_of_its_own(tmp_path, a_scheduler):
+    wish = Wish(alignment(tmp_path), [], 3, 1, True, ("--time=5",), ("--gpus-per-node=2",))
+    script, _ = submit.submit(wish, "test")
+    first, _, second = script.partition("#SBATCH hetjob\n")
+    assert "--time=5" in first
+    assert "--gpus-per-node=2" not in first
+    assert "#SBATCH --time=5\n#SBATCH --gpus-per-node=2\n" in second
+    assert a_scheduler.read_text().startswith("--parsable --time=5 : --time=5 --gpus-per-node=2 ")
+    with pytest.raises(UserError, match="--sbatch-generators needs --het"):
+        submit.submit(Wish(tmp_path / "align.yaml", [], 3, 1, False, (), ("--gpus=2",)), "test")
+
+
+def test_a_finished_or_other_run_is_submitted_again_if_the_user_says_so(recipe, tmp_path, a_scheduler, monkeypatch):
+    train_run(load_job(recipe), "test")
+    other = Wish(recipe, ["rec.train.lr=0.5"], 1)
+    monkeypatch.setenv(RESUME_ANYWAY, "1")
+    with pytest.raises(UserError, match="is finished"):
+        submit.submit(other, "test")
+    (tmp_path / "run" / RESULT).unlink()
+    script, _ = submit.submit(other, "test")
+    assert f"export {RESUME_ANYWAY}=1\n" in script
+    monkeypatch.delenv(RESUME_ANYWAY)
+    (tmp_path / "run" / STOP).touch()
+    with pytest.raises(UserError, match="STOP asks this run to stop: delete it"):
+        submit.submit(Wish(recipe, [], 1), "test")
+    (tmp_path / "run" / STOP).write_text("job 7: warned\n")  # a batch script's, whose node died
+    script, _ = submit.submit(Wish(recipe, [], 1), "test")
+    assert RESUME_ANYWAY not in script
+    submit.submit(other, "test", fresh=True)
+    assert not (tmp_path / "run" / CONFIG).exists()
+    assert submit.submission_numbers(tmp_path / "run") == [1]
 
 
 def test_the_site_of_a_site_is_taken_instead_of_ours(recipe, tmp_path):
