@@ -7,7 +7,7 @@
 # shell writes its job's number into its own file, by which the next attempt tells the two apart.
 #
 # A warning may come while begin still works. Every script starts with a trap that sets EARLY, or the warning would end it.
-set -uo pipefail # not -e: a trap makes wait return more than 128
+set -uo pipefail # not -e: what fails is looked at
 
 # note EVENT [FIELD]: one line in the run's metrics, which `recalign status` reads when the job is long gone. Under a
 # lock, because on NFS two nodes that append at once may write to the same place.
@@ -119,13 +119,11 @@ ranks() {
     --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT" -m "$@"' _ "$@"
 }
 
-# wait_for PID: its exit code, however often a trap interrupts the wait, be it in the moment in which the process ends.
+# wait_for PID: its exit code. Looked for, not waited for: a trap that interrupts wait in the moment in which the process
+# ends makes bash lose the code.
 wait_for() {
-  local code
-  wait "$1"; code=$?
-  while [ $code -gt 128 ] && kill -0 "$1" 2>/dev/null; do wait "$1"; code=$?; done
-  [ $code -le 128 ] || { wait "$1"; code=$?; } # bash remembers how it ended
-  return $code
+  while kill -0 "$1" 2>/dev/null; do sleep 0.5; done
+  wait "$1"
 }
 
 # place: something that changes when the run gets any further: a checkpoint of any stage, samples, results.

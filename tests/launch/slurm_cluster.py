@@ -70,13 +70,17 @@ class Cluster:
             assert time.monotonic() < end, everything(run)
             time.sleep(0.3)
 
-    def finish(self, job: str, run: RunFolder, timeout_s: float = 400) -> None:
-        """Until the job is over, which must be because its run is finished."""
+    def end(self, job: str, run: RunFolder, state: str, timeout_s: float = 400) -> None:
+        """Until the job is over, in this state."""
         end = time.monotonic() + timeout_s
-        while (state := self.state(job)) in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"):
+        while (found := self.state(job)) in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"):
             assert time.monotonic() < end, everything(run)
             time.sleep(0.5)
-        assert state == "COMPLETED", everything(run)
+        assert found == state, everything(run)
+
+    def finish(self, job: str, run: RunFolder, timeout_s: float = 400) -> None:
+        """Until the job is over, which must be because its run is finished."""
+        self.end(job, run, "COMPLETED", timeout_s)
         assert run.result() is not None, everything(run)
 
 
