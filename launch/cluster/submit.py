@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 
 from align.config import MainJob
+from launch.cluster.status import ENVIRONMENT, SUBMISSION, submissions
 from launch.cluster.where import ONE_PROCESS, run_of, stages_of
 from launch.commands import delete_run
 from llm.lmrec_job import LMRecJob, is_recformer
@@ -33,9 +34,7 @@ from rec.runtime.errors import RESUME_ANYWAY, UserError
 from rec.runtime.runfolder import RESULT, RunFolder
 from rec.runtime.stopping import STOP, is_asked_by_a_person
 
-SUBMISSION, RECIPE, SCRIPT, ENVIRONMENT, PATCH = (
-    "submission", "recipe.yaml", "job.sbatch", "environment.json", "uncommitted.patch",
-)  # fmt: skip
+RECIPE, SCRIPT, PATCH = "recipe.yaml", "job.sbatch", "uncommitted.patch"
 # Whatever the user's own settings say.
 DIFF = ("diff", "--binary", "--no-color", "--no-ext-diff", "--src-prefix=a/", "--dst-prefix=b/")
 # A file that no commit has and that is larger is no source; it is named instead.
@@ -84,7 +83,7 @@ def submit(wish: Wish, command: str, dry_run: bool = False, fresh: bool = False)
     # Every default written out, because another version of this program may have others; but how many processes there
     # are is decided by the nodes.
     content = without(job.model_dump(mode="json"), job.placement)
-    before = [] if fresh else submission_numbers(run)
+    before = [] if fresh else [int(path.name.rpartition("-")[2]) for path in submissions(run)]
     folder = run / "slurm" / f"{SUBMISSION}-{1 + max(before, default=0)}"
     # Items that read what was said of them last need one generator, which alone knows.
     alone = content.get("align", {}).get("others") == "newest" if kind == "align" else False
@@ -104,12 +103,6 @@ def submit(wish: Wish, command: str, dry_run: bool = False, fresh: bool = False)
     number = _sbatch(folder / SCRIPT, _site(wish.site), wish)
     files.write_json(folder / ENVIRONMENT, {"job": number, **environment})
     return script, number
-
-
-def submission_numbers(run: Path) -> list[int]:
-    """Of the submissions that a run folder holds."""
-    found = (re.fullmatch(rf"{SUBMISSION}-(\d+)", path.name) for path in (run / "slurm").glob(f"{SUBMISSION}-*"))
-    return sorted(int(name[1]) for name in found if name)
 
 
 def render(wish: Wish, kind: str, recipe: Path, out: Path, one_generator: bool = False) -> str:

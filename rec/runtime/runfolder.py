@@ -146,14 +146,28 @@ class RunFolder:
         path = self.path / RESULT
         return files.read_json(path) if path.exists() else None
 
+    def holders(self) -> list[str]:
+        """Who is at work here, a phrase for each lock that is held; nobody where a file system has no locks."""
+        found = []
+        for path in sorted(self.path.glob(".*.lock")):
+            with path.open() as stream:
+                try:
+                    fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    role = path.name.removeprefix(".").removesuffix(".lock")
+                    found.append(f"its {role} runs as {stream.read().strip() or 'another process'}")
+                except OSError:
+                    return []
+        return found
+
     @contextlib.contextmanager
-    def lock(self, role: str, wait_s: float = 0.0) -> Iterator[None]:
+    def lock(self, role: str, wait_s: float = 1.0) -> Iterator[None]:
         """Hold the only right to be ``role`` in this run; the kernel releases it when the process dies.
 
         Args:
             role: what only one process may be at a time.
-            wait_s: how long to wait for a predecessor to die; DEAD_NODE_S where it belonged to this same SLURM job,
-                which is then its next attempt.
+            wait_s: how long to wait for a predecessor to die, or for somebody to be done looking (``holders``);
+                DEAD_NODE_S where it belonged to this same SLURM job, which is then its next attempt.
 
         Raises:
             UserError: if a living process holds it, naming its process id, host and SLURM job; or if the file system

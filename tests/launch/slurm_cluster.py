@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from launch.cluster.identities import identities
+from rec.runtime.checkpoint import Checkpoints
 from rec.runtime.runfolder import RunFolder
 
 ROOT = Path(__file__).parents[2]
@@ -82,6 +84,15 @@ class Cluster:
         """Until the job is over, which must be because its run is finished."""
         self.end(job, run, "COMPLETED", timeout_s)
         assert run.result() is not None, everything(run)
+
+
+def assert_the_doctor_knows_every_stage(run: RunFolder) -> None:
+    """What every checkpoint of a run was written with is what the doctor would compare it to."""
+    known = identities(run.path)
+    found = [checkpoint for folder in run.path.rglob("checkpoints") for checkpoint in Checkpoints(folder).examine()]
+    assert found
+    for finding in found:
+        assert known[finding.folder.parents[1]].differences(finding.checkpoint.meta) == [], finding.folder
 
 
 def everything(run: RunFolder) -> str:

@@ -11,13 +11,18 @@ import pytest
 import torch
 import yaml
 
+from align.config import MainJob
 from launch.cluster import check, doctor, submit
-from launch.cluster.status import follow, status
+from launch.cluster.identities import identities
+from launch.cluster.status import follow, status, submissions
 from launch.cluster.submit import Wish
 from launch.cluster.where import run_of, stages_of
-from rec.job import load_job
+from llm.lmrec_job import LMRecJob
+from llm.recformer.job import RecformerJob
+from rec.job import RecJob, load_job
+from rec.runtime import files
 from rec.runtime.checkpoint import Checkpoints
-from rec.runtime.config import hash_of
+from rec.runtime.config import build, hash_of
 from rec.runtime.errors import RESUME_ANYWAY, UserError
 from rec.runtime.runfolder import CONFIG, RESULT, RunFolder
 from rec.runtime.stopping import STOP
@@ -163,7 +168,7 @@ def test_a_submission_is_frozen_before_the_scheduler_hears_of_it(recipe, tmp_pat
         (run / "slurm" / f"submission-{number}").mkdir()
     (run / "slurm" / "submission-2").rmdir()
     submit.submit(Wish(recipe, [], 1), "test")
-    assert submit.submission_numbers(run) == [1, 9, 10, 11]
+    assert [path.name.partition("-")[2] for path in submissions(run)] == ["1", "9", "10", "11"]
     assert any("submission-11" in line for line in status(run).lines)
 
 
@@ -197,7 +202,7 @@ def test_a_finished_or_other_run_is_submitted_again_if_the_user_says_so(recipe, 
     assert RESUME_ANYWAY not in script
     submit.submit(other, "test", fresh=True)
     assert not (tmp_path / "run" / CONFIG).exists()
-    assert submit.submission_numbers(tmp_path / "run") == [1]
+    assert [path.name for path in submissions(tmp_path / "run")] == ["submission-1"]
 
 
 def test_the_site_of_a_site_is_taken_instead_of_ours(recipe, tmp_path):
@@ -242,13 +247,48 @@ def note(run: RunFolder, event: str, **more: object) -> None:
     run.log(event, job="7", restart=0, nodes="n[1-2]", **more)
 
 
+def submitted(run: RunFolder, number: int) -> None:
+    facts = {"job": "7", "command": "x", "commit": None, "uncommitted_changes": False, "submitted_at_s": time.time()}
+    files.write_json(run.path / "slurm" / f"submission-{number}" / "environment.json", facts)
+
+
+def test_a_job_that_was_refused_says_nothing_about_the_one_that_runs(tmp_path):
+    run = RunFolder(tmp_path)
+    note(run, "attempt")
+    run.log("failed", job="8", restart=0, code=2)
+    assert status(tmp_path).state == "running"
+    note(run, "failed", code=2)
+    assert status(tmp_path).state == "failed"
+    submitted(run, 1)
+    assert status(tmp_path).state == "submitted", "what failed is over"
+
+
+def test_a_run_whose_locks_are_held_lives_however_long_it_says_nothing(tmp_path):
+    run = RunFolder(tmp_path)
+    note(run, "attempt")
+    later = time.time() + 3600
+    with run.lock("trainer"):
+        found = status(tmp_path, later)
+        assert (found.state, f"its trainer runs as process {os.getpid()} on" in found.sentence) == ("running", True)
+    found = status(tmp_path, later)
+    assert (found.state, "look at its job first (squeue --jobs=7)" in found.sentence) == ("silent", True)
+
+
+def test_the_steps_of_recformers_stages_are_progress_too(tmp_path):
+    run = RunFolder(tmp_path)
+    for event in ("pt_step", "ft1_step"):
+        run.log(event, step=4, epoch=1, loss=2.5)
+        assert any(line.startswith(f"{event}: 5; loss 2.5") for line in status(tmp_path).lines)
+
+
 def test_the_state_of_a_run_is_read_off_its_folder(recipe, tmp_path):
     job = load_job(recipe)
     with pytest.raises(UserError, match="is no run folder"):
         status(tmp_path)
     run = RunFolder(job.run)
     run.claim(job)
-    assert status(run.path, time.time() + 500).state == "submitted"
+    submitted(run, 1)
+    assert status(run.path).state == "submitted", "what waits in the queue does not run, however new its files"
     note(run, "attempt")
     assert status(run.path).state == "running"
     for epoch in range(2):
@@ -291,6 +331,18 @@ def test_logs_are_those_of_the_latest_attempt_and_go_on_until_the_result(tmp_pat
     assert list(lines) == []
 
 
+def test_following_the_logs_of_a_failed_run_ends_and_shows_why_a_newer_job_did_not_start(tmp_path):
+    run = RunFolder(tmp_path)
+    for name in ("logs/job-7-0/train-0.log", "slurm/batch-7.out", "slurm/batch-8.out"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"of {name}\n")
+    os.utime(tmp_path / "slurm" / "batch-7.out", (1, 1))
+    note(run, "attempt")
+    note(run, "failed", code=2)
+    said = list(follow(tmp_path, 5, forever=True))
+    assert [line.partition(":")[0] for line in said] == ["batch-7", "batch-8", "train-0"]
+
+
 def test_the_doctor_says_what_would_be_resumed_and_why(recipe, tmp_path, capsys):
     job = load_job(recipe)
     run = RunFolder(job.run)
@@ -312,9 +364,60 @@ def test_the_doctor_says_what_would_be_resumed_and_why(recipe, tmp_path, capsys)
     assert "step-10: whole, 1 ranks, 1 files" in said
     assert "would be resumed: step-10: the newest that is whole, 1 after it are damaged; of 1 ranks" in said
     assert "left behind by a kill" in said
+    path = run.path / "checkpoints" / "step-10" / "rank-0.pt"
+    path.write_bytes(bytes(path.stat().st_size))
+    (run.path / "checkpoints" / "step-5" / "holiday.jpg").touch()
+    (run.path / "checkpoints" / "step-5" / "zero-universal").mkdir()
+    (run.path / "checkpoints" / "step-5" / "zero-universal" / "x").touch()
+    with run.lock("trainer"):
+        doctor.print_diagnoses(run.path)
+    said = capsys.readouterr().out
+    assert "step-10: damaged: rank-0.pt cannot be read" in said
+    assert "step-5: whole" in said
+    assert "not its own: holiday.jpg\n" in said
+    assert "would be resumed: step-5: the newest that is whole, 2 after it are damaged" in said
+    assert f"in use: its trainer runs as process {os.getpid()}" in said
     checkpoints.save(30, {}, {**meta, "config_hash": "0123"})
     [found] = doctor.diagnose(run.path)
     assert "was written with another recipe (0123, now" in found.verdict
+
+
+PRETRAINING = {
+    "lmrec": {"lmrec": {"context": 48}, "train": {"processes": 2}},
+    "recformer": {"recformer": {"backbone": "x", "pretrain": {}, "finetune": {}}},
+}
+
+
+@pytest.mark.parametrize(
+    ("sections", "folder"),
+    [
+        ({"rec": {**REC, "grid": {"train.lr": [0.1]}}}, "grid/lr=0.1"),
+        ({"llm": PRETRAINING["lmrec"]}, ""),
+        ({"llm": PRETRAINING["recformer"]}, "pretrain"),
+        ({"llm": PRETRAINING["recformer"]}, "finetune/FT2"),
+        ({"align": {}}, ""),
+        ({"align": {"reward_users": 0.5}}, "without-reward-users/base"),
+        ({"align": {}}, "llm"),
+        ({"align": {}}, "control"),
+    ],
+)
+def test_the_doctor_promises_no_resume_that_would_be_refused(small_data, tmp_path, sections, folder):
+    """Of every kind of run and stage; one that lies where a folder is called like a checkpoint."""
+    run = RunFolder(tmp_path / "step-1" / "run")
+    content = {"data": str(small_data.folder), "run": str(run.path), **sections}
+    llm = sections.get("llm", {})
+    kind = RecformerJob if "recformer" in llm else LMRecJob if llm else MainJob if "align" in sections else RecJob
+    run.claim(build(kind, content))
+    identity = identities(run.path)[run.path / folder]
+    data_hash = identity.combine([small_data.meta["content_hash"]])
+    checkpoints = Checkpoints(run.path / folder / "checkpoints", keep_last=9)
+    for step, meta, expected in (
+        (1, {"config_hash": identity.config_hash, "data_hash": data_hash}, "step-1: the newest"),
+        (2, {"config_hash": "0123", "data_hash": data_hash}, "nothing: step-2 was written with another recipe (0123"),
+        (3, {"config_hash": identity.config_hash, "data_hash": "0123"}, "nothing: step-3 was written with other data"),
+    ):
+        checkpoints.save(step, {}, meta)
+        assert doctor.diagnose(run.path)[-1].verdict.startswith(expected)
 
 
 # --- an allocation ---

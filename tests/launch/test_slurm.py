@@ -23,7 +23,7 @@ from pyarrow import parquet
 sys.path += [str(Path(__file__).parents[1] / "llm"), str(Path(__file__).parents[1] / "llm" / "recformer")]
 import pretraining
 from backbones import save_bert
-from slurm_cluster import PATH, Cluster, everything, started
+from slurm_cluster import PATH, Cluster, assert_the_doctor_knows_every_stage, everything, started
 from tiny_job import RECIPE, ROOT, STEPS, assert_no_sample_lost_or_repeated, final_weights
 from tiny_recformer import write_recipe
 
@@ -140,6 +140,7 @@ def test_two_nodes_train_one_generates_and_the_folder_tells_it(cluster, finished
     assert environment["packages"]["torch"] == torch.__version__
     assert yaml.safe_load((submission / "recipe.yaml").read_text())["run"] == str(finished.path)
 
+    assert_the_doctor_knows_every_stage(finished)
     said = cluster.recalign("status", finished.path)
     assert said.startswith(f"{finished.path}: finished")
     assert f"as job {attempt['job']} by 'recalign submit" in said
@@ -315,6 +316,7 @@ def test_lmrec_goes_on_bit_for_bit_on_two_nodes_after_a_warning_that_came_before
     assert [row["event"] for row in run.events() if "job" in row] == [
         "attempt", "warned", "requeued", "attempt", "finished",
     ]  # fmt: skip
+    assert_the_doctor_knows_every_stage(run)
     whole, warned = (pretraining.final(run.path) for _, run in jobs.values())
     assert all(torch.equal(value, warned[name]) for name, value in whole.items())
 
@@ -326,6 +328,7 @@ def test_recformers_stages_follow_one_another_on_the_nodes_that_there_are(cluste
     run = RunFolder(tmp_path / "run")
     cluster.finish(cluster.submit(recipe, "--nodes", "2"), run)
     assert [row["stage"] for row in run.result()["rows"]] == ["PT", "FT1", "FT2"]
+    assert_the_doctor_knows_every_stage(run)
     assert read_recipe(run.path / CONFIG)["llm"]["recformer"]["processes"] == 2
 
 
