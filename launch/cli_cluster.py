@@ -18,6 +18,7 @@ examples:
   salloc --nodes 2 recalign check --folder /scratch/runs
   recalign check                    # this machine alone
 """)  # fmt: skip
+    check.add_argument("--site", type=Path, help="site settings (default: launch/slurm/site.sh)")
     check.add_argument("--folder", type=Path, default=Path(), help="where runs are to live (default: here)")
 
     status = add_command(commands, "status", _status, "say what a run is doing, from its files alone", """\
@@ -129,7 +130,7 @@ def _doctor(arguments: argparse.Namespace) -> None:
 def _check(arguments: argparse.Namespace) -> None:
     from launch.cluster.check import start
 
-    sys.exit(start(arguments.folder))
+    sys.exit(start(arguments.folder, arguments.site))
 
 
 def _plan(arguments: argparse.Namespace) -> None:

@@ -23,7 +23,7 @@ import yaml
 
 from align.config import MainJob
 from launch.cluster.status import ENVIRONMENT, SUBMISSION, submissions
-from launch.cluster.where import ONE_PROCESS, run_of, stages_of
+from launch.cluster.where import ONE_PROCESS, run_of, site_file, stages_of
 from launch.commands import delete_run
 from llm.lmrec_job import LMRecJob, is_recformer
 from llm.recformer.job import RecformerJob
@@ -100,7 +100,7 @@ def submit(wish: Wish, command: str, dry_run: bool = False, fresh: bool = False)
     files.write_bytes(folder / PATCH, patch)
     environment = {**describe_environment(command), "untracked_and_too_large": left_out}
     files.write_json(folder / ENVIRONMENT, {"job": None, **environment})
-    number = _sbatch(folder / SCRIPT, _site(wish.site), wish)
+    number = _sbatch(folder / SCRIPT, site_file(wish.site), wish)
     files.write_json(folder / ENVIRONMENT, {"job": number, **environment})
     return script, number
 
@@ -130,7 +130,7 @@ def render(wish: Wish, kind: str, recipe: Path, out: Path, one_generator: bool =
         settings += "GENERATORS=1\n"
 
     def included(found: re.Match) -> str:
-        given = _site(wish.site).read_text(encoding="utf-8") if found[1] == "site.sh" else None
+        given = site_file(wish.site).read_text(encoding="utf-8") if found[1] == "site.sh" else None
         return f"# --- {found[1]} ---\n" + (given or resources.files("launch.slurm").joinpath(found[1]).read_text())
 
     body = SOURCE.sub(included, begin + body).replace('begin "$@"', f'set -- {shlex.quote(str(recipe))}\nbegin "$@"')
@@ -197,15 +197,6 @@ def _check_nodes(wish: Wish, kind: str) -> None:
         raise UserError(f"--generator-nodes {wish.generator_nodes} leaves none of {wish.nodes} nodes to train on")
     if not wish.generator_nodes and (wish.nodes > 1 or wish.heterogeneous):
         raise UserError(f"--generator-nodes 0 divides one node, not {wish.nodes}; a heterogeneous job has one at least")
-
-
-def _site(given: Path | None) -> Path:
-    path = given or Path("launch/slurm/site.sh")
-    if given is None and not path.is_file():
-        return Path(str(resources.files("launch.slurm").joinpath("site.sh")))
-    if not path.is_file():
-        raise UserError(f"site settings not found: {path}")
-    return path
 
 
 def _sbatch(script: Path, site: Path, wish: Wish) -> str:

@@ -24,6 +24,7 @@ from rec.runtime import files
 from rec.runtime.checkpoint import Checkpoints
 from rec.runtime.config import build, hash_of
 from rec.runtime.errors import RESUME_ANYWAY, UserError
+from rec.runtime.ranks import Ranks
 from rec.runtime.runfolder import CONFIG, RESULT, RunFolder
 from rec.runtime.stopping import STOP
 from rec.train import run as train_run
@@ -458,6 +459,39 @@ def test_a_slow_network_and_other_versions_are_named(tmp_path):
     old = measured(versions=measured()["versions"] | {"torch": "2.4.0"})
     [pins] = [result for result in check.judge([old], tmp_path) if not result.fine]
     assert (pins.name, "torch 2.4.0, tested with" in pins.found) == ("pins", True)
+
+
+class LooksFirst(Ranks):
+    """A rank whose file system remembers, as NFS does, that something was not there when it looked."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(0, 1)
+        object.__setattr__(self, "seen", [])
+        object.__setattr__(self, "folder", folder)
+
+    def barrier(self):
+        self.seen.append((self.folder / "renamed").exists())
+
+
+def test_the_rename_is_looked_for_before_it_happens(tmp_path, monkeypatch):
+    looked, is_file = [], Path.is_file
+
+    def look(path):
+        looked.append((path.name, is_file(path)))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", look)
+    ranks = LooksFirst(tmp_path)
+    assert check.probe.rename_visible_s(tmp_path, ranks) < 30
+    assert looked == [("content", False), ("content", True)]
+    assert ranks.seen == [False, False, True]
+
+
+def test_the_address_is_that_of_the_sites_interface(monkeypatch):
+    monkeypatch.setenv("RECALIGN_INTERFACE", "lo")
+    assert check.probe.own_address() == "127.0.0.1"
+    monkeypatch.setenv("RECALIGN_INTERFACE", "none0")
+    assert check.probe.own_address() is None
 
 
 @pytest.mark.distributed
