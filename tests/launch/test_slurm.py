@@ -65,12 +65,11 @@ def failing(cluster: Cluster, small_data, tmp_path_factory) -> dict[str, tuple[s
     jobs = {}
     for name in ("mistake", "bug"):
         folder = tmp_path_factory.mktemp(name)
-        data = folder / "data"
-        if name == "bug":  # which is not the user's, as far as anybody can tell
-            shutil.copytree(small_data.folder, data)
-            for path in data.glob("*.parquet"):
-                path.write_bytes(path.read_bytes()[:-9])
-        jobs[name] = cluster.submit(recommender(folder, data), "--nodes", "1"), RunFolder(folder / "run")
+        run, data = RunFolder(folder / "run"), folder / "none"
+        if name == "bug":  # it dies of its first checkpoint
+            (run.path / "checkpoints").touch()
+            data = small_data.folder
+        jobs[name] = cluster.submit(recommender(folder, data), "--nodes", "1"), run
     return jobs
 
 
@@ -267,7 +266,7 @@ def test_a_second_job_is_refused_and_a_persons_stop_is_not_a_warning(cluster, sm
     second = cluster.submit(recipe, "--nodes", "1")
     cluster.end(second, run, "FAILED")
     [attempt] = run.events("attempt")
-    owner = f"its job runs as process {attempt['pid']} on {os.uname().nodename} in SLURM job {job}"
+    owner = f"its job runs as process {attempt['pid']} on {attempt['nodes']} in SLURM job {job}"
     assert owner in (run.path / "slurm" / f"batch-{second}.out").read_text()
     assert cluster.state(job) == "RUNNING"
     assert {row["job"] for row in run.events() if "job" in row} == {job}
