@@ -13,7 +13,8 @@ Invariants:
 - Old checkpoints are deleted only after the new one is in place, and never those of every ``keep_every``-th step.
 
 Saving is synchronous. ``recalign plan`` says what share of the time it takes; writing behind training's back would buy
-that, for a second copy of every state in memory and a checkpoint that may yet fail when training has gone on.
+part of that, for a second copy of every state in memory and a checkpoint that may yet fail when training has gone on
+(docs/cluster.md has the figures).
 
 accelerate's ``save_state`` and DeepSpeed's ``latest`` file have none of these properties, which is why both are
 used only through the ``write`` callback below.
