@@ -241,6 +241,14 @@ def test_a_generator_that_is_killed_is_started_again_beside_the_trainer(cluster,
     assert_equals_its_replay(run, tmp_path)
 
 
+def test_generators_of_a_heterogeneous_job_are_counted_on_their_own_nodes(cluster, tmp_path):
+    text = (ROOT / "launch" / "slurm" / "align-het.sbatch").read_text()
+    script, out = tmp_path / "count.sbatch", tmp_path / "out"
+    script.write_text(text.replace('begin "$@"', "nodes").replace('\nalign "$@"', '\necho "$PER_NODE $GENERATORS"'))
+    cluster.run("sbatch", "--wait", f"--output={out}", "--gpus-per-node=1", ":", "--gpus-per-node=2", script)
+    assert out.read_text() == "1 2\n"
+
+
 HETEROGENEOUS = (*ALIGNMENT, "--het", "--sbatch=--gpus-per-node=1", "--sbatch-generators=--gpus-per-node=2")
 
 

@@ -116,3 +116,11 @@ def test_knowledge_that_tells_the_next_item_helps(small_data, tmp_path):
     model = train(build_model(CONFIG, small_data, items), small_data, CONFIG, RunFolder(tmp_path), "test")
     assert model.items.fuse.weight[:, 16:].abs().max() > 1e-3
     assert evaluate(model, small_data, "test", CONFIG.evaluate)["HR@10"] > 0.6
+
+
+def test_as_many_checkpoints_stay_as_the_recipe_says_and_some_for_good(small_data, tmp_path):
+    few = {"batch_size": 8, "epochs": 4, "checkpoint_every": 1, "keep_checkpoints": 2, "keep_checkpoint_every": 20}
+    config = build(RecConfig, {"model": {"dim": 16, "heads": 2, "blocks": 1, "max_length": 8}, "train": few})
+    train(build_model(config, small_data), small_data, config, RunFolder(tmp_path), "x")
+    steps = [found.step for found in Checkpoints(tmp_path / "checkpoints").examine()]
+    assert steps == [40, 30, 20]
