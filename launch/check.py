@@ -1,10 +1,7 @@
 """Every mistake in the recipe of a main job that can be seen without training anything."""
 
-import torch
-
 from align.config import MainJob
 from align.order import set_aside
-from launch import supervise
 from llm.engine import check_adaptable, check_head_dim, check_model
 from llm.pretrain import make_tokenizer
 from llm.prompts import item_texts, prompt_tokens, require_column
@@ -44,9 +41,6 @@ def check(job: MainJob, data: Prepared) -> None:
         )
     for column in job.align.watch:
         require_column(data.items, column, "align.watch")
-    if torch.cuda.is_available():
-        supervise.gpu_split(job)
-    supervise.cpu_split(job)
     if job.llm.encoder.model != "llm":
         load_tokenizer(job.llm.encoder.model)
 

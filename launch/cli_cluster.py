@@ -6,7 +6,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from launch.commands import add_command
+from launch.commands import add_command, add_run_options
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
@@ -18,6 +18,7 @@ examples:
   salloc --nodes 2 recalign check --folder /scratch/runs
   recalign check                    # this machine alone
 """)  # fmt: skip
+    check.add_argument("--site", type=Path, help="site settings (default: launch/slurm/site.sh)")
     check.add_argument("--folder", type=Path, default=Path(), help="where runs are to live (default: here)")
 
     status = add_command(commands, "status", _status, "say what a run is doing, from its files alone", """\
@@ -50,11 +51,12 @@ examples:
 The script, the resolved recipe, the commit and the packages are kept in RUN/slurm/submission-N.
 """)  # fmt: skip
     submit.add_argument("recipe", type=Path, help="YAML recipe, or the config.yaml of a run folder")
-    submit.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the recipe")
+    add_run_options(submit)
     submit.add_argument("--nodes", type=int, default=1, help="nodes of the whole job (default: 1)")
     submit.add_argument("--generator-nodes", type=int, metavar="M", help="of these, for generators (alignment)")
     submit.add_argument("--het", action="store_true", help="alignment as a heterogeneous job")
     submit.add_argument("--sbatch", default="", metavar="OPTIONS", help="more options of sbatch, in one argument")
+    submit.add_argument("--sbatch-generators", default="", metavar="OPTIONS", help="of the generators alone (--het)")
     submit.add_argument("--site", type=Path, help="site settings (default: launch/slurm/site.sh)")
     submit.add_argument("--dry-run", action="store_true", help="print the script, submit and write nothing")
 
@@ -84,6 +86,7 @@ examples:
 
 def _submit(arguments: argparse.Namespace) -> None:
     from launch.cluster.submit import Wish, submit
+    from launch.cluster.where import run_of
 
     wish = Wish(
         arguments.recipe,
@@ -92,15 +95,14 @@ def _submit(arguments: argparse.Namespace) -> None:
         arguments.generator_nodes,
         arguments.het,
         tuple(shlex.split(arguments.sbatch)),
+        tuple(shlex.split(arguments.sbatch_generators)),
         arguments.site,
     )
-    script, job = submit(wish, shlex.join(["recalign", *sys.argv[1:]]), arguments.dry_run)
+    run = run_of(arguments.recipe, arguments.overrides)
+    script, job = submit(wish, shlex.join(["recalign", *sys.argv[1:]]), arguments.dry_run, arguments.fresh)
     if job is None:
         sys.stdout.write(script)
         return
-    from launch.cluster.where import run_of
-
-    run = run_of(arguments.recipe, arguments.overrides)
     sys.stdout.write(f"Submitted job {job}\n  recalign status {run}\n  recalign logs {run} -f\n")
 
 
@@ -128,7 +130,7 @@ def _doctor(arguments: argparse.Namespace) -> None:
 def _check(arguments: argparse.Namespace) -> None:
     from launch.cluster.check import start
 
-    sys.exit(start(arguments.folder))
+    sys.exit(start(arguments.folder, arguments.site))
 
 
 def _plan(arguments: argparse.Namespace) -> None:

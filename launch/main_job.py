@@ -64,6 +64,8 @@ class MainJobRun:
             if finished is not None:
                 log.info("%s is finished; --fresh starts over", self.run.path)
                 return finished
+            if not (stop_before_alignment or self._is_aligned()):
+                supervise.check_devices(self.job)
             stages: list[tuple[str, Callable[[], None]]] = [
                 ("Prepare the data", self.prepare),
                 ("Train the base recommender", self.train_base),

@@ -190,6 +190,17 @@ def _generator(job: MainJob, number: int) -> Child:
     return Child(name, command, environment, job.run / "logs" / f"{name}.log", place, cpu_split(job)[1])
 
 
+def check_devices(job: MainJob) -> None:
+    """Whether trainer and generators have room on this machine, before anything is trained for them.
+
+    Raises:
+        UserError: what ``gpu_split`` and ``cpu_split`` raise.
+    """
+    if torch.cuda.is_available():
+        gpu_split(job)
+    cpu_split(job)
+
+
 def cpu_split(job: MainJob) -> tuple[set[int] | None, set[int] | None]:
     """Cores of the trainer and of the generator, out of those that this process may use; None where they share them.
 

@@ -46,7 +46,8 @@ def make_universal(saved: Path, tag: str, ranks: Ranks) -> Path:
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            problem = f"DeepSpeed cannot convert {saved / tag}: {done.stderr.strip().splitlines()[-1]}"
+            said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            problem = f"DeepSpeed cannot convert {saved / tag}: {said[-1]}"
         else:
             files.publish_folder(temporary, final)
             log.info("%s converted for another number of ranks in %.0f s", saved, time.monotonic() - begin)

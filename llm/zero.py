@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,9 @@ from llm.lmrec_job import LMRecTrainConfig
 from llm.resharding import restore
 from llm.update import Part, parameter_groups, set_learning_rate
 from rec.runtime.checkpoint import Checkpoint
+from rec.runtime.ranks import timeout
 
-TAG, TIMEOUT = "engine", timedelta(hours=2)
+TAG = "engine"
 
 
 def deepspeed_config(train: LMRecTrainConfig) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def start_group(train: LMRecTrainConfig) -> None:
     use_own_ninja()
     # Named on CPU: without it every process would believe that it is alone.
     backend = {} if torch.cuda.is_available() else {"backend": "gloo"}
-    state = PartialState(timeout=TIMEOUT, **backend)
+    state = PartialState(timeout=timeout(), **backend)
     require_processes("llm.train.processes", train.processes, state.num_processes)
 
 

@@ -43,7 +43,8 @@ def run(job: RecJob, command: str) -> dict[str, Any]:
         The content of ``result.json``.
     """
     ranks, folder = Ranks.current(), RunFolder(job.run)
-    with folder.lock("trainer") if ranks.is_first else contextlib.nullcontext():
+    # A predecessor that is being killed may hold the lock a little longer.
+    with folder.lock("trainer", wait_s=30) if ranks.is_first else contextlib.nullcontext():
         result = None
         if ranks.is_first:
             folder.claim(job)

@@ -1,13 +1,17 @@
 """The house rules that a machine can check."""
 
+import argparse
 import ast
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
-from align.config import MainJob, TrainerConfig
+from align.config import MainJob, TrainerConfig, load_job
 from align.policy import deepspeed_config
 from llm.lmrec_job import LMRecJob
 from llm.probe import ProbeJob
@@ -90,10 +94,52 @@ def test_every_accelerate_file_starts_deepspeed_and_with_its_command(path):
     assert not content["deepspeed_config"].keys() & {"zero_stage", "deepspeed_config_file", "gradient_clipping"}
 
 
+def started_by(command: str, folder: Path) -> tuple[argparse.Namespace, MainJob]:
+    """What accelerate's launcher makes of a documented command, and the recipe that its ranks would read."""
+    values = {"RUN": str(folder), "N": "2", "RANK": "1", "HEAD": "10.0.0.1", "((8 * N))": "16"}
+    command = re.sub(r"\$(\(\(8 \* N\)\)|\w+)|\bRUN\b", lambda found: values[found[1] or found[0]], command)
+    words = shlex.split(command)
+    begin = words.index("launch") + 1
+    arguments = launch_command_parser().parse_args(words[begin:])
+    _validate_launch_command(arguments)
+    assert arguments.training_script == "align.trainer"
+    assert arguments.module
+    assert arguments.training_script_args[0] == "--config"
+    (folder / "config.yaml").write_text(f"data: x\nrun: {folder}\n")
+    return arguments, load_job(Path(arguments.training_script_args[1]), arguments.training_script_args[2:])
+
+
+STAGES = ((1, False), (2, False), (3, False), (3, True))
+
+
+@pytest.mark.parametrize(("stage", "offload"), STAGES)
+@pytest.mark.parametrize("name", ["cpu", "gpu", "multi-node"])
+def test_the_command_of_every_accelerate_file_starts_every_zero_stage(tmp_path, name, stage, offload):
+    text = (ROOT / "launch" / "accelerate" / f"{name}.yaml").read_text()
+    lines = [
+        line.removeprefix("#").strip().removesuffix("\\") for line in text.partition("# The ZeRO stage")[0].splitlines()
+    ]
+    command = " ".join(lines[next(nth for nth, line in enumerate(lines) if "accelerate launch" in line) :])
+    given = f"{command} align.trainer.zero_stage={stage} align.trainer.offload={str(offload).lower()}"
+    arguments, job = started_by(given, tmp_path)
+    assert arguments.use_deepspeed
+    assert arguments.deepspeed_multinode_launcher == "standard"
+    assert arguments.num_machines == (2 if name == "multi-node" else 1)
+    assert deepspeed_config(job.align.trainer)["zero_optimization"]["stage"] == stage
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.name)
+def test_the_command_of_every_deepspeed_file_uses_it(tmp_path, path):
+    content = json.loads(path.read_text())
+    arguments, job = started_by(content["_comment"], tmp_path)
+    assert arguments.num_processes == job.align.trainer.processes == 2
+    assert deepspeed_config(job.align.trainer)["zero_optimization"] == content["zero_optimization"]
+
+
 def test_every_way_to_shard_has_its_deepspeed_file():
     names = {path.stem for path in (ROOT / "ds_configs").glob("*.json")}
     assert names == {"zero1", "zero2", "zero3", "zero3_offload"}
-    for stage, offload in ((1, False), (2, False), (3, False), (3, True)):
+    for stage, offload in STAGES:
         content = deepspeed_config(TrainerConfig(zero_stage=stage, offload=offload, clip_norm=0.5))
         assert content["zero_optimization"]["stage"] == stage
         assert ("offload_optimizer" in content["zero_optimization"]) == offload

@@ -6,6 +6,7 @@ what to mend. ``accelerate launch … -m launch.cluster.check`` does the same wh
 
 import argparse
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from launch.cluster import probe
+from launch.cluster.where import site_file
 from rec.runtime.errors import UserError
 from rec.runtime.logs import run_main
 from rec.runtime.ranks import Ranks
@@ -52,29 +55,29 @@ class Result:
     fine: bool
 
 
-def start(folder: Path) -> int:
+def start(folder: Path, site: Path | None = None) -> int:
     """Check from a shell: on every node of the allocation that this is in, or on this machine; the exit code.
 
+    Args:
+        folder: where runs are to live.
+        site: the file of site settings, which decide about container and network; None takes the usual one.
+
     Raises:
-        UserError: if there is no such folder here, or srun cannot start anything.
+        UserError: if there is no such folder or file here, or no srun.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: where are runs to live? --folder")
-    own = [sys.executable, "-m", "launch.cluster.check", "--folder", str(folder.absolute())]
     if "SLURM_JOB_ID" not in os.environ:
+        own = [sys.executable, "-m", "launch.cluster.check", "--folder", str(folder.absolute())]
         return subprocess.run(own, check=False).returncode
     if shutil.which("srun") is None:
         raise UserError("this is a SLURM job without srun: check from the batch script, not from inside a container")
-    nodes = os.environ.get("SLURM_JOB_NUM_NODES") or os.environ["SLURM_NNODES"]
-    srun = ["srun", "--overlap", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit"]
-    head = subprocess.run(
-        [*srun[:2], "--nodes=1", "--ntasks=1", "hostname", "--ip-address"], capture_output=True, text=True, check=False
-    )
-    if head.returncode or not head.stdout.split():
-        raise UserError(f"srun: {' '.join(head.stderr.split()) or 'the first node has no address'}")
-    port = 20000 + int(os.environ["SLURM_JOB_ID"]) % 20000
-    group = {"MASTER_ADDR": head.stdout.split()[0], "MASTER_PORT": str(port)}
-    return subprocess.run([*srun, *own], env={**os.environ, **group}, check=False).returncode
+    scripts = resources.files("launch.slurm")
+    sources = [str(site_file(site)), *(str(scripts.joinpath(name)) for name in ("lib.sh", "check.sh"))]
+    line = "; ".join(f"source {shlex.quote(path)}" for path in sources)
+    environment = {"RECALIGN_PYTHON": sys.executable, **os.environ}
+    command = ["bash", "-c", f"set -- {shlex.quote(str(folder.absolute()))}; {line}"]
+    return subprocess.run(command, env=environment, check=False).returncode
 
 
 def measure(folder: Path) -> list[dict[str, Any]] | None:
@@ -89,12 +92,12 @@ def measure(folder: Path) -> list[dict[str, Any]] | None:
     try:
         found = probe.facts()
         found["sees_the_folder"] = probe.rename_visible_s(place, ranks)
-        if all(_gathered(found["sees_the_folder"] is not None, ranks)):
+        if all(ranks.gather(found["sees_the_folder"] is not None)):
             found["locks_reach"] = probe.locks_reach(place, ranks)
             found["write_mb_per_s"] = probe.write_mb_per_s(place, ranks)
         found["skew_s"] = probe.clock_skews_s(ranks)[ranks.rank]
         found["all_reduce_gb_per_s"] = probe.all_reduce_gb_per_s(ranks)
-        everybody = _gathered(found, ranks)
+        everybody = ranks.gather(found)
     finally:
         ranks.barrier()
         if ranks.is_first:
@@ -155,14 +158,6 @@ def _brief(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(f"{n} x {name}" for name, n in Counter(value).items()) or "none"
     return str(value)
-
-
-def _gathered(value: Any, ranks: Ranks) -> list[Any]:
-    if ranks.size == 1:
-        return [value]
-    everybody: list[Any] = [None] * ranks.size
-    dist.all_gather_object(everybody, value)
-    return everybody
 
 
 def _join_group() -> None:

@@ -3,19 +3,17 @@
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from align.config import MainJob, Stages
 from align.snapshots import SnapshotStore
-from rec.data.builtin import BUILTIN
-from rec.data.prepared import META
-from rec.job import RecJob
+from launch.cluster.identities import Identity, identities
+from llm.resharding import UNIVERSAL
 from rec.runtime import files
-from rec.runtime.checkpoint import Checkpoints, Finding
-from rec.runtime.config import build, hash_of, read_recipe
+from rec.runtime.checkpoint import MANIFEST, Checkpoints, Finding
 from rec.runtime.errors import UserError
-from rec.runtime.runfolder import CONFIG, RESULT, is_run_config
+from rec.runtime.runfolder import CONFIG, RESULT, RunFolder, is_run_config
 from rec.runtime.stopping import STOP
 from rec.trainer import FINISHED
 
@@ -37,12 +35,17 @@ def diagnose(run: Path) -> list[Diagnosis]:
     """
     if not is_run_config(run / CONFIG):
         raise UserError(f"{run} is no run folder (no {CONFIG} that a run wrote)")
-    folders = [run / "checkpoints", *sorted(path for path in run.glob("*/**/checkpoints") if "step-" not in str(path))]
-    return [_diagnosis(run, folder) for folder in folders if folder.is_dir() or folder.parent == run]
+    inner = (path for path in run.glob("*/**/checkpoints") if "step-" not in str(path.relative_to(run)))
+    folders, known = [run / "checkpoints", *sorted(inner)], identities(run)
+    return [
+        _diagnosis(run, folder, known.get(folder.parent))
+        for folder in folders
+        if folder.is_dir() or folder.parent == run
+    ]
 
 
-def _diagnosis(run: Path, folder: Path) -> Diagnosis:
-    findings = list(Checkpoints(folder).examine())
+def _diagnosis(run: Path, folder: Path, identity: Identity | None) -> Diagnosis:
+    findings = [_read(found) for found in Checkpoints(folder).examine()]
     is_done = (folder.parent / FINISHED).exists() or (run / RESULT).exists()
     newest = next((found.checkpoint for found in findings if found.checkpoint), None)
     if is_done:
@@ -52,7 +55,7 @@ def _diagnosis(run: Path, folder: Path) -> Diagnosis:
         return Diagnosis(folder, findings, f"nothing, it begins at the beginning: {why}")
     damaged = [found for found in findings if found.step > newest.step]
     why = "the newest" if not damaged else f"the newest that is whole, {len(damaged)} after it are damaged"
-    differs = _differences(run, newest.meta) if folder.parent == run else []
+    differs = identity.differences(newest.meta) if identity else []
     if differs:
         return Diagnosis(folder, findings, f"nothing: step-{newest.step} was written with {' and '.join(differs)}")
     return Diagnosis(
@@ -60,30 +63,16 @@ def _diagnosis(run: Path, folder: Path) -> Diagnosis:
     )
 
 
-def _differences(run: Path, meta: dict[str, str]) -> list[str]:
-    """What of a checkpoint's recipe and data is another now."""
-    content = read_recipe(run / CONFIG)
-    if "align" in content:
-        job = build(MainJob, content)
-        now, data = job.identity, Stages(run).data_folder(job.data)
-    elif "llm" not in content:
-        job = build(RecJob, content)
-        now, data = hash_of(job.rec), run / "data" if job.data in BUILTIN else Path(job.data)
-    else:
-        return []
-    found = []
-    if "config_hash" in meta and meta["config_hash"] != now:
-        found.append(f"another recipe ({meta['config_hash']}, now {now})")
-    if not (data / META).is_file():
-        return [*found, f"data that is gone ({data})"]
-    content_hash = files.read_json(data / META).get("content_hash")
-    if "data_hash" in meta and meta["data_hash"] != content_hash:
-        found.append(f"other data ({meta['data_hash']}, now {content_hash} in {data})")
-    return found
+def _read(found: Finding) -> Finding:
+    """The same after its contents were read, as a job does before it resumes."""
+    problem = found.checkpoint.damage() if found.checkpoint else None
+    return replace(found, checkpoint=None, problem=problem) if problem else found
 
 
 def further_remarks(run: Path) -> Iterator[str]:
     """What else would matter to a job that starts now."""
+    for holder in RunFolder(run).holders():
+        yield f"in use: {holder}; a second job would be refused"
     if (run / STOP).exists():
         yield f"{run / STOP} is there: a job that is started by hand would stop at once; delete it"
     left = [path for path in run.rglob(f"{files.TEMPORARY_PREFIX}*") if path.is_dir()]
@@ -114,8 +103,18 @@ def print_diagnoses(run: Path) -> None:
 def _described(found: Finding) -> str:
     if found.checkpoint is None:
         return f"damaged: {found.problem}"
-    described = files.read_json(found.folder / "manifest.json")["files"]
+    described = files.read_json(found.folder / MANIFEST)["files"]
     size = sum(facts["bytes"] for facts in described.values())
     age_min = (time.time() - found.folder.stat().st_mtime) / 60
     ranks = found.checkpoint.world_size
-    return f"whole, {ranks} ranks, {len(described)} files, {size / 2**20:,.1f} MiB, written {age_min:,.0f} minutes ago"
+    foreign = _foreign(found.folder, described)
+    return (
+        f"whole, {ranks} ranks, {len(described)} files, {size / 2**20:,.1f} MiB, written {age_min:,.0f} minutes ago"
+        + (f"; not its own: {', '.join(foreign)}" if foreign else "")
+    )
+
+
+def _foreign(folder: Path, described: dict[str, Any]) -> list[str]:
+    """Files that no save wrote; what was converted for another number of ranks is no stranger."""
+    there = set(files.describe_files(folder, hashes=False)) - set(described) - {MANIFEST}
+    return sorted(name for name in there if not Path(name).parts[0].endswith(f"-{UNIVERSAL}"))

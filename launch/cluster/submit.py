@@ -1,8 +1,8 @@
 """``recalign submit``: render one of ``launch/slurm/*.sbatch`` for a recipe, freeze what it runs, and hand it to SLURM.
 
 Every submission leaves ``RUN/slurm/submission-N`` behind: the resolved recipe that the job reads, the script, the
-commit, what was changed since, and the packages. The job starts from these, so editing the recipe afterwards changes
-nothing.
+commit, what was changed since as a patch for ``git apply``, and the packages. The job starts from these, so editing the
+recipe afterwards changes nothing.
 """
 
 import importlib.metadata
@@ -22,18 +22,23 @@ from typing import Any
 import yaml
 
 from align.config import MainJob
-from launch.cluster.where import ONE_PROCESS, run_of, stages_of
+from launch.cluster.status import ENVIRONMENT, SUBMISSION, submissions
+from launch.cluster.where import ONE_PROCESS, run_of, site_file, stages_of
+from launch.commands import delete_run
 from llm.lmrec_job import LMRecJob, is_recformer
 from llm.recformer.job import RecformerJob
 from rec.job import RecJob
 from rec.runtime import files
 from rec.runtime.config import Section, apply_overrides, build, read_recipe, without
-from rec.runtime.errors import UserError
+from rec.runtime.errors import RESUME_ANYWAY, UserError
 from rec.runtime.runfolder import RESULT, RunFolder
+from rec.runtime.stopping import STOP, is_asked_by_a_person
 
-SUBMISSION, RECIPE, SCRIPT, ENVIRONMENT, PATCH = (
-    "submission", "recipe.yaml", "job.sbatch", "environment.json", "uncommitted.patch",
-)  # fmt: skip
+RECIPE, SCRIPT, PATCH = "recipe.yaml", "job.sbatch", "uncommitted.patch"
+# Whatever the user's own settings say.
+DIFF = ("diff", "--binary", "--no-color", "--no-ext-diff", "--src-prefix=a/", "--dst-prefix=b/")
+# A file that no commit has and that is larger is no source; it is named instead.
+MAX_UNTRACKED_BYTES = 2**20
 SOURCE = re.compile(r"^source launch/slurm/(\S+)$", re.MULTILINE)
 
 
@@ -47,7 +52,8 @@ class Wish:
         nodes: of the whole job.
         generator_nodes: of these, for alignment; 0 on one node divides that node.
         heterogeneous: trainer and generators as two components of a heterogeneous job.
-        options: further options of sbatch, e.g. ``--time=12:00:00``.
+        options: further options of sbatch, e.g. ``--time=12:00:00``, for both components.
+        generator_options: still further ones, of the generators' component alone.
         site: the file of site settings; None takes ``launch/slurm/site.sh`` here, or the one that came along.
     """
 
@@ -57,22 +63,28 @@ class Wish:
     generator_nodes: int | None = None
     heterogeneous: bool = False
     options: tuple[str, ...] = ()
+    generator_options: tuple[str, ...] = ()
     site: Path | None = None
 
 
-def submit(wish: Wish, command: str, dry_run: bool = False) -> tuple[str, str | None]:
+def submit(wish: Wish, command: str, dry_run: bool = False, fresh: bool = False) -> tuple[str, str | None]:
     """Freeze and submit; the script, and the job's number, None of a dry run, which writes nothing.
+
+    With ``fresh`` the run folder is deleted first.
 
     Raises:
         UserError: on a mistake in the recipe, on nodes that do not fit it, or if SLURM refuses or is not here.
     """
-    content, kind = _resolved(wish)
-    run = Path(content["run"])
+    job, kind = _resolved(wish)
+    run = Path(job.run)
     _check_nodes(wish, kind)
-    if (run / RESULT).exists():
-        raise UserError(f"{run} is finished: there is nothing to submit; take another run folder (run=...)")
-    number = len(list((run / "slurm").glob(f"{SUBMISSION}-*"))) + 1
-    folder = run / "slurm" / f"{SUBMISSION}-{number}"
+    if not fresh:
+        _check_run(run, job)
+    # Every default written out, because another version of this program may have others; but how many processes there
+    # are is decided by the nodes.
+    content = without(job.model_dump(mode="json"), job.placement)
+    before = [] if fresh else [int(path.name.rpartition("-")[2]) for path in submissions(run)]
+    folder = run / "slurm" / f"{SUBMISSION}-{1 + max(before, default=0)}"
     # Items that read what was said of them last need one generator, which alone knows.
     alone = content.get("align", {}).get("others") == "newest" if kind == "align" else False
     script = render(wish, kind, folder / RECIPE, run / "slurm", alone)
@@ -80,13 +92,17 @@ def submit(wish: Wish, command: str, dry_run: bool = False) -> tuple[str, str | 
         return script, None
     if shutil.which("sbatch") is None:
         raise UserError("there is no sbatch here: submit on a login node of the cluster, or look with --dry-run")
+    if fresh:
+        delete_run(run)
     files.write_text(folder / RECIPE, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
     files.write_text(folder / SCRIPT, script)
-    environment = describe_environment(command)
-    files.write_text(folder / PATCH, _git("diff", "HEAD") or "")
-    job = _sbatch(folder / SCRIPT, _site(wish.site))
-    files.write_json(folder / ENVIRONMENT, {"job": job, **environment})
-    return script, job
+    patch, left_out = uncommitted(Path(__file__).parent)
+    files.write_bytes(folder / PATCH, patch)
+    environment = {**describe_environment(command), "untracked_and_too_large": left_out}
+    files.write_json(folder / ENVIRONMENT, {"job": None, **environment})
+    number = _sbatch(folder / SCRIPT, site_file(wish.site), wish)
+    files.write_json(folder / ENVIRONMENT, {"job": number, **environment})
+    return script, number
 
 
 def render(wish: Wish, kind: str, recipe: Path, out: Path, one_generator: bool = False) -> str:
@@ -100,42 +116,58 @@ def render(wish: Wish, kind: str, recipe: Path, out: Path, one_generator: bool =
     else:
         text = re.sub(r"^#SBATCH --nodes=\d+$", f"#SBATCH --nodes={wish.nodes}", text, flags=re.MULTILINE)
     text = re.sub(r"^#SBATCH --output=.*$", f"#SBATCH --output={out}/batch-%j.out", text, flags=re.MULTILINE)
-    more = "".join(f"#SBATCH {option}\n" for option in wish.options)
+    more, generators_more = _lines(wish.options), _lines(wish.generator_options)
     if wish.heterogeneous:  # each component has options of its own
         text = text.replace("#SBATCH hetjob\n", f"{more}#SBATCH hetjob\n")
     # Every #SBATCH line must come before the first command.
-    head, begin, body = text.partition('cd "${SLURM_SUBMIT_DIR')
+    head, begin, body = text.partition("trap EARLY")
     settings = f"RECALIGN_PYTHON=${{RECALIGN_PYTHON:-{shlex.quote(sys.executable)}}}\n"
+    if os.environ.get(RESUME_ANYWAY):
+        settings += f"export {RESUME_ANYWAY}=1\n"
     if kind == "align" and not wish.heterogeneous:
         settings += f"GENERATOR_NODES={generators}\n"
     if one_generator:
         settings += "GENERATORS=1\n"
 
     def included(found: re.Match) -> str:
-        given = _site(wish.site).read_text(encoding="utf-8") if found[1] == "site.sh" else None
+        given = site_file(wish.site).read_text(encoding="utf-8") if found[1] == "site.sh" else None
         return f"# --- {found[1]} ---\n" + (given or resources.files("launch.slurm").joinpath(found[1]).read_text())
 
     body = SOURCE.sub(included, begin + body).replace('begin "$@"', f'set -- {shlex.quote(str(recipe))}\nbegin "$@"')
     first, _, rest = body.partition("\n")
-    return f"{head}{more}{first}\n{settings}{rest}"
+    return f"{head}{more}{generators_more}{first}\n{settings}{rest}"
+
+
+def _lines(options: tuple[str, ...]) -> str:
+    return "".join(f"#SBATCH {option}\n" for option in options)
 
 
 def describe_environment(command: str) -> dict[str, Any]:
     """What a result depends on beside the recipe: commit, interpreter, packages, where it was submitted."""
+    here = Path(__file__).parent
     packages = {found.metadata["Name"]: found.version for found in importlib.metadata.distributions()}
     return {
         "command": command,
         "submitted_at_s": round(time.time(), 3),
         "folder": str(Path.cwd()),
         "host": platform.node(),
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain")),
+        "commit": _git(here, "rev-parse", "HEAD").decode().strip() or None,
+        "uncommitted_changes": bool(_git(here, "status", "--porcelain")),
         "python": sys.version.split()[0],
         "packages": dict(sorted(packages.items(), key=lambda item: str(item[0]).lower())),
     }
 
 
-def _resolved(wish: Wish) -> tuple[dict[str, Any], str]:
+def _check_run(run: Path, job: Section) -> None:
+    if run.is_dir():
+        RunFolder(run).check(job)
+    if (run / RESULT).exists():
+        raise UserError(f"{run} is finished: there is nothing to submit; take another run folder (run=...), or --fresh")
+    if is_asked_by_a_person(run):
+        raise UserError(f"{run / STOP} asks this run to stop: delete it, or the job would end at once")
+
+
+def _resolved(wish: Wish) -> tuple[Section, str]:
     """The recipe with its overrides, checked, and which script runs it."""
     run = run_of(wish.recipe, wish.overrides).absolute()
     content = apply_overrides(read_recipe(wish.recipe), [*wish.overrides, f"run={run}"])
@@ -144,15 +176,12 @@ def _resolved(wish: Wish) -> tuple[dict[str, Any], str]:
         section: type[Section] = RecformerJob if is_recformer(content) else LMRecJob
     else:
         section = {"align": MainJob, "train": RecJob}[kind]
-    # How many processes there are is decided by the nodes.
     content = without(content, section.placement)
     # One process divides every batch; whether the nodes' processes do is seen when there are any.
     job = build(section, apply_overrides(content, ONE_PROCESS if kind == "align" else ()))
     if kind == "pretrain" and not stages_of(content)[1]:
         raise UserError("llm.recformer has neither a pretrain nor a finetune section: there is nothing to do")
-    if run.is_dir():
-        RunFolder(run).check(job)
-    return content, kind
+    return job, kind
 
 
 def _check_nodes(wish: Wish, kind: str) -> None:
@@ -160,6 +189,8 @@ def _check_nodes(wish: Wish, kind: str) -> None:
         if wish.generator_nodes or wish.heterogeneous:
             raise UserError(f"--generator-nodes and --het are for alignment, {wish.recipe} has no section align")
         return
+    if wish.generator_options and not wish.heterogeneous:
+        raise UserError("--sbatch-generators needs --het: nodes of one allocation are all alike")
     if wish.generator_nodes is None and wish.nodes > 1:
         raise UserError("how many of the nodes are to generate? --generator-nodes M; recalign plan says what fits")
     if (wish.generator_nodes or 0) >= wish.nodes:
@@ -168,26 +199,40 @@ def _check_nodes(wish: Wish, kind: str) -> None:
         raise UserError(f"--generator-nodes 0 divides one node, not {wish.nodes}; a heterogeneous job has one at least")
 
 
-def _site(given: Path | None) -> Path:
-    path = given or Path("launch/slurm/site.sh")
-    if given is None and not path.is_file():
-        return Path(str(resources.files("launch.slurm").joinpath("site.sh")))
-    if not path.is_file():
-        raise UserError(f"site settings not found: {path}")
-    return path
+def _sbatch(script: Path, site: Path, wish: Wish) -> str:
+    """Submit; the job's number. In the environment that the site's file sets: sbatch reads SBATCH_* there.
 
-
-def _sbatch(script: Path, site: Path) -> str:
-    """Submit; the job's number. In the environment that the site's file sets: sbatch reads SBATCH_* there."""
-    line = f"source {shlex.quote(str(site))}; exec sbatch --parsable {shlex.quote(str(script))}"
+    The wish's options are in the script, but there the site's settings would win over them.
+    """
+    options = [*wish.options]
+    if wish.heterogeneous:
+        options += [":", *wish.options, *wish.generator_options]
+    line = f"source {shlex.quote(str(site))}; exec sbatch --parsable {shlex.join([*options, str(script)])}"
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False, env=os.environ)
     if done.returncode:
         raise UserError(f"sbatch: {' '.join(done.stderr.split())}; the script is {script}")
     return done.stdout.strip().partition(";")[0]
 
 
-def _git(*arguments: str) -> str | None:
-    """What git says about the sources that are imported; None where they are in no repository."""
-    here = Path(__file__).parent
-    done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else None
+def uncommitted(folder: Path) -> tuple[bytes, list[str]]:
+    """What was changed and added since the commit in the repository around ``folder``, and what is too large for that.
+
+    Returns:
+        A patch for ``git apply``, empty where there is no repository; names of files that it leaves out.
+    """
+    top = _git(folder, "rev-parse", "--show-toplevel").decode().strip()
+    if not top:
+        return b"", []
+    root, patch, left_out = Path(top), _git(Path(top), *DIFF, "HEAD"), []
+    for name in filter(None, _git(root, "ls-files", "--others", "--exclude-standard", "-z").decode().split("\0")):
+        if (root / name).lstat().st_size > MAX_UNTRACKED_BYTES:
+            left_out.append(name)
+        else:
+            patch += _git(root, *DIFF, "--no-index", "--", "/dev/null", name, differs=1)
+    return patch, left_out
+
+
+def _git(folder: Path, *arguments: str, differs: int = 0) -> bytes:
+    """What git prints, byte for byte; nothing outside of any repository. ``differs``: an exit code that is no error."""
+    done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, check=False)
+    return done.stdout if done.returncode in (0, differs) else b""

@@ -28,6 +28,20 @@ def run_of(recipe: Path, overrides: list[str]) -> Path:
     return _run_in(_content(recipe, overrides), recipe)
 
 
+def site_file(given: Path | None) -> Path:
+    """The file of site settings that is ``given``; else ``launch/slurm/site.sh`` here, or the one that came along.
+
+    Raises:
+        UserError: if there is none such.
+    """
+    path = given or Path("launch/slurm/site.sh")
+    if given is None and not path.is_file():
+        return Path(str(resources.files("launch.slurm").joinpath("site.sh")))
+    if not path.is_file():
+        raise UserError(f"site settings not found: {path}")
+    return path.absolute()
+
+
 def stages_of(content: dict[str, Any]) -> tuple[str, list[str]]:
     """The key that says how many ranks a pretraining has, and the modules that train; ("", []) of other recipes."""
     if "align" in content or "llm" not in content:

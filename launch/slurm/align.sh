@@ -1,5 +1,5 @@
 # What the scripts of alignment share: trainer and generators as two steps of one job, which meet in the run folder.
-GENERATOR_RESTARTS=3
+GENERATOR_RESTARTS=3 GAVE_UP=3
 
 # divide: which nodes train and which generate, and how many processes each of them starts.
 divide() {
@@ -9,22 +9,34 @@ divide() {
     TRAINERS=("${HOSTS[@]:0:${#HOSTS[@]}-n}") GENERATORS_ON=("${HOSTS[@]: -n}")
     TRAINER_OPTIONS="" GENERATOR_OPTIONS=""
     [ ${#TRAINERS[@]} -gt 0 ] || { echo "error: ${#HOSTS[@]} nodes leave none to train on beside $n that generate"; exit 2; }
-  else # one node: its GPUs, or its cores, are divided
+  else
     GENERATORS=${GENERATORS:-1}
     TRAINERS=("${HOSTS[0]}") GENERATORS_ON=("${HOSTS[0]}")
-    [ -n "${SLURM_GPUS_ON_NODE:-}" ] && PER_NODE=$((PER_NODE - GENERATORS))
-    local cores=$((SLURM_CPUS_ON_NODE * GENERATORS / (GENERATORS + PER_NODE)))
-    if [ "$cores" -lt "$GENERATORS" ]; then # too few cores to give each of the two its own
-      TRAINER_OPTIONS=--overlap GENERATOR_OPTIONS=--overlap
-    else
-      TRAINER_OPTIONS="--exact --cpus-per-task=$((SLURM_CPUS_ON_NODE - cores))"
-      GENERATOR_OPTIONS="--exact --cpus-per-task=$((cores / GENERATORS))"
-    fi
-    if [ -n "${SLURM_GPUS_ON_NODE:-}" ]; then
-      TRAINER_OPTIONS+=" --gpus=$PER_NODE" GENERATOR_OPTIONS+=" --gpus=$GENERATORS"
-    fi
+    divide_node "${SLURM_GPUS_ON_NODE:-0}" "$SLURM_CPUS_ON_NODE"
   fi
 }
+
+# divide_node GPUS CORES: of the one node. A single GPU is shared, and so are cores that are too few.
+divide_node() {
+  local gpus=$1 cores=$2 theirs
+  if [ "$gpus" -gt 1 ]; then
+    PER_NODE=$((PER_NODE - GENERATORS))
+    [ $PER_NODE -gt 0 ] || { echo "error: $gpus GPUs leave none to train on beside $GENERATORS generators"; exit 2; }
+  fi
+  theirs=$((cores * GENERATORS / (GENERATORS + PER_NODE)))
+  if [ "$gpus" -eq 1 ] || [ $theirs -lt "$GENERATORS" ]; then
+    TRAINER_OPTIONS=--overlap GENERATOR_OPTIONS=--overlap
+  else # memory is not divided: without --mem=0 the first step takes all of it, and the second one waits for ever
+    TRAINER_OPTIONS="--exact --mem=0 --cpus-per-task=$((cores - theirs))"
+    GENERATOR_OPTIONS="--exact --mem=0 --cpus-per-task=$((theirs / GENERATORS))"
+  fi
+  if [ "$gpus" -gt 1 ]; then
+    TRAINER_OPTIONS+=" --gpus-per-node=$PER_NODE" GENERATOR_OPTIONS+=" --gpus-per-node=$GENERATORS"
+  fi
+}
+
+# gpus_of HOST: of this job; 1 where there are none. The batch shell knows only those of its own node.
+gpus_of() { once "$1" bash -c 'echo "${SLURM_GPUS_ON_NODE:-1}"'; }
 
 # generate ARGUMENT...: the generators, started again when they die, which the trainer need not notice.
 generate() {
@@ -34,12 +46,14 @@ generate() {
       [ -n "${SLURM_GPUS_ON_NODE:-}" ] && export CUDA_VISIBLE_DEVICES=$(cut -d, -f$((SLURM_LOCALID + 1)) <<<"$CUDA_VISIBLE_DEVICES")
       exec "$RECALIGN_PYTHON" -m align.generator --number "$SLURM_PROCID" --config "$@"' _ "$@" && return 0
     stopped && return 0
+    # A mistake would be the same again.
+    grep -qs '^error: ' "$LOGS"/generator-*.log && break
     note restarted '"job_part": "generator"'
     echo "[batch] the generator died; starting it again"
   done
-  echo "[batch] the generator dies again and again: stopping the trainer at its next step"
-  touch "$RUN/STOP"
-  return 1
+  echo "[batch] the generator cannot go on: stopping the trainer at its next step"
+  ask_to_stop "the generator cannot go on"
+  return $GAVE_UP
 }
 
 # align RECIPE [key=value ...]: all stages; those before and after the two jobs run on the first trainer node.
@@ -59,6 +73,7 @@ align() {
   kill -TERM $generators 2>/dev/null
   kill_steps
   wait_for $generators
+  [ $? -ne $GAVE_UP ] || code=$GAVE_UP
   if [ $code -ne 0 ] || stopped; then finish $code; fi
   stage after "$@" "${placement[@]}"
   finish 0

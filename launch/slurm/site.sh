@@ -7,6 +7,11 @@
 # export SBATCH_QOS=normal
 # export SBATCH_TIMELIMIT=24:00:00
 # export SBATCH_GPUS_PER_NODE=8
+# A job gets the cores and the memory that it asks for, which by default may be one core: whole nodes, or a share for
+# each GPU. All of the memory of whole nodes: 0.
+# export SBATCH_EXCLUSIVE=1
+# export SBATCH_CPUS_PER_GPU=16
+# export SBATCH_MEM_PER_NODE=0
 
 # --- the environment on the nodes ---
 # module load cuda gcc
@@ -29,6 +34,9 @@ export RECALIGN_TIMEOUT_S=${RECALIGN_TIMEOUT_S:-1800}
 RECALIGN_PER_NODE=${RECALIGN_PER_NODE:-}
 
 # --- interruptions ---
+# The time limit is always warned of. Before a preemption the scheduler sends the warning only if slurm.conf says
+# SlurmctldParameters=preempt_send_user_signal and the partition has a GraceTime; without it the steps since the last
+# checkpoint are done again.
 # Seconds from the warning on that a job gets to save before its processes are killed and it is requeued. Well below the
 # seconds of --signal in the scripts, and below the GraceTime of partitions that are preempted.
 RECALIGN_GRACE_S=${RECALIGN_GRACE_S:-90}

@@ -4,9 +4,11 @@
 #   launch/slurm/test-cluster.sh start DIR     # starts it; then: export SLURM_CONF=DIR/slurm.conf
 #   launch/slurm/test-cluster.sh stop DIR      # ends what start started, and nothing else
 # Partitions: main, whose jobs are preempted with a warning and 30 s of grace, and high, which preempts. The four nodes
-# n1 to n4 say that they have eight cores each, so that jobs fit on a small machine.
+# n1 to n4 say that they have eight cores and two GPUs each, so that jobs fit on a small machine. All of it listens on
+# loopback alone.
 set -euo pipefail
 export PATH=$PATH:/usr/sbin:/sbin
+NAME=recalign-test
 
 install() {
   if command -v slurmctld >/dev/null && command -v munged >/dev/null; then return; fi
@@ -20,8 +22,12 @@ configure() {
   mkdir -p "$dir"/{state,log,spool/n1,spool/n2,spool/n3,spool/n4}
   chmod 700 "$dir"
   (umask 077 && head -c 1024 /dev/urandom >"$dir/munge.key")
+  # Any two devices: they are counted and handed out, and that is all.
+  printf 'NodeName=n[1-4] Name=gpu File=%s\n' /dev/null /dev/zero >"$dir/gres.conf"
   cat >"$dir/slurm.conf" <<EOF
-ClusterName=recalign-test
+ClusterName=$NAME
+CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
+GresTypes=gpu
 SlurmctldHost=localhost
 SlurmctldPort=$port
 SlurmUser=$user
@@ -53,7 +59,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 KillWait=5
 MinJobAge=600
-NodeName=n[1-4] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[$((port + 1))-$((port + 4))] CPUs=8 State=UNKNOWN
+NodeName=n[1-4] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[$((port + 1))-$((port + 4))] CPUs=8 Gres=gpu:2 State=UNKNOWN
 PartitionName=main Nodes=n[1-4] Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
 PartitionName=high Nodes=n[1-4] MaxTime=INFINITE State=UP PriorityTier=10
 EOF
@@ -61,7 +67,8 @@ EOF
 
 start() {
   local dir=$1
-  [ ! -e "$dir/slurm.conf" ] || { echo "$dir holds a cluster; stop it first" >&2; exit 2; }
+  ! is_ours "$dir" || { echo "$dir holds a cluster; stop it first" >&2; exit 2; }
+  [ -z "$(ls -A "$dir" 2>/dev/null)" ] || { echo "$dir is not empty: a cluster wants a folder of its own" >&2; exit 2; }
   configure "$dir"
   export SLURM_CONF=$dir/slurm.conf
   munged --force --socket="$dir/munge.socket" --key-file="$dir/munge.key" --pid-file="$dir/munged.pid" \
@@ -76,15 +83,20 @@ start() {
   exit 1
 }
 
+# is_ours DIR: nothing else is ever deleted.
+is_ours() { grep -qsx "ClusterName=$NAME" "$1/slurm.conf"; }
+
 stop() {
-  local dir=$1 pid file
-  if [ -e "$dir/slurm.conf" ]; then
-    SLURM_CONF=$dir/slurm.conf timeout 20 scancel --user="$(id -un)" 2>/dev/null || true
-    sleep 1
-  fi
+  local dir=$1 pid file name
+  [ -e "$dir" ] || return 0
+  is_ours "$dir" || { echo "$dir holds no cluster of this script: not deleting it" >&2; exit 2; }
+  SLURM_CONF=$dir/slurm.conf timeout 20 scancel --user="$(id -un)" 2>/dev/null || true
+  sleep 1
   for file in "$dir"/slurmd-n*.pid "$dir/slurmctld.pid" "$dir/munged.pid"; do
     [ -e "$file" ] || continue
-    pid=$(cat "$file")
+    pid=$(cat "$file") name=$(basename "${file%.pid}")
+    # A process that has died may have left its number to another one.
+    [ "$(cat "/proc/$pid/comm" 2>/dev/null)" = "${name%-n?}" ] || continue
     kill "$pid" 2>/dev/null || continue
     for _ in $(seq 100); do kill -0 "$pid" 2>/dev/null || break; sleep 0.1; done
     kill -KILL "$pid" 2>/dev/null || true

@@ -14,7 +14,7 @@ from llm.recformer.config import OptimizerConfig, RecformerSettings
 from llm.resharding import restore
 from rec.runtime.checkpoint import Checkpoints
 from rec.runtime.config import hash_of
-from rec.runtime.ranks import Ranks
+from rec.runtime.ranks import Ranks, timeout
 
 ENGINE_TAG = "engine"
 
@@ -37,7 +37,8 @@ def make_accelerator(settings: RecformerSettings, stage: OptimizerConfig) -> Acc
     # DeepSpeed, which wants a group even then.
     named = not on_gpu and (several or plugin is not None)
     kwargs = [DistributedDataParallelKwargs(broadcast_buffers=False)]
-    kwargs += [InitProcessGroupKwargs(backend="gloo")] if named else []
+    if several or plugin is not None:
+        kwargs.append(InitProcessGroupKwargs(timeout=timeout(), backend="gloo" if named else None))
     accelerator = Accelerator(
         deepspeed_plugin=plugin, kwargs_handlers=kwargs, cpu=not on_gpu and plugin is None, mixed_precision="no"
     )

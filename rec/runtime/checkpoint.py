@@ -6,11 +6,15 @@ Invariants:
   leaves either the previous state or a complete new checkpoint.
   Sizes, not checksums: a checkpoint of a large model takes minutes to hash, and all ranks would wait for it.
 - Every rank writes its own ``rank-R.pt``; nothing that differs between ranks goes through one file.
+- Every rank flushes what it wrote, and rank 0 waits until it sees all of it: on a shared folder another node's file may
+  be there late, or short.
+- Before a checkpoint is resumed its archives are read against their checksums, each rank a part of them.
 - Rank 0 alone chooses what to resume and tells the others, so that ranks never disagree.
 - Old checkpoints are deleted only after the new one is in place, and never those of every ``keep_every``-th step.
 
 Saving is synchronous. ``recalign plan`` says what share of the time it takes; writing behind training's back would buy
-that, for a second copy of every state in memory and a checkpoint that may yet fail when training has gone on.
+part of that, for a second copy of every state in memory and a checkpoint that may yet fail when training has gone on
+(docs/cluster.md has the figures).
 
 accelerate's ``save_state`` and DeepSpeed's ``latest`` file have none of these properties, which is why both are
 used only through the ``write`` callback below.
@@ -20,6 +24,7 @@ import logging
 import random
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +42,7 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 2
+SEEN_WITHIN_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,14 @@ class Checkpoint:
 
     def state(self, rank: int) -> dict[str, Any]:
         """What rank ``rank`` saved: its own ``state`` and the random generators' ``rng``."""
-        return torch.load(self.folder / f"rank-{rank}.pt", map_location="cpu", weights_only=True)
+        return torch.load(self.folder / _own_file(rank), map_location="cpu", weights_only=True)
+
+    def damage(self, ranks: Ranks | None = None) -> str | None:
+        """What is wrong inside the files, of which each of ``ranks`` reads a part; the same answer on every rank."""
+        ranks = ranks or Ranks()
+        names = sorted(files.read_json(self.folder / MANIFEST)["files"])[ranks.rank :: ranks.size]
+        problems = ranks.gather(next(filter(None, (files.archive_problem(self.folder / name) for name in names)), None))
+        return next(filter(None, problems), None)
 
 
 @dataclass(frozen=True)
@@ -106,15 +119,18 @@ class Checkpoints:
         with files.a_full_disk_is_named(temporary):
             if write is not None:
                 write(temporary)
-            torch.save({"state": state, "rng": rng_state()}, temporary / f"rank-{self.ranks.rank}.pt")
+            torch.save({"state": state, "rng": rng_state()}, temporary / _own_file(self.ranks.rank))
+            files.fsync_below(temporary)
         self.ranks.barrier()
+        written = _merged(self.ranks.gather(files.describe_files(temporary, hashes=False)))
         if self.ranks.is_first:
+            _wait_until_seen(temporary, written)
             manifest = {
                 "schema_version": SCHEMA_VERSION,
                 "step": step,
                 "world_size": self.ranks.size,
                 "meta": meta or {},
-                "files": files.describe_files(temporary, hashes=False),
+                "files": written,
             }
             files.write_json(temporary / MANIFEST, manifest)
             files.publish_folder(temporary, final)
@@ -126,9 +142,9 @@ class Checkpoints:
         """The newest step that has a manifest, 0 if none has: how far the job got, at a glance."""
         return next((step for step in self._steps() if (self._name(step) / MANIFEST).is_file()), 0)
 
-    def newest(self) -> Checkpoint | None:
-        """The newest complete checkpoint, the same on every rank; None if there is none."""
-        return self.ranks.broadcast(self._newest_complete() if self.ranks.is_first else None)
+    def newest(self, below: int | None = None) -> Checkpoint | None:
+        """The newest complete checkpoint, or the newest ``below`` a step; the same on every rank, None without one."""
+        return self.ranks.broadcast(self._newest_complete(below) if self.ranks.is_first else None)
 
     def holds(self, step: int) -> bool:
         """Whether there is a complete checkpoint of ``step``; the same answer on every rank."""
@@ -154,6 +170,10 @@ class Checkpoints:
                 --resume-anyway; or by another number of processes, unless it is ``replicated``.
         """
         checkpoint = self.newest()
+        while checkpoint is not None and (problem := checkpoint.damage(self.ranks)):
+            if self.ranks.is_first:
+                log.warning("ignoring checkpoint %s: %s", checkpoint.folder, problem)
+            checkpoint = self.newest(checkpoint.step)
         if checkpoint is None:
             return None
         for key, expected in (meta or {}).items():
@@ -191,26 +211,63 @@ class Checkpoints:
             problem = files.what_differs(folder, manifest["files"])
             if manifest["schema_version"] != SCHEMA_VERSION:
                 problem = f"schema version {manifest['schema_version']}, this program reads {SCHEMA_VERSION}"
+            unlisted = {_own_file(rank) for rank in range(manifest["world_size"])} - set(manifest["files"])
+            if unlisted:
+                problem = f"{MANIFEST} does not list {', '.join(sorted(unlisted))}"
             checkpoint = Checkpoint(folder, step, manifest["meta"], manifest["world_size"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             problem = f"no readable {MANIFEST} ({type(error).__name__})"
         return Finding(folder, step, None if problem else checkpoint, problem)
 
-    def _newest_complete(self) -> Checkpoint | None:
+    def _newest_complete(self, below: int | None) -> Checkpoint | None:
         for found in self.examine():
+            if below is not None and found.step >= below:
+                continue
             if found.checkpoint is not None:
                 return found.checkpoint
             log.warning("ignoring checkpoint %s: %s", found.folder, found.problem)
         return None
 
     def _prune(self, saved: int) -> None:
-        """Keep the one just saved and, of the others, the newest; a damaged one may well have a higher number."""
-        others = [step for step in self._steps() if step != saved and not self._is_kept_for_good(step)]
-        for step in others[self.keep_last - 1 :]:
-            files.remove_folder(self._name(step), MANIFEST)
+        """Keep the one just saved and, of the others, the newest whole ones; a damaged one may well be newer than all.
+
+        What is damaged, which nothing can resume from, goes when it is older than all that are kept.
+        """
+        others = [found for found in self.examine() if found.step != saved and not self._is_kept_for_good(found.step)]
+        whole = [found.step for found in others if found.checkpoint]
+        kept = {saved, *whole[: self.keep_last - 1]}
+        for found in others:
+            if found.step not in kept and (found.checkpoint or found.step < min(kept)):
+                files.remove_folder(found.folder, MANIFEST)
 
     def _is_kept_for_good(self, step: int) -> bool:
         return self.keep_every is not None and step % self.keep_every == 0
+
+
+def _own_file(rank: int) -> str:
+    return f"rank-{rank}.pt"
+
+
+def _merged(seen: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """All files, as who wrote them sees them: others may see a file short, never longer."""
+    merged: dict[str, dict[str, Any]] = {}
+    for described in seen:
+        for name, facts in described.items():
+            merged[name] = max(facts, merged.get(name, facts), key=lambda one: one["bytes"])
+    return dict(sorted(merged.items()))
+
+
+def _wait_until_seen(folder: Path, written: dict[str, dict[str, Any]]) -> None:
+    """Wait until this node sees what other nodes have written.
+
+    Raises:
+        OSError: if it does not.
+    """
+    end = time.monotonic() + SEEN_WITHIN_S
+    while problem := files.what_differs(folder, written):
+        if time.monotonic() > end:
+            raise OSError(f"{folder}: {problem} here after {SEEN_WITHIN_S:.0f} s, and another node wrote it")
+        time.sleep(0.1)
 
 
 def rng_state() -> dict[str, Any]:
@@ -221,7 +278,8 @@ def rng_state() -> dict[str, Any]:
         "python": [version, list(internal), gauss],
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        # Of this rank's GPU alone: the same job may go on where it sees fewer of them.
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
     }
 
 
@@ -240,4 +298,4 @@ def restore_rng(saved: dict[str, Any]) -> None:
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(saved["torch"])
     if saved["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(saved["cuda"])
+        torch.cuda.set_rng_state(saved["cuda"][0])

@@ -5,7 +5,9 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,13 +36,20 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def fsync_below(folder: Path) -> None:
+    """Flush a folder with all that is in it."""
+    for path in [*sorted(folder.rglob("*")), folder]:
+        fsync(path)
+
+
 def beside(path: Path) -> Path:
     """Where to write what will be ``path``.
 
-    The process id keeps two writers of one name (a restarted job beside its dying predecessor) apart.
+    A random word keeps two writers of one name (a restarted job beside its dying predecessor) apart: on two nodes both
+    may have the same process id.
     """
     path = path.absolute()
-    return path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}")
+    return path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -78,9 +87,7 @@ def publish_folder(temporary: Path, final: Path) -> None:
     """
     if final.exists():
         raise FileExistsError(final)
-    for path in sorted(temporary.rglob("*")):
-        fsync(path)
-    fsync(temporary)
+    fsync_below(temporary)
     temporary.rename(final)
     fsync(final.parent)
 
@@ -119,3 +126,18 @@ def what_differs(folder: Path, described: dict[str, dict[str, Any]]) -> str | No
         if "sha256" in expected and sha256_file(path) != expected["sha256"]:
             return f"{name} does not match its checksum"
     return None
+
+
+def archive_problem(path: Path) -> str | None:
+    """What is wrong inside a file of ``torch.save``, an archive with a checksum for each tensor, which are all read.
+
+    None if nothing is, or if ``path`` is no such file by its name.
+    """
+    if path.suffix != ".pt":
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (OSError, zipfile.BadZipFile) as error:
+        return f"{path.name} cannot be read ({error})"
+    return f"{path.name} does not match its checksums" if damaged else None

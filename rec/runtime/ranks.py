@@ -82,6 +82,14 @@ class Ranks:
         if self.size > 1:
             dist.barrier()
 
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in the order of the ranks, on every rank."""
+        if self.size == 1:
+            return [value]
+        everybody: list[T] = [value] * self.size
+        dist.all_gather_object(everybody, value)
+        return everybody
+
     def broadcast(self, value: T) -> T:
         """Rank 0's value, on every rank."""
         if self.size == 1:

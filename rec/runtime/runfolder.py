@@ -17,6 +17,9 @@ from rec.runtime.errors import UserError, refuse_unless_told
 
 log = logging.getLogger(__name__)
 
+# A file server may keep the lock of a node that has died until its lease is over.
+DEAD_NODE_S = 300.0
+
 CONFIG, METRICS, RESULT = "config.yaml", "metrics.jsonl", "result.json"
 # Tells the resolved recipe of a run from a recipe of a user's that happens to have the same name.
 CONFIG_HEADER = "# Written by recalign: the resolved recipe of this run folder.\n"
@@ -77,10 +80,15 @@ class RunFolder:
                 )
 
     def log(self, event: str, **fields: Any) -> None:
-        """Append one line to the metrics file; one write call, so that lines of several processes never mix."""
+        """Append one line to the metrics file; one write call, so that lines of several processes never mix.
+
+        Under a lock, because on NFS two nodes that append at once may write to the same place.
+        """
         line = json.dumps({"event": event, "time_s": round(time.time(), 3), "pid": os.getpid(), **fields}) + "\n"
         descriptor = os.open(self.path / METRICS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
+            with contextlib.suppress(OSError):  # no locks there: whoever claims the run says so
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
             os.write(descriptor, line.encode())
         finally:
             os.close(descriptor)
@@ -138,13 +146,28 @@ class RunFolder:
         path = self.path / RESULT
         return files.read_json(path) if path.exists() else None
 
+    def holders(self) -> list[str]:
+        """Who is at work here, a phrase for each lock that is held; nobody where a file system has no locks."""
+        found = []
+        for path in sorted(self.path.glob(".*.lock")):
+            with path.open() as stream:
+                try:
+                    fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    role = path.name.removeprefix(".").removesuffix(".lock")
+                    found.append(f"its {role} runs as {stream.read().strip() or 'another process'}")
+                except OSError:
+                    return []
+        return found
+
     @contextlib.contextmanager
-    def lock(self, role: str, wait_s: float = 0.0) -> Iterator[None]:
+    def lock(self, role: str, wait_s: float = 1.0) -> Iterator[None]:
         """Hold the only right to be ``role`` in this run; the kernel releases it when the process dies.
 
         Args:
             role: what only one process may be at a time.
-            wait_s: how long to wait for a predecessor to die.
+            wait_s: how long to wait for a predecessor to die, or for somebody to be done looking (``holders``);
+                DEAD_NODE_S where it belonged to this same SLURM job, which is then its next attempt.
 
         Raises:
             UserError: if a living process holds it, naming its process id, host and SLURM job; or if the file system
@@ -152,11 +175,12 @@ class RunFolder:
         """
         path = self.path / f".{role}.lock"
         with path.open("a+") as stream:
-            end = time.monotonic() + wait_s
+            begin = time.monotonic()
             while not _try_lock(stream):
-                if time.monotonic() >= end:
-                    stream.seek(0)
-                    owner = stream.read().strip() or "another process"
+                stream.seek(0)
+                owner = stream.read().strip() or "another process"
+                patience_s = DEAD_NODE_S if _is_of_this_job(owner) else wait_s
+                if time.monotonic() - begin >= patience_s:
                     raise UserError(f"{self.path} is in use: its {role} runs as {owner}")
                 time.sleep(0.1)
             stream.truncate(0)
@@ -167,8 +191,16 @@ class RunFolder:
 
 def this_process() -> str:
     """Who this is, for whoever finds the run in use."""
+    return f"process {os.getpid()} on {socket.gethostname()}{_in_job()}"
+
+
+def _in_job() -> str:
     job = os.environ.get("SLURM_JOB_ID")
-    return f"process {os.getpid()} on {socket.gethostname()}" + (f" in SLURM job {job}" if job else "")
+    return f" in SLURM job {job}" if job else ""
+
+
+def _is_of_this_job(owner: str) -> bool:
+    return bool(_in_job()) and owner.endswith(_in_job())
 
 
 def _try_lock(stream: IO[str]) -> bool:

@@ -1,9 +1,10 @@
 """Stopping on purpose: a file in the run folder asks for it; the job saves its state and ends within a step.
 
 A file, and no signal: under ``accelerate launch`` a signal ends the launcher before its ranks could save anything. A
-batch script that is told that its time is up touches ``RUN/STOP``; so may a person. Rank 0 alone looks for the file and
-tells the others, so ranks never disagree, however late a shared folder shows it to whom. Whoever starts a job removes
-the file first; the job itself never does, or a request that comes while it starts would be lost.
+batch script that is told that its time is up writes ``RUN/STOP``; so may a person. Rank 0 alone looks for the file and
+tells the others, so ranks never disagree, however late a shared folder shows it to whom. The job itself never removes
+the file, or a request that comes while it starts would be lost; nor does anybody else remove a person's. What a batch
+script writes there begins with ``job``, and the batch script removes it again.
 """
 
 import time
@@ -18,6 +19,12 @@ from rec.runtime.runfolder import root_of
 
 STOP = "STOP"
 LOOK_EVERY_S = 0.5
+
+
+def is_asked_by_a_person(run: Path) -> bool:
+    """Whether the run folder holds a stop file that no batch script has written."""
+    path = run / STOP
+    return path.exists() and not path.read_bytes().startswith(b"job ")
 
 
 class StopFile:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from launch.cluster.identities import identities
+from rec.runtime.checkpoint import Checkpoints
 from rec.runtime.runfolder import RunFolder
 
 ROOT = Path(__file__).parents[2]
@@ -70,14 +72,27 @@ class Cluster:
             assert time.monotonic() < end, everything(run)
             time.sleep(0.3)
 
-    def finish(self, job: str, run: RunFolder, timeout_s: float = 400) -> None:
-        """Until the job is over, which must be because its run is finished."""
+    def end(self, job: str, run: RunFolder, state: str, timeout_s: float = 400) -> None:
+        """Until the job is over, in this state."""
         end = time.monotonic() + timeout_s
-        while (state := self.state(job)) in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"):
+        while (found := self.state(job)) in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"):
             assert time.monotonic() < end, everything(run)
             time.sleep(0.5)
-        assert state == "COMPLETED", everything(run)
+        assert found == state, everything(run)
+
+    def finish(self, job: str, run: RunFolder, timeout_s: float = 400) -> None:
+        """Until the job is over, which must be because its run is finished."""
+        self.end(job, run, "COMPLETED", timeout_s)
         assert run.result() is not None, everything(run)
+
+
+def assert_the_doctor_knows_every_stage(run: RunFolder) -> None:
+    """What every checkpoint of a run was written with is what the doctor would compare it to."""
+    known = identities(run.path)
+    found = [checkpoint for folder in run.path.rglob("checkpoints") for checkpoint in Checkpoints(folder).examine()]
+    assert found
+    for finding in found:
+        assert known[finding.folder.parents[1]].differences(finding.checkpoint.meta) == [], finding.folder
 
 
 def everything(run: RunFolder) -> str:

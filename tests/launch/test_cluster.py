@@ -11,15 +11,21 @@ import pytest
 import torch
 import yaml
 
+from align.config import MainJob
 from launch.cluster import check, doctor, submit
-from launch.cluster.status import follow, status
+from launch.cluster.identities import identities
+from launch.cluster.status import follow, status, submissions
 from launch.cluster.submit import Wish
 from launch.cluster.where import run_of, stages_of
-from rec.job import load_job
+from llm.lmrec_job import LMRecJob
+from llm.recformer.job import RecformerJob
+from rec.job import RecJob, load_job
+from rec.runtime import files
 from rec.runtime.checkpoint import Checkpoints
-from rec.runtime.config import hash_of
-from rec.runtime.errors import UserError
-from rec.runtime.runfolder import CONFIG, RunFolder
+from rec.runtime.config import build, hash_of
+from rec.runtime.errors import RESUME_ANYWAY, UserError
+from rec.runtime.ranks import Ranks
+from rec.runtime.runfolder import CONFIG, RESULT, RunFolder
 from rec.runtime.stopping import STOP
 from rec.train import run as train_run
 
@@ -52,6 +58,7 @@ def test_every_script_is_bash_and_leaves_the_site_to_one_file(path):
         head = text.partition("#SBATCH")[0]
         assert f"launch/slurm/{path.name}" in head, "it begins with the command that uses it"
         assert "source launch/slurm/site.sh\n" in text
+        assert "\ntrap EARLY=yes USR1\ncd " in text, "a warning may come at any time"
         for setting in ("partition", "account", "qos", "gpus", "gres", "module", "ib0"):
             assert setting not in text.partition("\ncd ")[0].replace(head, "")
 
@@ -79,7 +86,7 @@ def test_a_dry_run_is_a_whole_script_and_writes_nothing(recipe, tmp_path, which,
         assert text in script
     assert "\nsource " not in script
     # What comes after the first command sbatch does not read.
-    assert "#SBATCH" not in script.partition('cd "${SLURM_SUBMIT_DIR')[2].replace("# --- ", "")
+    assert "#SBATCH" not in script.partition("trap EARLY")[2].replace("# --- ", "")
     assert not (tmp_path / "run").exists()
 
 
@@ -108,6 +115,95 @@ def test_mistakes_are_found_before_anything_is_submitted(recipe, tmp_path, monke
     assert "holds a run of another recipe (rec.train.lr: 0.001 there, 0.5 now)" in refused(
         Wish(recipe, ["rec.train.lr=0.5"], 1)
     )
+
+
+def git(folder: Path, *words: str) -> None:
+    subprocess.run(["git", "-C", str(folder), "-c", "user.name=x", "-c", "user.email=x", *words], check=True)
+
+
+def test_what_was_changed_and_added_since_the_commit_can_be_applied_to_it(tmp_path, monkeypatch):
+    sources = tmp_path / "sources"
+    (sources / "launch").mkdir(parents=True)
+    (sources / "launch" / "old.py").write_text("one\n")
+    git(sources, "init", "-q")
+    git(sources, "add", ".")
+    git(sources, "commit", "-q", "-m", "x")
+    git(sources, "config", "diff.noprefix", "true")
+    (sources / "launch" / "old.py").write_text("one\n\ttwo \n\n")  # which stripping would spoil
+    (sources / "launch" / "new one.py").write_bytes("größer\n".encode())
+    (sources / "binary").write_bytes(bytes(range(256)))
+    monkeypatch.setattr(submit, "MAX_UNTRACKED_BYTES", 1000)
+    (sources / "table.parquet").write_bytes(bytes(1001))
+    patch, left_out = submit.uncommitted(sources / "launch")
+    assert left_out == ["table.parquet"]
+    subprocess.run(["git", "clone", "-q", sources, tmp_path / "again"], check=True)
+    subprocess.run(["git", "-C", tmp_path / "again", "apply", "-"], input=patch, check=True)
+    for name in ("launch/old.py", "launch/new one.py", "binary"):
+        assert (tmp_path / "again" / name).read_bytes() == (sources / name).read_bytes()
+    assert submit.uncommitted(tmp_path) == (b"", [])
+
+
+@pytest.fixture
+def a_scheduler(tmp_path, monkeypatch) -> Path:
+    """An sbatch that writes what it is given, and whether the submission was described before."""
+    (tmp_path / "bin").mkdir()
+    sbatch, said = tmp_path / "bin" / "sbatch", tmp_path / "said"
+    sbatch.write_text(f'#!/bin/bash\necho "$@" > {said}; ls "$(dirname "${{@: -1}}")" >> {said}; echo 4711\n')
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    return said
+
+
+def test_a_submission_is_frozen_before_the_scheduler_hears_of_it(recipe, tmp_path, a_scheduler):
+    run = tmp_path / "run"
+    _, job = submit.submit(Wish(recipe, [], 1, options=("--time=5",)), "test")
+    assert job == "4711"
+    said = a_scheduler.read_text()
+    assert said.startswith("--parsable --time=5 ")  # where they win over the site's SBATCH_TIMELIMIT
+    assert {"environment.json", "job.sbatch", "recipe.yaml", "uncommitted.patch"} <= set(said.split())
+    frozen = yaml.safe_load((run / "slurm" / "submission-1" / "recipe.yaml").read_text())
+    assert frozen["rec"]["train"]["patience"] == load_job(recipe).rec.train.patience, "defaults are written out"
+    assert load_job(run / "slurm" / "submission-1" / "recipe.yaml").rec == load_job(recipe).rec
+    # Numbers are never used again, and are ordered as numbers.
+    for number in (2, 9, 10):
+        (run / "slurm" / f"submission-{number}").mkdir()
+    (run / "slurm" / "submission-2").rmdir()
+    submit.submit(Wish(recipe, [], 1), "test")
+    assert [path.name.partition("-")[2] for path in submissions(run)] == ["1", "9", "10", "11"]
+    assert any("submission-11" in line for line in status(run).lines)
+
+
+def test_each_half_of_a_heterogeneous_job_may_have_options_of_its_own(tmp_path, a_scheduler):
+    wish = Wish(alignment(tmp_path), [], 3, 1, True, ("--time=5",), ("--gpus-per-node=2",))
+    script, _ = submit.submit(wish, "test")
+    first, _, second = script.partition("#SBATCH hetjob\n")
+    assert "--time=5" in first
+    assert "--gpus-per-node=2" not in first
+    assert "#SBATCH --time=5\n#SBATCH --gpus-per-node=2\n" in second
+    assert a_scheduler.read_text().startswith("--parsable --time=5 : --time=5 --gpus-per-node=2 ")
+    with pytest.raises(UserError, match="--sbatch-generators needs --het"):
+        submit.submit(Wish(tmp_path / "align.yaml", [], 3, 1, False, (), ("--gpus=2",)), "test")
+
+
+def test_a_finished_or_other_run_is_submitted_again_if_the_user_says_so(recipe, tmp_path, a_scheduler, monkeypatch):
+    train_run(load_job(recipe), "test")
+    other = Wish(recipe, ["rec.train.lr=0.5"], 1)
+    monkeypatch.setenv(RESUME_ANYWAY, "1")
+    with pytest.raises(UserError, match="is finished"):
+        submit.submit(other, "test")
+    (tmp_path / "run" / RESULT).unlink()
+    script, _ = submit.submit(other, "test")
+    assert f"export {RESUME_ANYWAY}=1\n" in script
+    monkeypatch.delenv(RESUME_ANYWAY)
+    (tmp_path / "run" / STOP).touch()
+    with pytest.raises(UserError, match="STOP asks this run to stop: delete it"):
+        submit.submit(Wish(recipe, [], 1), "test")
+    (tmp_path / "run" / STOP).write_text("job 7: warned\n")  # a batch script's, whose node died
+    script, _ = submit.submit(Wish(recipe, [], 1), "test")
+    assert RESUME_ANYWAY not in script
+    submit.submit(other, "test", fresh=True)
+    assert not (tmp_path / "run" / CONFIG).exists()
+    assert [path.name for path in submissions(tmp_path / "run")] == ["submission-1"]
 
 
 def test_the_site_of_a_site_is_taken_instead_of_ours(recipe, tmp_path):
@@ -152,13 +248,48 @@ def note(run: RunFolder, event: str, **more: object) -> None:
     run.log(event, job="7", restart=0, nodes="n[1-2]", **more)
 
 
+def submitted(run: RunFolder, number: int) -> None:
+    facts = {"job": "7", "command": "x", "commit": None, "uncommitted_changes": False, "submitted_at_s": time.time()}
+    files.write_json(run.path / "slurm" / f"submission-{number}" / "environment.json", facts)
+
+
+def test_a_job_that_was_refused_says_nothing_about_the_one_that_runs(tmp_path):
+    run = RunFolder(tmp_path)
+    note(run, "attempt")
+    run.log("failed", job="8", restart=0, code=2)
+    assert status(tmp_path).state == "running"
+    note(run, "failed", code=2)
+    assert status(tmp_path).state == "failed"
+    submitted(run, 1)
+    assert status(tmp_path).state == "submitted", "what failed is over"
+
+
+def test_a_run_whose_locks_are_held_lives_however_long_it_says_nothing(tmp_path):
+    run = RunFolder(tmp_path)
+    note(run, "attempt")
+    later = time.time() + 3600
+    with run.lock("trainer"):
+        found = status(tmp_path, later)
+        assert (found.state, f"its trainer runs as process {os.getpid()} on" in found.sentence) == ("running", True)
+    found = status(tmp_path, later)
+    assert (found.state, "look at its job first (squeue --jobs=7)" in found.sentence) == ("silent", True)
+
+
+def test_the_steps_of_recformers_stages_are_progress_too(tmp_path):
+    run = RunFolder(tmp_path)
+    for event in ("pt_step", "ft1_step"):
+        run.log(event, step=4, epoch=1, loss=2.5)
+        assert any(line.startswith(f"{event}: 5; loss 2.5") for line in status(tmp_path).lines)
+
+
 def test_the_state_of_a_run_is_read_off_its_folder(recipe, tmp_path):
     job = load_job(recipe)
     with pytest.raises(UserError, match="is no run folder"):
         status(tmp_path)
     run = RunFolder(job.run)
     run.claim(job)
-    assert status(run.path, time.time() + 500).state == "submitted"
+    submitted(run, 1)
+    assert status(run.path).state == "submitted", "what waits in the queue does not run, however new its files"
     note(run, "attempt")
     assert status(run.path).state == "running"
     for epoch in range(2):
@@ -201,6 +332,18 @@ def test_logs_are_those_of_the_latest_attempt_and_go_on_until_the_result(tmp_pat
     assert list(lines) == []
 
 
+def test_following_the_logs_of_a_failed_run_ends_and_shows_why_a_newer_job_did_not_start(tmp_path):
+    run = RunFolder(tmp_path)
+    for name in ("logs/job-7-0/train-0.log", "slurm/batch-7.out", "slurm/batch-8.out"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"of {name}\n")
+    os.utime(tmp_path / "slurm" / "batch-7.out", (1, 1))
+    note(run, "attempt")
+    note(run, "failed", code=2)
+    said = list(follow(tmp_path, 5, forever=True))
+    assert [line.partition(":")[0] for line in said] == ["batch-7", "batch-8", "train-0"]
+
+
 def test_the_doctor_says_what_would_be_resumed_and_why(recipe, tmp_path, capsys):
     job = load_job(recipe)
     run = RunFolder(job.run)
@@ -222,9 +365,60 @@ def test_the_doctor_says_what_would_be_resumed_and_why(recipe, tmp_path, capsys)
     assert "step-10: whole, 1 ranks, 1 files" in said
     assert "would be resumed: step-10: the newest that is whole, 1 after it are damaged; of 1 ranks" in said
     assert "left behind by a kill" in said
+    path = run.path / "checkpoints" / "step-10" / "rank-0.pt"
+    path.write_bytes(bytes(path.stat().st_size))
+    (run.path / "checkpoints" / "step-5" / "holiday.jpg").touch()
+    (run.path / "checkpoints" / "step-5" / "zero-universal").mkdir()
+    (run.path / "checkpoints" / "step-5" / "zero-universal" / "x").touch()
+    with run.lock("trainer"):
+        doctor.print_diagnoses(run.path)
+    said = capsys.readouterr().out
+    assert "step-10: damaged: rank-0.pt cannot be read" in said
+    assert "step-5: whole" in said
+    assert "not its own: holiday.jpg\n" in said
+    assert "would be resumed: step-5: the newest that is whole, 2 after it are damaged" in said
+    assert f"in use: its trainer runs as process {os.getpid()}" in said
     checkpoints.save(30, {}, {**meta, "config_hash": "0123"})
     [found] = doctor.diagnose(run.path)
     assert "was written with another recipe (0123, now" in found.verdict
+
+
+PRETRAINING = {
+    "lmrec": {"lmrec": {"context": 48}, "train": {"processes": 2}},
+    "recformer": {"recformer": {"backbone": "x", "pretrain": {}, "finetune": {}}},
+}
+
+
+@pytest.mark.parametrize(
+    ("sections", "folder"),
+    [
+        ({"rec": {**REC, "grid": {"train.lr": [0.1]}}}, "grid/lr=0.1"),
+        ({"llm": PRETRAINING["lmrec"]}, ""),
+        ({"llm": PRETRAINING["recformer"]}, "pretrain"),
+        ({"llm": PRETRAINING["recformer"]}, "finetune/FT2"),
+        ({"align": {}}, ""),
+        ({"align": {"reward_users": 0.5}}, "without-reward-users/base"),
+        ({"align": {}}, "llm"),
+        ({"align": {}}, "control"),
+    ],
+)
+def test_the_doctor_promises_no_resume_that_would_be_refused(small_data, tmp_path, sections, folder):
+    """Of every kind of run and stage; one that lies where a folder is called like a checkpoint."""
+    run = RunFolder(tmp_path / "step-1" / "run")
+    content = {"data": str(small_data.folder), "run": str(run.path), **sections}
+    llm = sections.get("llm", {})
+    kind = RecformerJob if "recformer" in llm else LMRecJob if llm else MainJob if "align" in sections else RecJob
+    run.claim(build(kind, content))
+    identity = identities(run.path)[run.path / folder]
+    data_hash = identity.combine([small_data.meta["content_hash"]])
+    checkpoints = Checkpoints(run.path / folder / "checkpoints", keep_last=9)
+    for step, meta, expected in (
+        (1, {"config_hash": identity.config_hash, "data_hash": data_hash}, "step-1: the newest"),
+        (2, {"config_hash": "0123", "data_hash": data_hash}, "nothing: step-2 was written with another recipe (0123"),
+        (3, {"config_hash": identity.config_hash, "data_hash": "0123"}, "nothing: step-3 was written with other data"),
+    ):
+        checkpoints.save(step, {}, meta)
+        assert doctor.diagnose(run.path)[-1].verdict.startswith(expected)
 
 
 # --- an allocation ---
@@ -265,6 +459,39 @@ def test_a_slow_network_and_other_versions_are_named(tmp_path):
     old = measured(versions=measured()["versions"] | {"torch": "2.4.0"})
     [pins] = [result for result in check.judge([old], tmp_path) if not result.fine]
     assert (pins.name, "torch 2.4.0, tested with" in pins.found) == ("pins", True)
+
+
+class LooksFirst(Ranks):
+    """A rank whose file system remembers, as NFS does, that something was not there when it looked."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(0, 1)
+        object.__setattr__(self, "seen", [])
+        object.__setattr__(self, "folder", folder)
+
+    def barrier(self):
+        self.seen.append((self.folder / "renamed").exists())
+
+
+def test_the_rename_is_looked_for_before_it_happens(tmp_path, monkeypatch):
+    looked, is_file = [], Path.is_file
+
+    def look(path):
+        looked.append((path.name, is_file(path)))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", look)
+    ranks = LooksFirst(tmp_path)
+    assert check.probe.rename_visible_s(tmp_path, ranks) < 30
+    assert looked == [("content", False), ("content", True)]
+    assert ranks.seen == [False, False, True]
+
+
+def test_the_address_is_that_of_the_sites_interface(monkeypatch):
+    monkeypatch.setenv("RECALIGN_INTERFACE", "lo")
+    assert check.probe.own_address() == "127.0.0.1"
+    monkeypatch.setenv("RECALIGN_INTERFACE", "none0")
+    assert check.probe.own_address() is None
 
 
 @pytest.mark.distributed

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from pyarrow import parquet
 sys.path += [str(Path(__file__).parents[1] / "llm"), str(Path(__file__).parents[1] / "llm" / "recformer")]
 import pretraining
 from backbones import save_bert
-from slurm_cluster import PATH, Cluster, started
+from slurm_cluster import PATH, Cluster, assert_the_doctor_knows_every_stage, everything, started
 from tiny_job import RECIPE, ROOT, STEPS, assert_no_sample_lost_or_repeated, final_weights
 from tiny_recformer import write_recipe
 
@@ -31,6 +32,7 @@ from align.samples import SampleLog
 from launch.cluster.status import status
 from rec.runtime.config import read_recipe
 from rec.runtime.runfolder import CONFIG, METRICS, RunFolder
+from rec.runtime.stopping import STOP
 
 pytestmark = [
     pytest.mark.slurm,
@@ -48,8 +50,31 @@ def cluster(tmp_path_factory):
         yield cluster
 
 
+def recommender(folder: Path, data: Path, **train: object) -> Path:
+    """The recipe of a recommender that could go on for minutes; its run folder is ``folder``/run."""
+    train = {"batch_size": 8, "epochs": 5000, "patience": 5000, "checkpoint_every": 1, **train}
+    rec = {"model": {"dim": 16, "heads": 2, "blocks": 1, "max_length": 8}, "train": train}
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"data": str(data), "run": str(folder / "run"), "rec": rec}))
+    return path
+
+
 @pytest.fixture(scope="module")
-def finished(cluster: Cluster, small_data, tmp_path_factory) -> RunFolder:
+def failing(cluster: Cluster, small_data, tmp_path_factory) -> dict[str, tuple[str, RunFolder]]:
+    """Jobs that mostly wait, submitted early to do so beside others: one with a mistake, one that dies of a bug."""
+    jobs = {}
+    for name in ("mistake", "bug"):
+        folder = tmp_path_factory.mktemp(name)
+        run, data = RunFolder(folder / "run"), folder / "none"
+        if name == "bug":  # it dies of its first checkpoint
+            (run.path / "checkpoints").touch()
+            data = small_data.folder
+        jobs[name] = cluster.submit(recommender(folder, data), "--nodes", "1"), run
+    return jobs
+
+
+@pytest.fixture(scope="module")
+def finished(failing, cluster: Cluster, small_data, tmp_path_factory) -> RunFolder:
     """An undisturbed run: from a recipe to the result, two nodes training and one generating."""
     folder = tmp_path_factory.mktemp("undisturbed")
     recipe = folder / "recipe.yaml"
@@ -114,11 +139,21 @@ def test_two_nodes_train_one_generates_and_the_folder_tells_it(cluster, finished
     assert environment["packages"]["torch"] == torch.__version__
     assert yaml.safe_load((submission / "recipe.yaml").read_text())["run"] == str(finished.path)
 
+    assert_the_doctor_knows_every_stage(finished)
     said = cluster.recalign("status", finished.path)
     assert said.startswith(f"{finished.path}: finished")
     assert f"as job {attempt['job']} by 'recalign submit" in said
     assert "last on n[1-3]" in said
     assert "trainer-1: " in cluster.recalign("logs", finished.path, "-n", "3")
+
+
+def test_a_mistake_is_not_requeued_and_a_bug_once_in_case_it_gets_any_further(cluster, failing):
+    for name, attempts in (("mistake", 1), ("bug", 2)):
+        job, run = failing[name]
+        cluster.end(job, run, "FAILED")
+        assert len(run.events("attempt")) == attempts, everything(run)
+        assert len(run.events("failed")) == 1
+        assert status(run.path).state == "failed"
 
 
 def test_the_page_about_clusters_can_be_followed_command_for_command(tmp_path):
@@ -168,7 +203,7 @@ def test_a_job_that_a_higher_priority_takes_the_nodes_from_goes_on_afterwards(cl
     cluster.finish(job, run)
     assert len(run.events("warned")) == 1
     [requeued] = run.events("requeued")
-    assert requeued["why"] == "stopped"
+    assert requeued["why"] == "warned"
     # Nothing was computed twice: every rank saved the step at which all of them stopped.
     assert len(run.events("train")) == STEPS
     assert_same(run, finished)
@@ -206,9 +241,25 @@ def test_a_generator_that_is_killed_is_started_again_beside_the_trainer(cluster,
     assert_equals_its_replay(run, tmp_path)
 
 
-@pytest.mark.parametrize(("options", "ranks"), [((*ALIGNMENT, "--het"), 2), (("--nodes", "1"), 1)])
-def test_nodes_of_two_kinds_and_one_node_alone_divide_the_work_too(cluster, finished, tmp_path, options, ranks):
+def test_generators_of_a_heterogeneous_job_are_counted_on_their_own_nodes(cluster, tmp_path):
+    text = (ROOT / "launch" / "slurm" / "align-het.sbatch").read_text()
+    script, out = tmp_path / "count.sbatch", tmp_path / "out"
+    script.write_text(text.replace('begin "$@"', "nodes").replace('\nalign "$@"', '\necho "$PER_NODE $GENERATORS"'))
+    cluster.run("sbatch", "--wait", f"--output={out}", "--gpus-per-node=1", ":", "--gpus-per-node=2", script)
+    assert out.read_text() == "1 2\n"
+
+
+HETEROGENEOUS = (*ALIGNMENT, "--het", "--sbatch=--gpus-per-node=1", "--sbatch-generators=--gpus-per-node=2")
+
+
+@pytest.mark.parametrize(
+    ("options", "ranks"), [(HETEROGENEOUS, 2), (("--nodes", "1", "--sbatch=--gpus-per-node=2 --cpus-per-task=8"), 1)]
+)
+def test_nodes_of_two_kinds_and_one_node_alone_divide_the_work_too(
+    cluster, finished, tmp_path, monkeypatch, options, ranks
+):
     run = again(finished, tmp_path, STEPS)
+    monkeypatch.setitem(cluster.environment, "DS_ACCELERATOR", "cpu")  # these GPUs can only be counted
     cluster.finish(cluster.submit(run.path / CONFIG, *options), run)
     assert run.events("trainer_started")[-1]["world_size"] == ranks
     if ranks == 2:
@@ -216,12 +267,65 @@ def test_nodes_of_two_kinds_and_one_node_alone_divide_the_work_too(cluster, fini
     assert_no_sample_lost_or_repeated(run)
 
 
-def test_lmrec_is_pretrained_on_the_nodes_that_there_are(cluster, small_data, tmp_path):
-    recipe = pretraining.recipe(tmp_path, small_data.folder, zero_stage=2)
-    run = RunFolder(tmp_path / "run")
-    cluster.finish(cluster.submit(recipe, "--nodes", "2"), run)
-    assert run.steps("lm_step")[-1]["step"] == pretraining.STEPS - 1
-    assert read_recipe(run.path / CONFIG)["llm"]["train"]["processes"] == 2
+def test_a_second_job_is_refused_and_a_persons_stop_is_not_a_warning(cluster, small_data, tmp_path):
+    recipe, run = recommender(tmp_path, small_data.folder), RunFolder(tmp_path / "run")
+    job = cluster.submit(recipe, "--nodes", "1")
+    cluster.wait(job, run, lambda: len(run.events("epoch")) > 3)
+    second = cluster.submit(recipe, "--nodes", "1")
+    cluster.end(second, run, "FAILED")
+    [attempt] = run.events("attempt")
+    owner = f"its job runs as process {attempt['pid']} on {attempt['nodes']} in SLURM job {job}"
+    assert owner in (run.path / "slurm" / f"batch-{second}.out").read_text()
+    assert cluster.state(job) == "RUNNING"
+    assert {row["job"] for row in run.events() if "job" in row} == {job}
+
+    (run.path / STOP).touch()
+    cluster.end(job, run, "COMPLETED")
+    assert [row["event"] for row in run.events() if "job" in row] == ["attempt", "stopped"]
+    assert run.result() is None
+    assert status(run.path).state == "stopped"
+    with pytest.raises(AssertionError, match="STOP asks this run to stop: delete it"):
+        cluster.submit(recipe, "--nodes", "1")
+    (run.path / STOP).unlink()
+    done = len(run.steps("epoch"))
+    again = cluster.submit(recipe, "--nodes", "1")
+    cluster.wait(again, run, lambda: len(run.steps("epoch")) > done)
+    cluster.run("scancel", again)
+    assert min(row["step"] for row in run.events("epoch") if row["time_s"] > attempt["time_s"]) == 0
+    assert len(run.events("epoch")) <= len(run.steps("epoch")) + 1, "it went on where it was"
+
+
+def test_lmrec_goes_on_bit_for_bit_on_two_nodes_after_a_warning_that_came_before_it_began(
+    cluster, small_data, tmp_path
+):
+    """The Python that all of it needs is found inside of the container alone."""
+    image = tmp_path / "image"
+    image.mkdir()
+    (image / "python-of-the-image").write_text(f'#!/bin/bash\nexec {sys.executable} "$@"\n')
+    (image / "python-of-the-image").chmod(0o755)
+    site = tmp_path / "site.sh"
+    inside = f'\nRECALIGN_PYTHON=python-of-the-image\nRECALIGN_PREFIX=(env "PATH={image}:$PATH")\n'
+    site.write_text((ROOT / "launch" / "slurm" / "site.sh").read_text() + inside)
+    jobs = {}
+    for name in ("whole", "warned"):
+        (tmp_path / name).mkdir()
+        recipe = pretraining.recipe(tmp_path / name, small_data.folder, zero_stage=2)
+        jobs[name] = cluster.submit(recipe, "--nodes", "2", f"--site={site}"), RunFolder(tmp_path / name / "run")
+    job, run = jobs["warned"]
+    cluster.wait(job, run, lambda: (run.path / "slurm" / f"batch-{job}.out").exists())
+    time.sleep(0.5)
+    assert not run.events("attempt")
+    cluster.run("scancel", "--signal=USR1", "--batch", job)
+    for job, run in jobs.values():
+        cluster.finish(job, run)
+        assert run.steps("lm_step")[-1]["step"] == pretraining.STEPS - 1
+        assert read_recipe(run.path / CONFIG)["llm"]["train"]["processes"] == 2
+    assert [row["event"] for row in run.events() if "job" in row] == [
+        "attempt", "warned", "requeued", "attempt", "finished",
+    ]  # fmt: skip
+    assert_the_doctor_knows_every_stage(run)
+    whole, warned = (pretraining.final(run.path) for _, run in jobs.values())
+    assert all(torch.equal(value, warned[name]) for name, value in whole.items())
 
 
 def test_recformers_stages_follow_one_another_on_the_nodes_that_there_are(cluster, small_data, tmp_path):
@@ -231,6 +335,7 @@ def test_recformers_stages_follow_one_another_on_the_nodes_that_there_are(cluste
     run = RunFolder(tmp_path / "run")
     cluster.finish(cluster.submit(recipe, "--nodes", "2"), run)
     assert [row["stage"] for row in run.result()["rows"]] == ["PT", "FT1", "FT2"]
+    assert_the_doctor_knows_every_stage(run)
     assert read_recipe(run.path / CONFIG)["llm"]["recformer"]["processes"] == 2
 
 

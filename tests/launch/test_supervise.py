@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from align.config import MainJob
+from launch.main_job import MainJobRun
 from launch.summary import verdict
 from launch.supervise import cpu_split
 from rec.runtime.config import build
@@ -28,6 +29,20 @@ def test_cores_are_shared_or_divided_and_never_all_given_away(monkeypatch):
     assert cpu_split(job(None)) == (None, None)
     with pytest.raises(UserError, match="needs Linux"):
         cpu_split(job(1))
+
+
+def test_only_who_starts_the_jobs_here_needs_their_gpus_here(monkeypatch, tmp_path):
+    """On a cluster the recipe says how many ranks there are on all nodes; what is before and after them runs on one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(os, "environ", {})
+    content = {"data": str(tmp_path / "none"), "run": str(tmp_path / "run")}
+    align = {"trainer": {"processes": 16}, "generator": {"processes": 8}}
+    of_cluster = MainJobRun(build(MainJob, {**content, "align": align}))
+    with pytest.raises(UserError, match="need 24 GPUs, there are 8"):
+        of_cluster.execute("")
+    with pytest.raises(UserError, match="none"):  # got as far as the data
+        of_cluster.execute("", stop_before_alignment=True)
 
 
 @pytest.mark.parametrize(

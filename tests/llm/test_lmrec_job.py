@@ -265,3 +265,17 @@ def test_a_stop_file_ends_a_run_after_a_step_and_without_it_the_same_bits_come_o
     run(other, "test")
     one, two = final(tmp_path / "a" / "run"), final(tmp_path / "b" / "run")
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_as_many_checkpoints_stay_as_the_recipe_says_and_some_for_good(small_data, tmp_path):
+    path = recipe(
+        tmp_path,
+        small_data.folder,
+        zero_stage=0,
+        keep_checkpoints=1,
+        keep_checkpoint_every=4,
+        steps=6,
+        checkpoint_every=1,
+    )
+    run(load_job(path), "test")
+    assert [found.step for found in Checkpoints(tmp_path / "run" / "checkpoints").examine()] == [6, 4]

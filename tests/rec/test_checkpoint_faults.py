@@ -1,14 +1,18 @@
 """A kill after every single thing that a save does to the disk, and what pruning may and may not delete."""
 
+import contextlib
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from rec.runtime.checkpoint import Checkpoints
+from rec.runtime import checkpoint as checkpoint_module
+from rec.runtime import runfolder
+from rec.runtime.checkpoint import Checkpoints, _merged, _wait_until_seen, restore_rng, rng_state
 from rec.runtime.errors import RESUME_ANYWAY, UserError
 from rec.runtime.ranks import Ranks
 from rec.runtime.runfolder import CONFIG, RunFolder
@@ -101,6 +105,75 @@ def test_what_is_named_like_a_checkpoint_and_is_none_is_named_with_its_reason(tm
     assert not checkpoints.holds(3)
 
 
+def test_damage_that_leaves_every_size_is_found_before_anything_is_resumed(tmp_path, caplog):
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 1)
+    save(checkpoints, 2)
+    path = tmp_path / "step-2" / "rank-0.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+    checkpoint, state = checkpoints.resume()
+    assert checkpoint.step == 1
+    assert state["weights"].unique().tolist() == [1.0]
+    assert "ignoring checkpoint" in caplog.text
+    assert "rank-0.pt does not match its checksums" in caplog.text
+    path.write_bytes(bytes(len(content)))
+    assert "rank-0.pt cannot be read" in checkpoints.newest().damage()
+
+
+def test_a_manifest_without_the_file_of_a_rank_is_none(tmp_path):
+    save(Checkpoints(tmp_path), 1)
+    manifest = tmp_path / "step-1" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"world_size": 1', '"world_size": 2'))
+    [found] = Checkpoints(tmp_path).examine()
+    assert found.problem == "manifest.json does not list rank-1.pt"
+
+
+def test_damaged_checkpoints_never_push_whole_ones_out(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep_last=2)
+    for step in (1, 2):
+        save(checkpoints, step)
+    (tmp_path / "step-9").mkdir()
+    save(checkpoints, 3)
+    assert [found.step for found in checkpoints.examine()] == [9, 3, 2]
+    (tmp_path / "step-2" / "one").unlink()
+    save(checkpoints, 4)
+    assert [found.step for found in checkpoints.examine()] == [9, 4, 3]
+
+
+def test_what_another_node_wrote_is_waited_for_as_who_wrote_it_sees_it(tmp_path, monkeypatch):
+    """A file that is listed short at first, and one that is not listed at all, as on NFS."""
+    own, others = {"a": {"bytes": 3}, "b": {"bytes": 1}}, {"b": {"bytes": 4}, "c": {"bytes": 2}}
+    written = _merged([own, others])
+    assert written == {"a": {"bytes": 3}, "b": {"bytes": 4}, "c": {"bytes": 2}}
+    for name, content in (("a", b"aaa"), ("b", b"b")):
+        (tmp_path / name).write_bytes(content)
+    shown = {"b": b"bbbb", "c": b"cc"}
+
+    def show_one(_seconds):
+        name, content = shown.popitem()
+        (tmp_path / name).write_bytes(content)
+
+    monkeypatch.setattr(time, "sleep", show_one)
+    _wait_until_seen(tmp_path, written)
+    assert not shown
+    monkeypatch.setattr(checkpoint_module, "SEEN_WITHIN_S", 0.0)
+    monkeypatch.setattr(time, "sleep", lambda _seconds: None)
+    (tmp_path / "c").unlink()
+    with pytest.raises(OSError, match="c is missing here after 0 s, and another node wrote it"):
+        _wait_until_seen(tmp_path, written)
+
+
+def test_the_random_state_is_that_of_one_gpu_and_fewer_may_be_there_when_it_goes_on(monkeypatch):
+    restored = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: torch.tensor([7]))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", restored.append)
+    restore_rng(rng_state())
+    assert restored == [torch.tensor([7])]
+
+
 def test_another_recipe_or_data_set_is_refused_unless_told(tmp_path, monkeypatch, caplog):
     save(Checkpoints(tmp_path), 1)
     with pytest.raises(UserError, match=r"another config hash \(abc, now xyz\).*--resume-anyway"):
@@ -118,6 +191,9 @@ class Alone(Ranks):
     def broadcast(self, value):
         return value
 
+    def gather(self, value):
+        return [value]
+
 
 def test_a_state_that_all_ranks_share_may_go_on_on_any_number_of_them(tmp_path):
     save(Checkpoints(tmp_path), 1)
@@ -133,14 +209,33 @@ def test_a_state_that_all_ranks_share_may_go_on_on_any_number_of_them(tmp_path):
         Checkpoints(tmp_path, Alone(1, 3)).resume()
 
 
+def test_a_lock_of_the_same_slurm_job_is_that_of_its_last_attempt_and_waited_for(tmp_path, monkeypatch):
+    """Its node died, and the file server gives the lock back only when the lease is over."""
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    held = contextlib.ExitStack()
+    held.enter_context(RunFolder(tmp_path).lock("trainer"))
+    waited = []
+
+    def lease_ends(seconds):
+        waited.append(seconds)
+        if len(waited) == 3:
+            held.close()
+
+    monkeypatch.setattr(time, "sleep", lease_ends)
+    with RunFolder(tmp_path).lock("trainer"):
+        assert len(waited) == 3
+        monkeypatch.setattr(runfolder, "DEAD_NODE_S", 0.0)
+        with pytest.raises(UserError, match="in SLURM job 4711"), RunFolder(tmp_path).lock("trainer"):
+            pass
+
+
 def test_a_lock_names_its_owners_slurm_job(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
-    with (
-        RunFolder(tmp_path).lock("trainer"),
-        pytest.raises(UserError, match=rf"its trainer runs as process {os.getpid()} on .* in SLURM job 4711"),
-        RunFolder(tmp_path).lock("trainer"),
-    ):
-        pass
+    with RunFolder(tmp_path).lock("trainer"):
+        monkeypatch.setenv("SLURM_JOB_ID", "4712")
+        said = rf"its trainer runs as process {os.getpid()} on .* in SLURM job 4711"
+        with pytest.raises(UserError, match=said), RunFolder(tmp_path).lock("trainer"):
+            pass
     with RunFolder(tmp_path).lock("trainer"):
         pass
     assert not (tmp_path / CONFIG).exists()

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,40 @@ def test_a_metrics_line_cut_by_a_kill_is_left_out_and_a_repeated_step_counts_onc
     rows, offset = run.events_from(0)
     assert len(rows) == 3
     assert run.events_from(offset) == ([], offset)
+
+
+def _append(path: Path) -> None:
+    for nth in range(50):
+        RunFolder(path).log("line", nth=nth)
+
+
+def test_lines_of_two_processes_never_lie_over_each_other_where_appending_is_not_atomic(tmp_path, monkeypatch):
+    """As on NFS, where the end of a file is looked up before it is written to; under the lock nobody else does."""
+    opened = os.open
+
+    def appending_nfs_way(path, flags, *mode):
+        return opened(path, flags & ~os.O_APPEND, *mode)
+
+    written = os.write
+
+    def at_the_end(descriptor, line):
+        os.lseek(descriptor, 0, os.SEEK_END)
+        time.sleep(0.0005)
+        return written(descriptor, line)
+
+    monkeypatch.setattr(os, "open", appending_nfs_way)
+    monkeypatch.setattr(os, "write", at_the_end)
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=_append, args=(tmp_path,)) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert sorted(row["nth"] for row in RunFolder(tmp_path).events()) == sorted([*range(50)] * 2)
+
+
+def test_two_writers_of_one_name_never_share_a_temporary_file(tmp_path):
+    assert files.beside(tmp_path / "x") != files.beside(tmp_path / "x")
 
 
 def _hold(path: Path, held, release) -> None:
@@ -217,7 +252,9 @@ def test_a_checkpoint_of_another_recipe_or_world_is_refused(tmp_path):
     with pytest.raises(UserError, match="another config hash"):
         Checkpoints(tmp_path).resume({"config_hash": "xyz"})
     two = Checkpoints(tmp_path, Ranks(rank=0, size=2))
-    two.ranks = type("Two", (Ranks,), {"broadcast": lambda self, value: value})(0, 2)
+    two.ranks = type("Two", (Ranks,), {"broadcast": lambda self, value: value, "gather": lambda self, value: [value]})(
+        0, 2
+    )
     with pytest.raises(UserError, match="written by 1 processes, this job has 2"):
         two.resume()
 

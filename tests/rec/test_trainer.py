@@ -179,3 +179,11 @@ def test_compiled_training_is_the_same_training(small_data, tmp_path):
     plain = losses_of(config, small_data, tmp_path / "plain")
     compiled = config.model_copy(update={"train": changed(**own, compile=True).train})
     assert losses_of(compiled, small_data, tmp_path / "compiled") == pytest.approx(plain, rel=1e-3)
+
+
+def test_as_many_checkpoints_stay_as_the_recipe_says_and_some_for_good(small_data, tmp_path):
+    few = {"batch_size": 8, "epochs": 4, "checkpoint_every": 1, "keep_checkpoints": 2, "keep_checkpoint_every": 20}
+    config = build(RecConfig, {"model": {"dim": 16, "heads": 2, "blocks": 1, "max_length": 8}, "train": few})
+    train(build_model(config, small_data), small_data, config, RunFolder(tmp_path), "x")
+    steps = [found.step for found in Checkpoints(tmp_path / "checkpoints").examine()]
+    assert steps == [40, 30, 20]

@@ -1,0 +1,9 @@
+# What `recalign check --folder DIR` runs in an allocation, after site.sh and lib.sh: one process on each node, in the
+# container and over the network that jobs would take. The first node is the head, as it is theirs.
+nodes
+MASTER_ADDR=$(address "${HOSTS[0]}")
+[ -n "$MASTER_ADDR" ] || { echo "error: ${HOSTS[0]} has no address${RECALIGN_INTERFACE:+ on $RECALIGN_INTERFACE}"; exit 2; }
+export MASTER_ADDR
+exec srun "${RECALIGN_SRUN[@]}" --overlap --kill-on-bad-exit --nodes=${#HOSTS[@]} --ntasks=${#HOSTS[@]} \
+  --ntasks-per-node=1 --nodelist="$(join "${HOSTS[@]}")" \
+  "${RECALIGN_PREFIX[@]}" "$RECALIGN_PYTHON" -m launch.cluster.check --folder "$1"
