@@ -191,7 +191,7 @@ def test_a_replay_of_other_samples_ends_elsewhere_and_says_so(finished, tmp_path
     log = SampleLog(Stages(run).samples)
     changed = [replace(sample, log_p_y_given_xs=[value + 2 for value in sample.log_p_y_given_xs])
                if sample.ordinal % (2 * BATCH) == 0 else sample for sample in log.read(STEPS - 1)]  # fmt: skip
-    max(log.folder.glob("batch-*")).unlink()
+    log.path_of(STEPS - 1).unlink()
     log.append(STEPS - 1, changed)
     assert start_replay(run).wait(300) == 1
     [claim] = RunFolder(run / "replay").result()["claims"]
