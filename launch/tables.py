@@ -105,7 +105,8 @@ def print_bench_align(result: dict[str, Any]) -> None:
 
 def _print_claims(claims: list[dict[str, Any]], out: Console) -> None:
     for claim in claims:
-        out.print(f"{'holds' if claim['holds'] else 'MISSED'}  {claim['id']}: {claim['figure']:.3f}", soft_wrap=True)
+        figure = claim["figure"] if isinstance(claim["figure"], str) else f"{claim['figure']:.3f}"
+        out.print(f"{'holds' if claim['holds'] else 'MISSED'}  {claim['id']}: {figure}", soft_wrap=True)
 
 
 def print_latency(result: dict[str, Any]) -> None:
@@ -161,7 +162,7 @@ def _world_table(worlds: list[dict[str, Any]]) -> Table:
             str(row["steps_to_relevant"] or "never"),
             *(f"{row[name]:.3f}" for name in ("base", "na", "aligned", "oracle")),
             f"{row['gap_closed']:.0%}",
-            f"{row['wall_s'] / 60:.1f}",
+            f"{(row['shared_s'] + row['wall_s']) / 60:.1f}",
         )
     return table
 

@@ -4,14 +4,20 @@ import math
 
 import pytest
 import torch
+from conftest import SMALL_MODELS
 
 from align.config import AlignConfig
 from align.generator import Generator, fresh_places
+from align.reader import Reader
 from align.samples import Other, Sample, Text
 from align.scoring import Inputs, knowledge_with_fresh, log_p_y_given_xs, make_inputs
 from align.snapshots import Snapshot
+from rec.config import RecConfig
 from rec.item_encoder import KnowledgeConcat
+from rec.models import MODELS
+from rec.models.base import SequenceRecommender
 from rec.models.sasrec import SASRec, SASRecConfig
+from rec.runtime.config import build
 from rec.runtime.errors import UserError
 
 
@@ -79,6 +85,35 @@ def test_fresh_items_are_the_last_random_ones_or_all():
     assert all(first < second for first, second in drawn)
     assert len(set(drawn)) == 15
     assert places(6, "9", fresh="random") == places(6, "9", fresh="random")
+
+
+@pytest.mark.parametrize("name", [name for name, model in MODELS.items() if issubclass(model, SequenceRecommender)])
+def test_every_sequence_model_scores_texts_and_learns_from_them(name):
+    torch.manual_seed(0)
+    config = build(RecConfig, {"model": {"name": name, "dim": 16, "max_length": 8, **SMALL_MODELS.get(name, {})}})
+    items = KnowledgeConcat(8, 16, 3, on_target=True)
+    items.set_knowledge(torch.randn(8, 3))
+    torch.nn.init.normal_(items.fuse.weight)
+    recommender = MODELS[name](config.model, items).eval()
+
+    def read(texts: list[str]) -> torch.Tensor:
+        return torch.tensor([[float(text) == number for number in (3, 4, 7)] for text in texts]).float()
+
+    @torch.no_grad()
+    def likelihoods() -> torch.Tensor:
+        return log_p_y_given_xs(recommender.eval(), make_inputs(SAMPLES, read))
+
+    reader = Reader(recommender, read, 1e-2, torch.device("cpu"), distributed=False)
+
+    first = likelihoods()
+    assert first.shape == (4,)
+    assert (first < 0).all()
+    assert first[0] != first[1]  # the same history with other texts
+    assert first[2] != first[3]
+    for _ in range(20):
+        figures = reader.update(SAMPLES)
+    assert all(math.isfinite(value) for value in figures.values())
+    assert likelihoods().mean() > first.mean()
 
 
 @pytest.mark.parametrize(

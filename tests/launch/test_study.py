@@ -1,6 +1,7 @@
 """Studies: what is shared, what is summed up, and what a closed world tells; the main jobs themselves are elsewhere."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -150,13 +151,24 @@ def test_steps_to_a_level_by_the_mean_of_a_window():
     assert closed_world.steps_to(rows[:5], "said", 0.1) is None
 
 
+GOOD = {"oracle": 0.3, "na": 0.1, "relevant_before": 0.26, "relevant_after": 0.95, "gap_closed": 0.9,
+        "shared_s": 60.0, "wall_s": 240.0}  # fmt: skip
+
+
 def test_claims_are_about_the_worst_seed():
-    good = {"oracle": 0.3, "na": 0.1, "relevant_after": 0.95, "gap_closed": 0.9}
-    assert [claim["holds"] for claim in closed_world.claims([good, good])] == [True, True, True]
-    bad = {"oracle": 0.19, "na": 0.1, "relevant_after": 0.89, "gap_closed": 0.79}
-    found = closed_world.claims([good, bad])
-    assert [claim["holds"] for claim in found] == [False, False, False]
-    assert [claim["figure"] for claim in found] == [1.9, 0.89, 0.79]
+    assert [claim["holds"] for claim in closed_world.claims([GOOD, GOOD])] == [True] * 5
+    bad = {"oracle": 0.19, "na": 0.1, "relevant_before": 0.1, "relevant_after": 0.89, "gap_closed": 0.79,
+           "shared_s": 600.0, "wall_s": 660.0}  # fmt: skip
+    found = closed_world.claims([GOOD, bad])
+    assert [claim["holds"] for claim in found] == [False] * 5
+    assert [claim["figure"] for claim in found] == [1.9, 0.89, 0.79, 0.1, 21]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_figure_that_is_no_number_never_holds_whichever_seed_has_it(order):
+    found = closed_world.claims([GOOD, {**GOOD, "gap_closed": math.nan}][::order])
+    assert [claim["holds"] for claim in found] == [True, True, False, True, True]
+    assert found[2]["figure"] == "no number"
 
 
 def test_the_curve_is_drawn_of_runs_that_have_gaps_unknown(recipe, small_world, tmp_path):
