@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -223,6 +224,44 @@ def test_a_version_is_never_overwritten(tmp_path):
     publish(store, 0, "first")
     publish(store, 0, "second")
     assert (tmp_path / "v000000" / "llm" / "model.safetensors").read_text() == "first"
+
+
+def test_a_version_of_another_step_is_not_taken_for_this_one(tmp_path):
+    store = SnapshotStore(tmp_path)
+    publish(store, 1)
+    with pytest.raises(UserError, match=r"v000001 is of step 50, not 60"):
+        store.publish(1, 60, lambda folder: None, [], [])
+
+
+def test_broken_snapshots_do_not_take_the_place_of_whole_ones(tmp_path):
+    store = SnapshotStore(tmp_path, keep_last=2)
+    publish(store, 0)
+    publish(store, 1)
+    for version in (2, 3):
+        publish(store, version)
+        (tmp_path / f"v{version:06d}" / "llm" / "model.safetensors").write_text("rotten")
+    publish(SnapshotStore(tmp_path, keep_last=2), 4)
+    assert store.newest().version == 4
+    shutil.rmtree(tmp_path / "v000004")
+    assert store.newest().version == 1
+    publish(store, 5)
+    publish(store, 6)
+    assert store.versions() == [6, 5]
+
+
+def test_a_broken_snapshot_is_hashed_once_however_long_somebody_waits(tmp_path, monkeypatch):
+    store, hashed = SnapshotStore(tmp_path), []
+    publish(store, 0)
+    publish(store, 1)
+    weights = tmp_path / "v000001" / "llm" / "model.safetensors"
+    weights.write_text("WEIGHTS")
+    sha256_file = files.sha256_file
+    monkeypatch.setattr(files, "sha256_file", lambda path: hashed.append(path) or sha256_file(path))
+    for _ in range(5):
+        assert store.newest(after=0) is None
+    assert hashed == [weights]
+    weights.write_text("weights")  # mended
+    assert store.newest(after=0).version == 1
 
 
 def test_old_snapshots_go_after_the_new_one_is_there(tmp_path):
