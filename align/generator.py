@@ -126,6 +126,11 @@ class Generator:
             newer = self.store.newest(after=-1 if self.snapshot is None else self.snapshot.version)
             if newer is not None:
                 loading += self._load(newer)
+            if self.snapshot and self.snapshot.step > step:
+                raise UserError(
+                    f"{self.log.path_of(step)} is gone, and the newest weights, of step {self.snapshot.step}, are too"
+                    " new to write it again: bring it back, or start over with --fresh"
+                )
             waited = time.monotonic() - begin - loading
             if self.snapshot and step <= last_step_allowed(self.snapshot.step, align.max_lag_steps):
                 return waited

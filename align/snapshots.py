@@ -88,14 +88,8 @@ class SnapshotStore:
         Raises:
             UserError: if it is there already, but of another step.
         """
-        existing = self._load(version)
-        if existing is not None:
-            if existing.step != step:
-                raise UserError(
-                    f"{existing.folder} is of step {existing.step}, not {step}: it was published under another"
-                    " align.refresh_every or after damage; delete it, or start over with --fresh"
-                )
-            return existing
+        if self.holds(version, step):
+            return self._load(version)
         final = self._name(version)
         shutil.rmtree(final, ignore_errors=True)  # incomplete, as just found
         temporary = self.folder / f"{files.TEMPORARY_PREFIX}{final.name}"
@@ -116,6 +110,20 @@ class SnapshotStore:
         self._found[version] = _looks_of(final), snapshot
         self._prune()
         return snapshot
+
+    def holds(self, version: int, step: int) -> bool:
+        """Whether this version is there, complete.
+
+        Raises:
+            UserError: if it is, but of another step.
+        """
+        existing = self._load(version)
+        if existing is not None and existing.step != step:
+            raise UserError(
+                f"{existing.folder} is of step {existing.step}, not {step}: it was published under another"
+                " align.refresh_every or after damage; delete it, or start over with --fresh"
+            )
+        return existing is not None
 
     def versions(self) -> list[int]:
         """Numbers of everything named like a snapshot, newest first."""

@@ -82,6 +82,14 @@ class Ranks:
         if self.size > 1:
             dist.barrier()
 
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in their order, on every rank."""
+        if self.size == 1:
+            return [value]
+        found: list[T] = [value] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
     def broadcast(self, value: T) -> T:
         """Rank 0's value, on every rank."""
         if self.size == 1:
