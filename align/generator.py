@@ -205,6 +205,7 @@ class Generator:
             texts=len(completions),
             tokens=sum(len(completion.token_ids) for completion in completions),
             empty_texts=sum(not text.text for text in texts.values()),
+            cut_texts=sum(completion.cut for completion in completions),
             generate_s=round(generated_s, 4),
             busy_s=round(time.monotonic() - begin, 4),
             waited_s=round(waited_s, 4),

@@ -11,7 +11,7 @@ import matplotlib
 from align.config import MainJob, Stages
 from align.order import training_data
 from launch.main_job import catalog_texts, train_reading
-from launch.precondition import precondition
+from launch.precondition import PRECONDITION, precondition
 from launch.summary import moving_mean
 from llm.knowledge import first_texts
 from rec.data.prepared import Prepared
@@ -56,7 +56,8 @@ def figures(job: MainJob) -> dict[str, Any]:
         "oracle_se": oracle[f"{METRIC}_se"],
         "gap_closed": (aligned - na) / (oracle[METRIC] - na) if oracle[METRIC] != na else math.nan,
         "steps_to_relevant": steps_to(run.steps("train"), f"said_{driving}", RELEVANT),
-        "precondition": precondition(job, data),
+        # As it was measured before the first step.
+        "precondition": next(iter(run.events(PRECONDITION)), None) or precondition(job, data),
     }
 
 

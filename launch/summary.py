@@ -98,6 +98,12 @@ def print_result(result: dict[str, Any], console: Console | None = None) -> None
     console.print(table)
     print_case(result["case_study"], console)
     a = result["asynchronous"]
+    told = result["texts"]
+    console.print(
+        f"Texts: {told['items_without_text']} of {data['items']:,} items have no text; of the catalog's"
+        f" {told['aligned']['rows']:,} texts {told['not_aligned']['empty']} were empty before and"
+        f" {told['aligned']['empty']} are after, {told['not_aligned']['cut']} and {told['aligned']['cut']} cut"
+    )
     console.print(
         f"Alignment: {a['steps']} steps of {a['engine']} (ZeRO-{a['zero_stage']}) on {a['trainer_ranks']} ranks;"
         f" {a['snapshots_published']} snapshots published, {a['snapshots_loaded']} loaded by vLLM,"

@@ -153,7 +153,7 @@ class RunFolder:
         path = self.path / f".{role}.lock"
         with path.open("a+") as stream:
             end = time.monotonic() + wait_s
-            while not _try_lock(stream):
+            while not try_lock(stream):
                 if time.monotonic() >= end:
                     stream.seek(0)
                     owner = stream.read().strip() or "another process"
@@ -171,7 +171,8 @@ def this_process() -> str:
     return f"process {os.getpid()} on {socket.gethostname()}" + (f" in SLURM job {job}" if job else "")
 
 
-def _try_lock(stream: IO[str]) -> bool:
+def try_lock(stream: IO[str]) -> bool:
+    """Take the only lock on an open file, if nobody has it; raises UserError if its file system has none."""
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,10 +1,17 @@
-"""Vectors beside a catalog's texts: made once each, whoever gets there first."""
+"""Vectors beside a catalog's texts: made once each, whoever gets there first; and nobody waits for ever."""
+
+import subprocess
+import sys
 
 import pyarrow as pa
+import pytest
 import torch
 from pyarrow import parquet
 
+from launch import knowledge
 from launch.knowledge import ENCODER, VECTOR, encode
+from llm import knowledge as files
+from llm.knowledge import KnowledgeFile, Said, count_texts
 
 
 def test_shards_that_end_together_encode_every_text_once(tmp_path):
@@ -28,3 +35,36 @@ def test_shards_that_end_together_encode_every_text_once(tmp_path):
     assert table[VECTOR].to_pylist() == [[7.0, 7.0], [3.0, 1.0], [7.0, 7.0]]
     assert asked[2:] == ["yyy"]
     assert table.schema.metadata[ENCODER] == b"another encoder"
+
+
+def test_waiting_for_another_writer_ends_and_names_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "WRITER_TIMEOUT_S", 0.1)
+    file = KnowledgeFile(tmp_path / "knowledge.parquet")
+    with file.sole_writer(), pytest.raises(TimeoutError, match=r"another process to finish .*knowledge\.parquet"):
+        with file.sole_writer():
+            pass
+    with file.sole_writer():
+        pass
+
+
+def test_a_generation_that_writes_nothing_more_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(knowledge, "STALLED_S", 0.5)
+    hangs = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+    try:
+        assert knowledge._wait(hangs, tmp_path) is None
+    finally:
+        hangs.kill()
+        hangs.wait()
+    ends = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
+    assert knowledge._wait(ends, tmp_path) == 3
+
+
+def test_texts_that_are_empty_or_cut_are_counted_and_older_files_do_not_tell(tmp_path):
+    file = KnowledgeFile(tmp_path / "knowledge.parquet")
+    file.keep(["a", "b"], [Said("", False), Said("so long", True)])
+    assert file.texts() == {"a": Said("", False), "b": Said("so long", True)}
+    parquet.write_table(pa.table({"key": ["a", "b"], "text": ["", "so long"], "cut": [False, True]}), file.path)
+    assert count_texts(file.path) == {"rows": 2, "empty": 1, "cut": 1}
+    parquet.write_table(pa.table({"key": ["a", "c"], "text": ["", "short"]}), file.path)
+    assert count_texts(file.path) == {"rows": 2, "empty": 1, "cut": 0}
+    assert file.texts()["c"] == Said("short", None)

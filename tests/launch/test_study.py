@@ -71,8 +71,9 @@ def recipe(tmp_path, small_data, monkeypatch) -> Path:
 
 def test_what_comes_before_alignment_is_done_once_for_those_that_have_it_in_common(recipe, tmp_path):
     result = StudyRun(recipe).execute("test")
-    # plain and slow; dropout; with users aside, twice: three times a seed, all of it before alignment.
-    assert Pretended.ran == [(f"seed-{seed} {name}", True) for seed in (3, 4) for _ in range(3) for name in BEFORE]
+    # plain and slow; dropout; with users aside, twice. What reads texts is trained three times a seed, the LLM and the
+    # recommender without texts once, and all of it before alignment.
+    assert Pretended.ran == [(f"seed-{seed} {name}", True) for seed in (3, 4) for name in (*BEFORE, "na", "na")]
     for seed in (3, 4):
         for variant in ("plain", "slow", "dropout", "aside", "aside and slow"):
             run = tmp_path / "out" / f"seed-{seed}" / variant
@@ -80,6 +81,21 @@ def test_what_comes_before_alignment_is_done_once_for_those_that_have_it_in_comm
             assert not list(run.glob(".*"))
     assert {(row["seed"], row["variant"]) for row in result["rows"]} >= {(3, "plain"), (4, "aside and slow")}
     assert StudyRun(recipe).execute("test")["rows"] == result["rows"]
+
+
+def test_another_recommender_shares_the_llm_and_another_llm_the_recommender(recipe):
+    variants = "{small: [], wide: [rec.model.dim=32], other: [llm.train.epochs=7], few: [train_users=0.5]}"
+    StudyRun(recipe, ["seeds=[3]", f"variants={variants}"]).execute("test")
+    assert [name for name, _ in Pretended.ran] == [
+        f"seed-3 {name}" for name in (*BEFORE, "base", "na", "llm", "na", *BEFORE)
+    ]
+
+
+def test_a_study_that_is_finished_costs_nothing_more(recipe, tmp_path):
+    first = StudyRun(recipe).execute("test")
+    again = StudyRun(recipe).execute("test")
+    assert {**first, "peak_rss_bytes": 0} == {**again, "peak_rss_bytes": 0}
+    assert len(RunFolder(tmp_path / "out" / "seed-3" / "slow").events("studied")) == 1
 
 
 def test_means_and_standard_errors_over_seeds(recipe):
