@@ -185,8 +185,8 @@ class MainJobRun:
         return catalog_texts(self.job, parquet.read_table(path, columns=["text"])["text"].to_pylist())
 
     def _row(self, method: str, folder: Path, texts: Path | None = None) -> dict[str, Any]:
-        """Test figures of a recommender, which reads other ``texts`` than its own if they are given."""
-        model = SequenceRecommender.from_pretrained(folder / MODEL if (folder / MODEL).is_dir() else folder)
+        """Test figures of a saved recommender, which reads other ``texts`` than its own if they are given."""
+        model = SequenceRecommender.from_pretrained(folder)
         if texts is not None:
             self._texts(texts).tell(model.items)
         metrics = evaluate(model, self.data, "test", self.job.rec.evaluate)
@@ -196,12 +196,13 @@ class MainJobRun:
         methods = {"Base": self.stages.base, "Base+NA_LLM": self.stages.na}
         if self.job.align.finish_from == "aligned":
             methods["Base+NA_LLM, trained on"] = self.stages.control
-        rows = [self._row(method, folder) for method, folder in {**methods, "Base+SeRALM": self.stages.final}.items()]
+        methods["Base+SeRALM"] = self.stages.final
+        rows = [self._row(method, folder / MODEL) for method, folder in methods.items()]
         # Fig. 5: one half of the aligned system with the other half of the not-aligned one.
         na, aligned = self.stages.na_knowledge, self.stages.final_knowledge
         ablations = [
-            self._row("A_LLM+NA_Rec", self.stages.na, aligned),
-            self._row("NA_LLM+A_Rec", self.stages.final, na),
+            self._row("A_LLM+NA_Rec", self.stages.na / MODEL, aligned),
+            self._row("NA_LLM+A_Rec", self.stages.final / MODEL, na),
         ]
         if self.job.align.finish_from == "scratch":
             # The last recommender is a new one: what alignment made of its own is to be seen too.

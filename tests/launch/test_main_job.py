@@ -56,7 +56,11 @@ def finished(tmp_path_factory, small_data: Prepared) -> RunFolder:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Base+SeRALM" in done.stdout
-    return RunFolder(run)
+    said, folder = " ".join(done.stdout.split()), RunFolder(run)
+    figures, told = folder.result()["asynchronous"], folder.result()["texts"]
+    assert f"{figures['empty_texts']} of {figures['texts_generated']} texts empty" in said
+    assert f"{told['items_without_text']} of 30 items have no text; of the catalog's 60 texts" in said
+    return folder
 
 
 def start_replay(run: Path, *more: str, **options: object) -> subprocess.Popen:
@@ -132,6 +136,27 @@ def test_the_simulation_predicts_how_long_a_measured_run_took(finished):
     lag = sum(row["lag_steps_mean"] for row in train) / len(train)
     assert found.lag_steps_mean == pytest.approx(lag, abs=1.5)
     assert found.lag_steps_max <= align.max_lag_steps
+
+
+def test_every_text_that_says_nothing_or_was_cut_is_counted(finished):
+    log, told = SampleLog(Stages(finished.path).samples), finished.result()["texts"]
+    texts = {text.seed: text for step in range(STEPS) for one in log.read(step) for draw in one.draws for text in draw}
+    assert finished.result()["asynchronous"]["empty_texts"] == sum(not text.text for text in texts.values())
+    longest = RECIPE["llm"]["knowledge"]["max_new_tokens"]
+    assert (
+        0
+        < sum(row["cut_texts"] for row in finished.events("generated"))
+        <= sum(len(text.token_ids) == longest for text in texts.values())
+    )
+    assert told["items_without_text"] == 0
+    for name, path in (("not_aligned", "not-aligned"), ("aligned", "aligned")):
+        table = parquet.read_table(finished.path / "knowledge" / f"{path}.parquet")
+        empty = sum(not text for text in table["text"].to_pylist())
+        assert told[name] == {"rows": 60, "empty": empty, "cut": sum(table["cut"].to_pylist())}
+    case = finished.result()["case_study"]
+    before = parquet.read_table(finished.path / "knowledge" / "not-aligned.parquet")["text"].to_pylist()
+    assert len(case["target_texts"]) == 2
+    assert case["target_texts"][0] in before
 
 
 def test_users_set_aside_reward_and_fit_no_recommender(finished, small_data):
