@@ -1,6 +1,7 @@
 """What a recommender reads of a sample: fresh texts at their places, stored ones elsewhere."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -32,6 +33,10 @@ def encode(texts: list[str]) -> torch.Tensor:
     """Three numbers a text; counts how often it is asked."""
     encode.asked += texts
     return torch.tensor([[float(text), 10 * float(text), 0.0] for text in texts]).reshape(-1, 3)
+
+
+def read_small(texts: list[str]) -> torch.Tensor:
+    return torch.tensor([[float(text) == number for number in (3, 4, 7)] for text in texts]).float()
 
 
 SAMPLES = [
@@ -96,14 +101,11 @@ def test_every_sequence_model_scores_texts_and_learns_from_them(name):
     torch.nn.init.normal_(items.fuse.weight)
     recommender = MODELS[name](config.model, items).eval()
 
-    def read(texts: list[str]) -> torch.Tensor:
-        return torch.tensor([[float(text) == number for number in (3, 4, 7)] for text in texts]).float()
-
     @torch.no_grad()
     def likelihoods() -> torch.Tensor:
-        return log_p_y_given_xs(recommender.eval(), make_inputs(SAMPLES, read))
+        return log_p_y_given_xs(recommender.eval(), make_inputs(SAMPLES, read_small))
 
-    reader = Reader(recommender, read, 1e-2, torch.device("cpu"), distributed=False)
+    reader = Reader(recommender, read_small, 1e-2, torch.device("cpu"), distributed=False)
 
     first = likelihoods()
     assert first.shape == (4,)
@@ -140,3 +142,16 @@ def test_other_items_read_what_was_said_of_them_in_every_draw():
     assert found[1].tolist() == [9, 102, 8]
     assert found[2, :2].tolist() == [104, 7]
     assert sorted(encode.asked) == ["7", "8", "9"]
+
+
+def test_drift_is_of_what_rewards_not_of_what_is_fitted():
+    torch.manual_seed(0)
+    items = KnowledgeConcat(8, 16, 3)
+    model = SASRec(SASRecConfig(dim=16, heads=2, max_length=4, dropout=0.0), items).eval()
+    reader = Reader(model, read_small, 0.0, torch.device("cpu"), distributed=False)
+    with torch.no_grad():
+        now = log_p_y_given_xs(model, make_inputs([SAMPLES[1]], read_small))
+    moved = replace(SAMPLES[1], log_p_y_given_xs=[float(now[0]) - 0.25, 99.0])
+    assert reader.update([SAMPLES[0]], [moved])["reward_drift"] == pytest.approx(0.25, abs=1e-5)
+    # By default they are the same.
+    assert reader.update([moved])["reward_drift"] == pytest.approx(0.25, abs=1e-5)
