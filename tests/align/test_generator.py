@@ -112,11 +112,11 @@ def test_weights_that_are_not_the_trainers_are_never_sampled_from(generator, ver
     """The manifest vouches for the files, vLLM takes them without a word: the canary is what tells."""
     stages, end = generator.stages, generator.sources.encoder.tokenizer.eos_token_id
     words = AutoModelForCausalLM.from_pretrained(stages.llm / "model").config.vocab_size
-    bad = publish(stages, version, spread(end, words, seed=2), harm)
+    bad = publish(stages, version, spread(end, words, seed=10 + version), harm)
     written = SampleLog(stages.samples).next_step()
     with pytest.raises(RuntimeError, match=rf"canary differ from the trainer's by .*v00000{version}"):
         generator._refresh(bad.step)
     assert SampleLog(stages.samples).next_step() == written
-    good = publish(stages, version + 1, spread(end, words, seed=2))
+    good = publish(stages, version + 1, spread(end, words, seed=10 + version))
     generator._load(good)
     assert bad.version < good.version == generator.snapshot.version
