@@ -191,6 +191,8 @@ class MainJob(Section):
         "align.trainer.processes",
         "align.generator.processes",
         "align.generator.cpu_cores",
+        "align.wait_timeout_s",
+        "align.max_restarts",
     )
 
     data: str

@@ -126,6 +126,11 @@ class Generator:
             newer = self.store.newest(after=-1 if self.snapshot is None else self.snapshot.version)
             if newer is not None:
                 loading += self._load(newer)
+            if self.snapshot and self.snapshot.step > step:
+                raise UserError(
+                    f"{self.log.path_of(step)} is gone, and the newest weights, of step {self.snapshot.step}, are too"
+                    " new to write it again: bring it back, or start over with --fresh"
+                )
             waited = time.monotonic() - begin - loading
             if self.snapshot and step <= last_step_allowed(self.snapshot.step, align.max_lag_steps):
                 return waited
@@ -200,6 +205,7 @@ class Generator:
             texts=len(completions),
             tokens=sum(len(completion.token_ids) for completion in completions),
             empty_texts=sum(not text.text for text in texts.values()),
+            cut_texts=sum(completion.cut for completion in completions),
             generate_s=round(generated_s, 4),
             busy_s=round(time.monotonic() - begin, 4),
             waited_s=round(waited_s, 4),

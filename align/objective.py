@@ -16,6 +16,7 @@ Texts of an older policy stand for the present one when each is weighted by p_no
 of one history together. The weights are truncated, which trades some bias for a bounded variance.
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 
 Denominator = Literal["base", "group"]
 Baseline = Literal["none", "one", "leave-one-out"]
+LARGEST_LOG = 700.0  # of what a double can hold
 
 
 def reward_weights(
@@ -95,7 +97,7 @@ def policy_loss(
         weights: [M] weight of each text.
         alpha: the KL coefficient α.
         n_samples: samples that these M rows belong to.
-        token_kl: [M, T] from ``exact_token_kl``; None estimates the KL from the sampled tokens.
+        token_kl: [M, T] from ``align.logprobs``; None estimates the KL from the sampled tokens.
         shares: [M] samples that the text counts for, each as much as its importance; None is 1.
     """
     if token_kl is None:
@@ -128,12 +130,6 @@ def row_weights(
     return shares.new_zeros(n_texts).index_add_(0, texts, (importance * weights)[samples]), shares
 
 
-def exact_token_kl(logits: Tensor, reference_logits: Tensor) -> Tensor:
-    """[M, T] KL(p || p_orig) of the next token in nats, over the whole vocabulary [M, T, V]; carries the gradient."""
-    log_p, log_orig = logits.log_softmax(-1), reference_logits.log_softmax(-1)
-    return (log_p.exp() * (log_p - log_orig)).sum(-1)
-
-
 def recommender_loss(log_p_y_given_xs: Tensor) -> Tensor:
     """-mean log p(y|x,s) over samples [B]: Eq. 9 with the log of Eq. 3 and 4."""
     return -log_p_y_given_xs.mean()
@@ -142,30 +138,35 @@ def recommender_loss(log_p_y_given_xs: Tensor) -> Tensor:
 def sampled_kl(logprobs: Tensor, reference_logprobs: Tensor, mask: Tensor, ratios: Tensor) -> Tensor:
     """KL(p || p_orig) in nats a text, from texts of an older p.
 
-    The mean of Σ_t log p - log p_orig over rows, weighted by their importance ratios [M] (self-normalised): without
-    the weights a stale sample makes the estimate negative as soon as p moves away from it.
+    The mean of Σ_t log p - log p_orig over rows, weighted by their importance ratios, logs [M] of which are given
+    (self-normalised): without the weights a stale sample makes the estimate negative as soon as p moves away from it.
     """
-    total = ratios.sum().clamp_min(torch.finfo(ratios.dtype).tiny)
-    return (ratios * ((logprobs - reference_logprobs) * mask).sum(1)).sum() / total
+    return (ratios.softmax(0) * ((logprobs - reference_logprobs) * mask).sum(1)).sum()
 
 
-def importance_ratios(logprobs: Tensor, sampling_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """[M] p_now(s|x) / p_then(s|x): how far the policy has moved since a text was drawn."""
-    return ((logprobs - sampling_logprobs) * mask).sum(1).exp()
+def log_ratios(logprobs: Tensor, sampling_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """[M] log of p_now(s|x) / p_then(s|x): how far the policy has moved since a text was drawn.
+
+    As logs, and in double precision: the ratio of a long text can be more than any number.
+    """
+    return ((logprobs - sampling_logprobs).double() * mask).sum(1)
 
 
-def importance_weights(ratios: Tensor, texts: Tensor, samples: Tensor, n_samples: int, cap: float) -> Tensor:
-    """[S] truncated weights of samples: the product of the ratios of all texts of one, ``cap`` at most.
+def draw_log_ratios(ratios: Tensor, texts: Tensor, samples: Tensor, n_samples: int) -> Tensor:
+    """[S] log of the product of the ratios of all texts of each draw.
 
     Args:
-        ratios: [M] from ``importance_ratios``.
-        texts: [E] a text that a sample holds, by its row.
-        samples: [E] that sample.
+        ratios: [M] from ``log_ratios``.
+        texts: [E] a text that a draw holds, by its row.
+        samples: [E] that draw.
         n_samples: S.
-        cap: the largest weight.
     """
-    logs = ratios.log()
-    return logs.new_zeros(n_samples).index_add_(0, samples, logs[texts]).exp().clamp(max=cap)
+    return ratios.new_zeros(n_samples).index_add_(0, samples, ratios[texts])
+
+
+def importance_weights(ratios: Tensor, cap: float) -> Tensor:
+    """[S] truncated importance of draws, from ``draw_log_ratios``: ``cap`` at most."""
+    return ratios.clamp(max=math.log(cap)).exp()
 
 
 def mismatch_kl(logprobs: Tensor, sampling_logprobs: Tensor, mask: Tensor) -> Tensor:
@@ -173,10 +174,15 @@ def mismatch_kl(logprobs: Tensor, sampling_logprobs: Tensor, mask: Tensor) -> Te
 
     On texts of the present weights it is what two implementations of one model differ by.
     """
-    log_r = (logprobs - sampling_logprobs) * mask
+    log_r = ((logprobs - sampling_logprobs).double() * mask).clamp(max=LARGEST_LOG)
     return (log_r.exp() - 1 - log_r).sum() / mask.sum()
 
 
 def effective_sample_fraction(ratios: Tensor) -> Tensor:
-    """(Σ r)² / (M Σ r²): 1 when all importance ratios are equal, 1/M when one dominates."""
-    return ratios.sum() ** 2 / (len(ratios) * (ratios**2).sum()).clamp_min(torch.finfo(ratios.dtype).tiny)
+    """(Σ r)² / (M Σ r²), from logs [M] of r: 1 when all importance ratios are equal, 1/M when one dominates."""
+    return (2 * ratios.logsumexp(0) - (2 * ratios).logsumexp(0)).exp() / len(ratios)
+
+
+def mean_ratio(ratios: Tensor) -> Tensor:
+    """Mean of r, from logs [M] of it; at most what a double can hold."""
+    return (ratios.double().logsumexp(0) - math.log(len(ratios))).clamp(max=LARGEST_LOG).exp()

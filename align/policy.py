@@ -15,12 +15,12 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from align.config import AlignConfig, LoRAConfig, TrainerConfig
+from align.config import AlignConfig, LoRAConfig, ObjectiveConfig, TrainerConfig
+from align.logprobs import scored
 from align.objective import (
-    effective_sample_fraction,
-    exact_token_kl,
-    importance_ratios,
+    draw_log_ratios,
     importance_weights,
+    log_ratios,
     mismatch_kl,
     policy_loss,
     row_weights,
@@ -70,41 +70,41 @@ class Policy:
         """The ZeRO stage that is really in use."""
         return self.engine.zero_optimization_stage()
 
-    def update(self, step: int, samples: list[Sample], weights: Tensor) -> dict[str, float]:
-        """One step of Eq. 8 on this rank's samples; returns figures of them, before the step.
+    def update(self, step: int, samples: list[Sample], weights: Tensor) -> tuple[dict[str, float], Tensor, Tensor]:
+        """One step of Eq. 8 on this rank's samples.
 
         Args:
             step: counts the warm-up.
             samples: this rank's share of the batch.
             weights: [samples, k] from ``reward_weights``.
+
+        Returns:
+            Figures of the samples from before the step, and logs of the importance ratios of their texts [M] and of
+            their draws [samples k].
         """
         objective, rows = self.config.objective, Rows.of(samples, self.accelerator.device)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self._learning_rate(step)
         reference_logits = self._reference_logits(rows)
+        reference, _ = scored(reference_logits, rows.next_ids)
+        if objective.kl == "sampled":
+            reference_logits = None  # all that is needed of them is known
         self.engine.train()
         logits = logits_at(self.engine, rows.laid, rows.places, self.end_to_end)
-        chosen = (chosen_logprobs(values, rows.next_ids) for values in (logits, reference_logits))
-        logprobs, reference = map(rows.by_text, chosen)
-        token_kl = rows.by_text(exact_token_kl(logits, reference_logits)) if objective.kl == "exact" else None
-        weights, mask = weights.flatten().to(logits.device), rows.mask
-        ratios = importance_ratios(logprobs.detach(), rows.drawn, mask)
-        importance = torch.ones_like(weights)
-        if objective.max_importance is not None:
-            importance = importance_weights(ratios, rows.texts, rows.samples, len(weights), objective.max_importance)
-        weights, shares = row_weights(weights, importance.to(weights.dtype), rows.texts, rows.samples, len(mask))
-        loss = policy_loss(logprobs, reference, mask, weights, objective.alpha, len(importance), token_kl, shares)
+        chosen, token_kl = scored(logits, rows.next_ids, reference_logits)
+        del logits, reference_logits
+        logprobs, reference, token_kl, mask = *map(rows.by_text, (chosen, reference, token_kl)), rows.mask
+        loss, ratios, of_draws = loss_of(objective, rows, weights.to(mask.device), logprobs, reference, token_kl)
         self.engine.backward(loss)
         self.engine.step()
         with torch.no_grad():
-            return {
+            figures = {
                 "policy_loss": loss.item(),
                 "kl": sampled_kl(logprobs, reference, mask, ratios).item(),
                 "text_logprob": (logprobs * mask).sum(1).mean().item(),
-                "importance_ratio": ratios.mean().item(),
-                "effective_sample_fraction": effective_sample_fraction(ratios).item(),
                 "mismatch_kl": mismatch_kl(logprobs, rows.drawn, mask).item(),
             }
+        return figures, ratios.cpu(), of_draws.cpu()
 
     @torch.no_grad()
     def logprobs_of(self, token_ids: list[int]) -> list[float]:
@@ -112,7 +112,7 @@ class Policy:
         self.engine.eval()
         laid = EndToEnd.of([token_ids], self.accelerator.device)
         places = torch.arange(len(token_ids) - 1, device=laid.ids.device)
-        return chosen_logprobs(logits_at(self.engine, laid, places, self.end_to_end), laid.ids[0, 1:]).tolist()
+        return scored(logits_at(self.engine, laid, places, self.end_to_end), laid.ids[0, 1:])[0].tolist()
 
     def gathered_weights(self) -> dict[str, Tensor]:
         """All weights, or the adapters, on the CPU of rank 0 ({} elsewhere); every rank calls this.
@@ -235,9 +235,31 @@ class Rows:
         return cls(laid, *(value.to(device) for value in (places, next_ids, inside.float(), drawn, held, owners)))
 
 
-def chosen_logprobs(logits: Tensor, next_ids: Tensor) -> Tensor:
-    """[P] log p of the tokens ``next_ids`` [P], from their logits [P, V]."""
-    return logits.gather(-1, next_ids[..., None]).squeeze(-1) - logits.logsumexp(-1)
+def loss_of(
+    objective: ObjectiveConfig, rows: Rows, weights: Tensor, logprobs: Tensor, reference: Tensor, token_kl: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the LLM descends, from log-probs and divergences [M, T] of the ``rows``.
+
+    Args:
+        objective: how.
+        rows: the texts of some samples.
+        weights: [samples, k] from ``reward_weights``.
+        logprobs: under the LLM that is trained; carries the gradient.
+        reference: under the original.
+        token_kl: carries the gradient; used where the KL is exact.
+
+    Returns:
+        The loss, and logs of the importance ratios of texts [M] and draws [samples k].
+    """
+    ratios = log_ratios(logprobs.detach(), rows.drawn, rows.mask)
+    of_draws = draw_log_ratios(ratios, rows.texts, rows.samples, weights.numel())
+    importance = torch.ones_like(weights.flatten())
+    if objective.max_importance is not None:
+        importance = importance_weights(of_draws, objective.max_importance).to(weights.dtype)
+    of_rows, shares = row_weights(weights.flatten(), importance, rows.texts, rows.samples, len(rows.mask))
+    exact = token_kl if objective.kl == "exact" else None
+    loss = policy_loss(logprobs, reference, rows.mask, of_rows, objective.alpha, len(importance), exact, shares)
+    return loss, ratios, of_draws
 
 
 def layers_to_adapt(model: str, lora: LoRAConfig) -> list[str]:

@@ -1,6 +1,7 @@
 """The recommender of the trainer job: it reads the texts and learns from the true next item."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,22 +54,30 @@ class Reader:
         self.likelihood = DistributedDataParallel(likelihood, broadcast_buffers=False) if distributed else likelihood
         self.optimizer = torch.optim.Adam(parameter_groups(recommender), lr=lr, betas=(0.9, 0.98))
 
-    def update(self, samples: list[Sample]) -> dict[str, float]:
+    def update(self, samples: list[Sample], rewarding: Sequence[Sample] | None = None) -> dict[str, float]:
         """One step of Eq. 9 on this rank's samples, every draw of each; returns figures from before the step.
 
-        ``reward_drift`` is how far log p(y|x,s) has moved, in the mean over them, since they were scored.
+        ``reward_drift`` is how far log p(y|x,s) has moved, in the mean over the first draws of the ``rewarding``
+        samples, by default the same ones, since they were scored.
         """
         inputs = make_inputs(samples, self.read).to(self.device)
-        scored = torch.tensor([value for sample in samples for value in sample.log_p_y_given_xs], device=self.device)
-        with torch.no_grad():
-            now = log_p_y_given_xs(self.recommender.eval(), inputs, self.temperature)
+        drift = self._drift(samples if rewarding is None else rewarding)
         self.likelihood.train()
         log_p = self.likelihood(inputs)
         loss = recommender_loss(log_p)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
-        return {"rec_loss": loss.item(), "reward_drift": (now - scored).abs().mean().item()}
+        return {"rec_loss": loss.item(), "reward_drift": drift}
+
+    @torch.no_grad()
+    def _drift(self, samples: Sequence[Sample]) -> float:
+        # One draw of each tells as well as all of them, whose texts would have to be encoded.
+        first = [replace(sample, draws=sample.draws[:1]) for sample in samples]
+        scored = torch.tensor([sample.log_p_y_given_xs[0] for sample in samples], device=self.device)
+        inputs = make_inputs(first, self.read).to(self.device)
+        now = log_p_y_given_xs(self.recommender.eval(), inputs, self.temperature)
+        return (now - scored).abs().mean().item()
 
     def refresh(self) -> None:
         """Encode the stored texts again, where the encoder is trained; every rank calls this."""

@@ -3,9 +3,12 @@
 Invariants:
 - ``batch-N.parquet`` holds exactly the samples that step N trains on, in the order of their ordinals; it is written
   whole, once, and never changed. A sample is therefore never lost, repeated or reordered, whichever job dies when.
+- ``batch-N.sha256`` is there before it. Not a byte is read that it does not vouch for: parquet itself notices damage
+  late or never.
 - A generator's place in the run is the first of its steps without a file; the trainer's is its step. Neither is stored.
 """
 
+import hashlib
 import itertools
 import re
 import time
@@ -17,10 +20,12 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import parquet
 
-from rec.runtime.arrow_files import write_table
+from rec.runtime import files
+from rec.runtime.arrow_files import table_bytes
 from rec.runtime.errors import UserError
 
 SCHEMA_VERSION = b"4"
+WAITED_FOR_GENERATOR = "for the generator to write"
 TEXT = pa.struct(
     {"seed": pa.int64(), "token_ids": pa.list_(pa.int32()), "logprobs": pa.list_(pa.float32()), "text": pa.string()},
 )
@@ -120,10 +125,12 @@ class SampleLog:
 
     def append(self, step: int, samples: list[Sample]) -> None:
         """Write the batch of one step; does nothing if a predecessor already wrote it."""
-        target = self._path(step)
+        target = self.path_of(step)
         if target.exists():
             return
-        write_table(target, pa.Table.from_pylist([asdict(sample) for sample in samples], SCHEMA))
+        content = table_bytes(pa.Table.from_pylist([asdict(sample) for sample in samples], SCHEMA))
+        files.write_text(_checksum(target), hashlib.sha256(content).hexdigest())
+        files.write_bytes(target, content)
 
     def next_step(self, own: Callable[[int], bool] = lambda step: True) -> int:
         """The first step that has no batch, of those that are somebody's ``own``."""
@@ -133,23 +140,29 @@ class SampleLog:
 
     def ready_from(self, step: int) -> int:
         """How many batches, ``step``'s and those after it, are there without a gap."""
-        return next(count for count in itertools.count() if not self._path(step + count).exists())
+        return next(count for count in itertools.count() if not self.path_of(step + count).exists())
 
     def read(self, step: int) -> list[Sample]:
         """The batch of ``step``.
 
         Raises:
             FileNotFoundError: if it is not written yet.
-            UserError: if the file is damaged or of another schema version.
+            UserError: if the file cannot be read, is damaged or of another schema version.
         """
-        path = self._path(step)
+        path = self.path_of(step)
+        checksum = _checksum(path)
         try:
-            table = parquet.read_table(path)
+            content = path.read_bytes()
+            expected = checksum.read_bytes() if checksum.exists() else b""
         except FileNotFoundError:
             raise
-        except (pa.ArrowInvalid, OSError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{path} is damaged ({reason}): bring back the file, or start over with --fresh") from error
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error}") from error
+        if expected != hashlib.sha256(content).hexdigest().encode():
+            raise UserError(
+                f"{path} is damaged, it does not match {checksum.name}: bring back both, or start over with --fresh"
+            )
+        table = parquet.read_table(pa.BufferReader(content))
         found = (table.schema.metadata or {}).get(b"schema_version")
         if found != SCHEMA_VERSION:
             raise UserError(f"{path} has schema version {found}, this program reads {SCHEMA_VERSION}")
@@ -165,14 +178,19 @@ class SampleLog:
         while True:
             if stop():
                 return None
-            if self._path(step).exists():
+            if self.path_of(step).exists():
                 return time.monotonic() - begin
             if time.monotonic() - begin > timeout_s:
-                raise TimeoutError(f"waited {timeout_s:.0f} s for the generator to write {self._path(step)}")
+                raise TimeoutError(f"waited {timeout_s:.0f} s {WAITED_FOR_GENERATOR} {self.path_of(step)}")
             time.sleep(0.01)
 
-    def _path(self, step: int) -> Path:
+    def path_of(self, step: int) -> Path:
+        """The file of the batch of ``step``."""
         return self.folder / f"batch-{step:08d}.parquet"
+
+
+def _checksum(batch: Path) -> Path:
+    return batch.with_suffix(".sha256")
 
 
 def _sample(row: dict[str, Any]) -> Sample:

@@ -7,6 +7,7 @@ Invariants:
 - Both models are of the same step: a reader swaps both or neither.
 """
 
+import contextlib
 import logging
 import re
 import shutil
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rec.runtime import files
+from rec.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +64,8 @@ class SnapshotStore:
 
     def __init__(self, folder: Path, keep_last: int = 4) -> None:
         self.folder, self.keep_last = folder, keep_last
+        # What was found of each version while its files look the same: hashing takes long, whoever waits asks often.
+        self._found: dict[int, tuple[object, Snapshot | None]] = {}
         self._warned: set[str] = set()
 
     def publish(
@@ -80,10 +84,12 @@ class SnapshotStore:
             write: writes ``llm`` and ``recommender`` into the folder it is given.
             canary_tokens: a fixed text.
             canary_logprobs: its log-probs under the published weights.
+
+        Raises:
+            UserError: if it is there already, but of another step.
         """
-        existing = self._load(version)
-        if existing is not None:
-            return existing
+        if self.holds(version, step):
+            return self._load(version)
         final = self._name(version)
         shutil.rmtree(final, ignore_errors=True)  # incomplete, as just found
         temporary = self.folder / f"{files.TEMPORARY_PREFIX}{final.name}"
@@ -100,9 +106,24 @@ class SnapshotStore:
         }
         files.write_json(temporary / MANIFEST, manifest)
         files.publish_folder(temporary, final)
-        for old in self.versions()[self.keep_last :]:
-            files.remove_folder(self._name(old), MANIFEST)
-        return Snapshot(final, version, step, canary_tokens, canary_logprobs)
+        snapshot = Snapshot(final, version, step, canary_tokens, canary_logprobs)
+        self._found[version] = _looks_of(final), snapshot
+        self._prune()
+        return snapshot
+
+    def holds(self, version: int, step: int) -> bool:
+        """Whether this version is there, complete.
+
+        Raises:
+            UserError: if it is, but of another step.
+        """
+        existing = self._load(version)
+        if existing is not None and existing.step != step:
+            raise UserError(
+                f"{existing.folder} is of step {existing.step}, not {step}: it was published under another"
+                " align.refresh_every or after damage; delete it, or start over with --fresh"
+            )
+        return existing is not None
 
     def versions(self) -> list[int]:
         """Numbers of everything named like a snapshot, newest first."""
@@ -119,10 +140,26 @@ class SnapshotStore:
                 return snapshot
         return None
 
+    def _prune(self) -> None:
+        """Delete what is older than ``keep_last`` complete versions."""
+        complete = 0
+        for version in self.versions():
+            if complete >= self.keep_last:
+                files.remove_folder(self._name(version), MANIFEST)
+                self._found.pop(version, None)
+            elif self._load(version) is not None:
+                complete += 1
+
     def _load(self, version: int) -> Snapshot | None:
         folder = self._name(version)
         if not folder.exists():
             return None
+        looks = _looks_of(folder)
+        if version not in self._found or self._found[version][0] != looks:
+            self._found[version] = looks, self._checked(folder, version)
+        return self._found[version][1]
+
+    def _checked(self, folder: Path, version: int) -> Snapshot | None:
         try:
             manifest = files.read_json(folder / MANIFEST)
             problem = files.what_differs(folder, manifest["files"])
@@ -141,3 +178,13 @@ class SnapshotStore:
 
     def _name(self, version: int) -> Path:
         return self.folder / f"v{version:06d}"
+
+
+def _looks_of(folder: Path) -> list[tuple[str, int, int, int]]:
+    """Name, inode, size and time of every file: what changes when one of them does."""
+    found = []
+    for path in sorted(folder.rglob("*")):
+        with contextlib.suppress(FileNotFoundError):  # it is being deleted
+            seen = path.stat()
+            found.append((str(path), seen.st_ino, seen.st_size, seen.st_mtime_ns))
+    return found

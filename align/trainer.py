@@ -20,6 +20,15 @@ import torch
 from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
 
 from align.config import MainJob, Stages
+from align.figures import (
+    Arrivals,
+    first_no_number,
+    lag_figures,
+    means,
+    ratio_figures,
+    reward_figures,
+    text_figures,
+)
 from align.objective import reward_weights, scaled
 from align.policy import Policy, deepspeed_config
 from align.reader import Reader
@@ -116,7 +125,7 @@ class Trainer:
         self.log = SampleLog(self.stages.samples)
         keep = align.trainer.keep_checkpoints, align.trainer.keep_checkpoint_every
         self.checkpoints = Checkpoints(own.checkpoints, self.ranks, *keep)
-        self.stop = StopFile(own.run)
+        self.stop, self.arrivals = StopFile(own.run), Arrivals()
         self.meta = {"config_hash": job.identity, "data_hash": data.meta["content_hash"]}
         texts = item_texts(data.items.slice(0, 1), job.llm.item_text)
         self.watch = Watch(align.watch, data.items)
@@ -126,38 +135,45 @@ class Trainer:
         """Train to the last step, from the newest complete checkpoint if there is one."""
         align, begin = self.job.align, time.monotonic()
         step = self._resume()
-        if step % align.refresh_every == 0 or step == align.trainer.steps:
-            # Also after a resume: the generator cannot go on if the kill took this snapshot with it.
-            self._publish(step)
+        self._publish_what_is_needed(step)
         with progress("Align", align.trainer.steps, self.ranks.is_first) as advance:
             while step < align.trainer.steps:
                 waited = self._wait_for(step)
                 if waited is None:
                     self._save_if_new(step)
                     raise self.stop.stopped(f"after step {step}")
-                queued = self.log.ready_from(step + 1) if self.ranks.is_first else 0
                 started = time.monotonic()
                 row = self._update(step)
-                step += 1
-                published_s = saved_s = 0.0
-                if step % align.refresh_every == 0 or step == align.trainer.steps:
-                    published_s = self._publish(step)
-                if step % align.trainer.checkpoint_every == 0 or step == align.trainer.steps:
-                    saved_s = self._save_if_new(step)
                 if self.ranks.is_first:
-                    busy = time.monotonic() - started
-                    row |= {"waited_s": round(waited, 4), "busy_s": round(busy, 4), "queued": queued}
-                    row |= {"publish_s": round(published_s, 4), "save_s": round(saved_s, 4)}
-                    self.run.log("train", step=step - 1, **row)
-                    advance(step, f"reward {row['reward']:.3f}  KL {row['kl']:.3f}  lag {row['lag_steps']}")
+                    # Before anything is saved: a step that no checkpoint holds runs again, and writes its row again.
+                    row |= {"waited_s": round(waited, 4), "busy_s": round(time.monotonic() - started, 4)}
+                    self.run.log("train", step=step, **row)
+                    advance(step + 1, f"reward {row['reward']:.3f}  KL {row['kl']:.3f}  lag {row['lag_steps']}")
+                step += 1
+                if step % align.refresh_every == 0 or step == align.trainer.steps:
+                    self._publish(step)
+                if step % align.trainer.checkpoint_every == 0 or step == align.trainer.steps:
+                    self._save_if_new(step)
         log.info("rank %d: %d steps, %.0f s", self.ranks.rank, step, time.monotonic() - begin)
 
-    def _save_if_new(self, step: int) -> float:
-        """Write the checkpoint of ``step``, unless it is there or nothing has happened yet; seconds it took."""
+    def _publish_what_is_needed(self, step: int) -> None:
+        """What the generator cannot go on without, if a kill or damage took it: beginning at ``step``."""
+        align = self.job.align
+        if step % align.refresh_every == 0 or step == align.trainer.steps:
+            self._publish(step)
+            return
+        newest = self.store.newest() if self.ranks.is_first else None
+        if self.ranks.broadcast(newest is None or newest.step < step - align.max_lag_steps):
+            self._publish(step, on_schedule=False)
+
+    def _save_if_new(self, step: int) -> None:
+        """Write the checkpoint of ``step``, unless it is there or nothing has happened yet."""
         begin = time.monotonic()
-        if step and not self.checkpoints.holds(step):
-            self.checkpoints.save(step, {"reader": self.reader.state()}, self.meta, self.policy.save)
-        return time.monotonic() - begin
+        if not step or self.checkpoints.holds(step):
+            return
+        self.checkpoints.save(step, {"reader": self.reader.state()}, self.meta, self.policy.save)
+        if self.ranks.is_first:
+            self.run.log("saved", step=step, save_s=round(time.monotonic() - begin, 4))
 
     def _resume(self) -> int:
         """Restore the newest complete checkpoint; returns the steps that it had finished."""
@@ -194,11 +210,8 @@ class Trainer:
     def _update(self, step: int) -> dict[str, float]:
         """One iteration of Algorithm 1's lines 5 and 6; returns the step's figures, the same on every rank."""
         samples = self.log.read(step)
-        lags = [step - sample.version_step for sample in samples]
-        if max(lags) > self.job.align.max_lag_steps:
-            raise RuntimeError(
-                f"step {step} got a sample {max(lags)} steps old, the bound is {self.job.align.max_lag_steps}"
-            )
+        self._refuse_wrong_age(step, samples)
+        queue = self._queue_figures(step)
         # Dropout is a function of (seed, step, rank), so a resumed run draws the same.
         torch.manual_seed(int(hash_of([self.job.align.trainer.seed, step, self.ranks.rank])[:15], 16))
         objective, rewarding = self.job.align.objective, [sample for sample in samples if sample.rewards]
@@ -208,64 +221,87 @@ class Trainer:
         weights = reward_weights(with_text, without, objective.baseline, objective.max_ratio, objective.denominator)
         if objective.scale_rewards:
             weights = scaled(weights)
+        if (bad := first_no_number(weights)) is not None:
+            raise UserError(
+                f"the reward of sample {rewarding[bad].ordinal} in {self.log.path_of(step)} is {weights[bad].tolist()}:"
+                " set align.objective.max_ratio, or start over with a lower align.trainer.rec_lr"
+            )
         share = self.job.align.trainer.batch_size // self.ranks.size
         mine = slice(self.ranks.rank * share, (self.ranks.rank + 1) * share)
-        figures = self.policy.update(step, rewarding[mine], weights[mine])
-        figures |= self.reader.update([sample for sample in samples if sample.fits][mine])
-        figures = self._mean_over_ranks(figures)
+        figures, of_texts, of_draws = self.policy.update(step, rewarding[mine], weights[mine])
+        figures |= self.reader.update([sample for sample in samples if sample.fits][mine], rewarding[mine])
+        every, texts, draws = zip(*self.ranks.gather((figures, of_texts, of_draws)), strict=True)
+        figures = means(every)
         for name, rate in (("policy_loss", "align.trainer.lr"), ("rec_loss", "align.trainer.rec_lr")):
             if not math.isfinite(figures[name]):
                 raise UserError(f"{name} is {figures[name]} at step {step}: start over with a lower {rate}")
-        ratio = (with_text - without[:, None]).exp()
-        newest = step // self.job.align.refresh_every
         return {
             **figures,
-            "reward": ratio.mean().item(),
-            "reward_std": ratio.std().item(),
+            **ratio_figures(torch.cat(texts), torch.cat(draws)),
+            **reward_figures(with_text, without),
             **self.watch.figures(rewarding),
-            "lag_steps": max(lags),
-            "lag_steps_mean": sum(lags) / len(lags),
-            "lag_versions": newest - min(sample.version for sample in samples),
-            "versions": sorted({sample.version for sample in samples}),
-            "texts": sum(len(draw) for sample in samples for draw in sample.draws),
-            "text_tokens": self._mean_tokens(samples),
+            **lag_figures(samples, step, self.job.align.refresh_every),
+            **queue,
+            **text_figures(samples),
         }
 
-    def _publish(self, step: int) -> float:
-        """Publish both models as they are after ``step`` steps; every rank takes part; seconds it took."""
-        begin = time.monotonic()
+    def _refuse_wrong_age(self, step: int, samples: list[Sample]) -> None:
+        lags = [step - sample.version_step for sample in samples]
+        if max(lags) > self.job.align.max_lag_steps:
+            raise RuntimeError(
+                f"step {step} got a sample {max(lags)} steps old, the bound is {self.job.align.max_lag_steps}"
+            )
+        if min(lags) < 0:
+            raise UserError(
+                f"{self.log.path_of(step)} is by weights of step {step - min(lags)}, which did not exist yet: it was"
+                " deleted and written anew; bring back the old one, or start over with --fresh"
+            )
+
+    def _queue_figures(self, step: int) -> dict[str, int]:
+        """Batches that lie ready behind this one, and how long this one has."""
+        if not self.ranks.is_first:
+            return {}
+        queued = self.log.ready_from(step + 1)
+        self.arrivals.see(step, queued)
+        return {"queued": queued, "lag_in_queue": self.arrivals.steps_in_queue(step)}
+
+    def _publish(self, step: int, on_schedule: bool = True) -> None:
+        """Publish both models as they are after ``step`` steps, unless they are; every rank takes part.
+
+        A publication that is not ``on_schedule`` stands in for the last one that was, which is lost.
+        """
+        begin, every = time.monotonic(), self.job.align.refresh_every
+        if on_schedule:  # the vectors of stored texts are part of what is trained on: at no other time may they change
+            self.reader.refresh()
+        version = -(-step // every) if step == self.job.align.trainer.steps else step // every
+        if self.ranks.broadcast(self.ranks.is_first and self.store.holds(version, step)):
+            return
         canary_logprobs = self.policy.logprobs_of(self.canary)
         if not all(map(math.isfinite, canary_logprobs)):  # the same on every rank
             raise UserError(f"the LLM is no numbers after step {step - 1}: start over with a lower align.trainer.lr")
         weights = self.policy.gathered_weights()
-        self.reader.refresh()
+        seconds = {"gather_s": time.monotonic() - begin}
 
         def write(folder: Path) -> None:
+            started = time.monotonic()
             self.policy.save_pretrained(folder / LLM, weights)
             self.tokenizer.save_pretrained(folder / LLM)
             self.reader.save_pretrained(folder / RECOMMENDER)
+            seconds["write_s"] = time.monotonic() - started
 
         if self.ranks.is_first:
-            version = -(-step // self.job.align.refresh_every)
             self.store.publish(version, step, write, self.canary, canary_logprobs)
-            self.run.log("published", step=version, version=version, version_step=step)
         self.ranks.barrier()
-        return time.monotonic() - begin
-
-    def _mean_over_ranks(self, figures: dict[str, float]) -> dict[str, float]:
-        values = torch.tensor(list(figures.values()), dtype=torch.float64, device=self.accelerator.device)
-        if self.ranks.size > 1:
-            torch.distributed.all_reduce(values)
-        return dict(zip(figures, (values / self.ranks.size).tolist(), strict=True))
+        if self.ranks.is_first:
+            seconds["publish_s"] = time.monotonic() - begin
+            # Hashes, flushing to disk, pruning.
+            seconds["hash_s"] = seconds["publish_s"] - seconds["gather_s"] - seconds["write_s"]
+            rounded = {name: round(value, 4) for name, value in seconds.items()}
+            self.run.log("published", step=version, version=version, version_step=step, **rounded)
 
     def _canary(self, prompt: list[int]) -> list[int]:
         """A fixed text: the first item's prompt, repeated to a fair length, or cut to it."""
         return (prompt * CANARY_TOKENS)[:CANARY_TOKENS]
-
-    @staticmethod
-    def _mean_tokens(samples: list[Sample]) -> float:
-        lengths = [len(text.token_ids) for sample in samples for draw in sample.draws for text in draw]
-        return sum(lengths) / len(lengths)
 
 
 def main() -> None:

@@ -43,6 +43,7 @@ def case_study(job: MainJob, data: Prepared) -> dict[str, Any]:
     return {
         "user": data.user_ids[int(data.instances("test")[0][instance])],
         "target": names[target - 1],
+        "target_texts": [own[target - 1] for own in texts],
         "likelihood": scores,
         "rank": ranks[:, chosen].tolist(),
         "history": [{"item": names[item - 1], "texts": [own[item - 1] for own in texts]} for item in history],
@@ -65,4 +66,6 @@ def print_case(case: dict[str, Any], console: Console) -> None:
         table.add_column(name, overflow="fold")
     for entry in case["history"]:
         table.add_row(*(escape(text) for text in (entry["item"], *entry["texts"])))
+    table.add_section()
+    table.add_row(*(escape(text) for text in (f"next: {case['target']}", *case["target_texts"])))
     console.print(table)

@@ -7,6 +7,8 @@ from llm.pretrain import make_tokenizer
 from llm.prompts import item_texts, prompt_tokens, require_column
 from llm.tokenizer import load_tokenizer
 from rec.data.prepared import Prepared
+from rec.models import MODELS
+from rec.models.base import SequenceRecommender
 from rec.runtime.errors import UserError
 
 
@@ -14,9 +16,11 @@ def check(job: MainJob, data: Prepared) -> None:
     """Everything that would otherwise stop the job after minutes of work.
 
     Raises:
-        UserError: on an item template, prompt, model, tokenizer or encoder that cannot be used, or too few users.
+        UserError: on a recommender, item template, prompt, model, tokenizer or encoder that cannot be used, or too few
+            users.
     """
     llm = job.llm
+    _check_recommender(job.rec.model.name)
     _check_users(job, data)
     _check_adapters(job)
     texts = item_texts(data.items, llm.item_text)
@@ -43,6 +47,15 @@ def check(job: MainJob, data: Prepared) -> None:
         require_column(data.items, column, "align.watch")
     if job.llm.encoder.model != "llm":
         load_tokenizer(job.llm.encoder.model)
+
+
+def _check_recommender(name: str) -> None:
+    """Whether it reads the texts of a history and has p(y|x,s)."""
+    able = [other for other, model in MODELS.items() if issubclass(model, SequenceRecommender)]
+    if name not in able:
+        raise UserError(
+            f"rec.model {name} cannot be aligned with, it reads no texts of a history: take one of {', '.join(able)}"
+        )
 
 
 def _check_users(job: MainJob, data: Prepared) -> None:

@@ -1,8 +1,10 @@
 """``recalign knowledge``: texts and vectors for a whole catalog, from an original or an aligned LLM."""
 
+import contextlib
 import logging
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,6 +33,7 @@ from rec.trainer import MODEL
 log = logging.getLogger(__name__)
 
 VECTOR, ENCODER = "vector", b"encoder"
+STALLED_S = 2 * 3600.0  # longest that vLLM may take for one call, its start included
 
 
 def run(
@@ -78,7 +81,7 @@ def generate(
 
     Raises:
         UserError: with the process's own message, if it called its end a user's mistake.
-        RuntimeError: if it died; with the end of its log.
+        RuntimeError: if it died, or wrote nothing for ``STALLED_S``; with the end of its log.
     """
     settings = out.absolute().with_name(f"{out.stem}.llm.yaml")
     files.write_text(settings, config.to_yaml(llm))
@@ -88,12 +91,30 @@ def generate(
     ]  # fmt: skip
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("wb") as stream:
-        code = subprocess.run(
-            command, stdout=stream, stderr=subprocess.STDOUT, check=False, preexec_fn=die_with_parent
-        ).returncode
+        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, preexec_fn=die_with_parent)
+    try:
+        code = _wait(process, KnowledgeFile(out).parts)
+    finally:
+        process.kill()
+        process.wait()
+    if code is None:
+        raise RuntimeError(f"waited {STALLED_S:.0f} s for vLLM to write more texts for {out}; see {log_path}")
     if code:
         cause = supervise.last_words(log_path)
         raise RuntimeError(f"generation ended with exit code {code}: {cause}; see {log_path}")
+
+
+def _wait(process: subprocess.Popen, parts: Path) -> int | None:
+    """The exit code of a process that writes ``parts``; None if it has written none for ``STALLED_S``."""
+    written, since = -1, time.monotonic()
+    while process.poll() is None:
+        if (now := len(list(parts.glob("part-*")))) != written:
+            written, since = now, time.monotonic()
+        elif time.monotonic() - since > STALLED_S:
+            return None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(supervise.POLL_S)
+    return process.returncode
 
 
 def encode(out: Path, encoder: Callable[[list[str]], Tensor], mark: str, kept: dict[str, np.ndarray]) -> None:
@@ -160,4 +181,9 @@ def _model(job: MainJob, stages: Stages, original: bool) -> tuple[str, str]:
     newest = SnapshotStore(stages.snapshots).newest()
     if newest is None:
         raise UserError(f"{job.run} has no aligned LLM yet; --original takes the one that it started from")
+    if newest.step < job.align.trainer.steps:
+        log.warning(
+            "the alignment of %s is not finished: these are texts of step %d of %d",
+            job.run, newest.step, job.align.trainer.steps,
+        )  # fmt: skip
     return str(newest.llm), f"v{newest.version}"

@@ -15,10 +15,13 @@ from pyarrow import parquet
 from align.config import TEMPERATURE, MainJob, Stages
 from align.order import set_aside, training_data
 from align.snapshots import SnapshotStore
-from launch import knowledge, summary, supervise
+from launch import knowledge, summary, supervise, tables
 from launch.case_study import case_study
 from launch.check import check
+from launch.precondition import PRECONDITION, is_closed_world, precondition
+from llm.knowledge import count_texts
 from llm.pretrain import pretrain
+from llm.prompts import NO_TEXT, item_texts
 from llm.text_encoder import TextEncoder
 from llm.text_items import CatalogTexts
 from rec.calibration import fit_temperature
@@ -119,6 +122,7 @@ class MainJobRun:
             train(build_model(self.job.rec, kept), kept, self.job.rec, RunFolder(base), f"Base {title}")
             train_reading(self.job, kept, texts, na, f"Base+NA_LLM {title}")
         self._calibrate()
+        self._measure_precondition()
 
     def _calibrate(self) -> None:
         align = self.job.align
@@ -129,6 +133,13 @@ class MainJobRun:
             if not (folder / TEMPERATURE).exists():
                 model = SequenceRecommender.from_pretrained(folder / MODEL)
                 files.write_json(folder / TEMPERATURE, {"temperature": fit_temperature(model, data)})
+
+    def _measure_precondition(self) -> None:
+        """Of a closed world, before the first step: whether there is anything that alignment could learn from."""
+        if is_closed_world(self.data) and not self.run.events(PRECONDITION):
+            found = precondition(self.job, self.data)
+            self.run.log(PRECONDITION, **found)
+            log.info("before alignment %s", tables.precondition(found))
 
     def align(self) -> None:
         """Algorithm 1, asynchronously: trainer and generator as processes of their own."""
@@ -177,8 +188,8 @@ class MainJobRun:
         return catalog_texts(self.job, parquet.read_table(path, columns=["text"])["text"].to_pylist())
 
     def _row(self, method: str, folder: Path, texts: Path | None = None) -> dict[str, Any]:
-        """Test figures of a recommender, which reads other ``texts`` than its own if they are given."""
-        model = SequenceRecommender.from_pretrained(folder / MODEL)
+        """Test figures of a saved recommender, which reads other ``texts`` than its own if they are given."""
+        model = SequenceRecommender.from_pretrained(folder)
         if texts is not None:
             self._texts(texts).tell(model.items)
         metrics = evaluate(model, self.data, "test", self.job.rec.evaluate)
@@ -193,12 +204,21 @@ class MainJobRun:
         methods = {"Base": self.stages.base, "Base+NA_LLM": self.stages.na}
         if self.job.align.finish_from == "aligned":
             methods["Base+NA_LLM, trained on"] = self.stages.control
-        rows = [self._row(method, folder) for method, folder in {**methods, "Base+SeRALM": self.stages.final}.items()]
+        methods["Base+SeRALM"] = self.stages.final
+        rows = [self._row(method, folder / MODEL) for method, folder in methods.items()]
         # Fig. 5: one half of the aligned system with the other half of the not-aligned one.
+        na, aligned = self.stages.na_knowledge, self.stages.final_knowledge
         ablations = [
-            self._row("A_LLM+NA_Rec", self.stages.na, self.stages.final_knowledge),
-            self._row("NA_LLM+A_Rec", self.stages.final, self.stages.na_knowledge),
+            self._row("A_LLM+NA_Rec", self.stages.na / MODEL, aligned),
+            self._row("NA_LLM+A_Rec", self.stages.final / MODEL, na),
         ]
+        if self.job.align.finish_from == "scratch":
+            # The last recommender is a new one: what alignment made of its own is to be seen too.
+            left = SnapshotStore(self.stages.snapshots).newest().recommender
+            ablations += [
+                self._row("A_LLM+A_Rec, as aligned", left, aligned),
+                self._row("NA_LLM+A_Rec, as aligned", left, na),
+            ]
         # First, because a run with a result is finished.
         summary.draw(self.run, self.stages)
         return self.run.write_result(
@@ -210,8 +230,18 @@ class MainJobRun:
             data={"name": self.job.data, **self.data.meta["counts"]},
             ablations=ablations,
             case_study=case_study(self.job, self.data),
+            texts=self._text_counts(),
             asynchronous=summary.asynchronous(self.run),
         )
+
+    def _text_counts(self) -> dict[str, Any]:
+        """What nothing was skipped for, but nothing could be said of either."""
+        titles = item_texts(self.data.items, self.job.llm.item_text)
+        return {
+            "items_without_text": sum(title == NO_TEXT for title in titles),
+            "not_aligned": count_texts(self.stages.na_knowledge),
+            "aligned": count_texts(self.stages.final_knowledge),
+        }
 
 
 def catalog_texts(job: MainJob, texts: Sequence[str]) -> CatalogTexts:

@@ -20,6 +20,7 @@ from rec.data.readers.closed_world import ATTRIBUTES
 from rec.models.base import SequenceRecommender
 from rec.trainer import MODEL
 
+PRECONDITION = "precondition"
 ROWS, ROUNDS, RATE = 512, 4000, 0.2
 
 
@@ -56,6 +57,11 @@ def precondition(job: MainJob, data: Prepared) -> dict[str, Any]:
         "log_likelihood": dict(zip(ATTRIBUTES, found.mean(0).tolist(), strict=True)),
         "best_share": {str(value): float(best_mixture(own)[driving]) for value, own in sorted(by_temperature.items())},
     }
+
+
+def is_closed_world(data: Prepared) -> bool:
+    """Whether it is known of ``data`` which attribute drives what users do."""
+    return "driving" in data.meta.get("options", {})
 
 
 def best_mixture(log_likelihoods: Tensor) -> Tensor:

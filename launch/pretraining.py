@@ -36,11 +36,10 @@ def pretrain(job: LMRecJob) -> dict[str, Any]:
             return done
         child = supervise.Child(
             "pretraining job",
-            command("llm.pretrain", job.run / CONFIG, train.processes, launched=train.zero_stage > 0),
+            lambda: command("llm.pretrain", job.run / CONFIG, train.processes, launched=train.zero_stage > 0),
             environment(train.processes),
             job.run / "logs" / "pretrain.log",
             Checkpoints(job.run / "checkpoints").last_step,
-            None,
         )
         _watch(child, folder, train.steps)
         result = folder.result()

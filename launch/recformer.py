@@ -95,11 +95,10 @@ def _watch(job: RecformerJob, stage: str) -> None:
     launched = processes > 1 or job.settings.zero_stage > 0
     child = supervise.Child(
         f"{stage} job",
-        pretraining.command(f"llm.recformer.{stage}", job.run / CONFIG, processes, launched),
+        lambda: pretraining.command(f"llm.recformer.{stage}", job.run / CONFIG, processes, launched),
         pretraining.environment(processes),
         job.run / "logs" / f"{stage}.log",
         lambda: _place(job, stage),
-        None,
     )
     try:
         child.start()

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 WORLD, WORLD_FOLDER = "closed-world", "world"
 SEEDS = ("rec.train.seed", "llm.train.seed", "llm.knowledge.seed", "align.trainer.seed", "align.finish.seed")
 METRICS = ("HR@10", "NDCG@10")
+COMPLETE, STUDIED = "complete", "studied.json"
 
 
 class Study(Section):
@@ -110,6 +111,9 @@ class StudyRun:
 
     def _run(self, seed: int, name: str) -> dict[str, Any]:
         job, begin = self.jobs[seed, name], time.monotonic()
+        done = job.run / STUDIED
+        if done.exists() and RunFolder(job.run).result() is not None:
+            return files.read_json(done)
         log.info("%s, seed %d", name, seed)
         is_world = (seed, name) in self.worlds
         if is_world:
@@ -123,12 +127,14 @@ class StudyRun:
         # Every attempt that came this far, and what was done before for all variants, whoever did it.
         wall_s = sum(row["seconds"] for row in folder.events("studied"))
         shared_s = sum(row["seconds"] for row in before.events("stage"))
-        return {
+        content = {
             "rows": [{**told, **row} for row in (*result["rows"], *result.get("ablations", ()))],
             "world": {**told, **figures, "shared_s": shared_s, "wall_s": wall_s} if is_world else None,
             "protocol": result["protocol"],
             "wall_s": wall_s,
         }
+        files.write_json(done, content)
+        return content
 
 
 def share_what_comes_before(job: MainJob) -> RunFolder:
@@ -140,18 +146,47 @@ def share_what_comes_before(job: MainJob) -> RunFolder:
     RunFolder(job.run).claim(job)  # which refuses another job's folder before anything is made
     before = _before_alignment(job)
     common = job.run.parent / f"before-alignment-{_name(before)}"
-    done = common / "complete"
+    done = common / COMPLETE
     if not done.exists():
-        MainJobRun(before.model_copy(update={"run": common})).execute("", stop_before_alignment=True)
-        files.write_text(done, "")
+        own = before.model_copy(update={"run": common})
+        RunFolder(common).claim(own)
+        parts = _parts(before)
+        _take_what_others_made(common, parts)
+        MainJobRun(own).execute("", stop_before_alignment=True)
+        files.write_json(done, parts)
     for source in sorted(common.iterdir()):
-        target = job.run / source.name
-        if source.is_dir() and not target.exists():
-            temporary = job.run / f"{files.TEMPORARY_PREFIX}{source.name}"
-            shutil.rmtree(temporary, ignore_errors=True)
-            shutil.copytree(source, temporary)
-            temporary.rename(target)
+        if source.is_dir():
+            _copy_whole(source, job.run / source.name)
     return RunFolder(common)
+
+
+def _take_what_others_made(common: Path, parts: dict[str, str]) -> None:
+    """Stages that another job's folder beside this one has, and that are the same for both."""
+    for other in sorted(common.parent.glob(f"before-alignment-*/{COMPLETE}")):
+        made = files.read_json(other)
+        for name, decided_by in parts.items():
+            source = other.parent / name
+            if made.get(name) == decided_by and source.is_dir():
+                _copy_whole(source, common / name)
+
+
+def _copy_whole(source: Path, target: Path) -> None:
+    """Copy a folder, whole or not at all, unless it is there."""
+    if target.exists():
+        return
+    temporary = target.with_name(f"{files.TEMPORARY_PREFIX}{target.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(source, temporary)
+    temporary.rename(target)
+
+
+def _parts(before: MainJob) -> dict[str, str]:
+    """By the name of a stage's folder, a hash of all that decides it, where that is less than the whole job."""
+    content = _content(before)
+    # The recommender's seed draws the users of train_users.
+    common = [content["data"], content["train_users"], before.rec.train.seed]
+    llm = hash_of([*common, content["llm"]])
+    return {"llm": llm, "knowledge": llm, "base": hash_of([*common, content["rec"]])}
 
 
 def _before_alignment(job: MainJob) -> MainJob:
@@ -168,11 +203,15 @@ def _before_alignment(job: MainJob) -> MainJob:
 
 def _name(before: MainJob) -> str:
     """A hash of everything that decides the stages before alignment."""
+    return hash_of(_content(before))[:8]
+
+
+def _content(before: MainJob) -> dict[str, Any]:
     content = before.model_dump(mode="json", exclude={"run"})
     if before.data not in BUILTIN:
         # Where it lies as seen from here: the whole study may move.
         content["data"] = os.path.relpath(before.data, before.run.parent)
-    return hash_of(content)[:8]
+    return content
 
 
 def means(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

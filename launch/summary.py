@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from align.config import Stages
+from align.figures import saving_seconds
 from launch.case_study import print_case
 from launch.tables import describe
 from rec.runtime.runfolder import RunFolder
@@ -28,8 +29,11 @@ def asynchronous(run: RunFolder) -> dict[str, Any]:
     started = run.events("trainer_started")
     later_train, later_generated = train[1:] or train, generated[1:] or generated
     seconds = sum(row["generate_s"] for row in later_generated)
-    trainer_waits, generator_waits = _waiting_share(later_train), _waiting_share(later_generated)
-    publications = [row["publish_s"] for row in later_train if row["publish_s"]]
+    saving = saving_seconds(run)
+    trainer_waits = _waiting_share(later_train, sum(saving.get(row["step"], 0.0) for row in later_train))
+    generator_waits = _waiting_share(later_generated)
+    # The one before the first step is not made while anybody waits.
+    later_published = [row for row in published if row["version_step"]] or published
     return {
         "steps": len(train),
         "snapshots_published": len(published),
@@ -44,12 +48,14 @@ def asynchronous(run: RunFolder) -> dict[str, Any]:
         "generator_waiting_share": generator_waits,
         "verdict": verdict(trainer_waits, generator_waits),
         "canary_max_difference": max(row["canary_max_difference"] for row in refreshed),
-        "publish_s_mean": _round(sum(publications) / max(1, len(publications))),
+        **{f"{part}_s_mean": _mean(later_published, f"{part}_s") for part in ("publish", "gather", "write", "hash")},
         "refresh_s_mean": _round(sum(row["load_s"] for row in refreshed) / len(refreshed)),
         "canary_s_mean": _round(sum(row["canary_s"] for row in refreshed) / len(refreshed)),
         "lag_versions_max": max(row["lag_versions"] for row in train),
-        # Of the lag, so many steps are batches that lay ready; the rest passed while they were drawn.
-        "queued_mean": _round(sum(row["queued"] for row in train) / len(train)),
+        "queued_mean": _mean(train, "queued"),
+        # Of the lag, so many steps the batch lay ready; the others passed before it was written.
+        "lag_in_queue_mean": _mean(train, "lag_in_queue"),
+        "lag_in_flight_mean": _round(sum(row["lag_steps_mean"] - row["lag_in_queue"] for row in train) / len(train)),
         "engine": started[-1]["engine"],
         "zero_stage": started[-1]["zero_stage"],
         "trainer_ranks": started[-1]["world_size"],
@@ -57,6 +63,8 @@ def asynchronous(run: RunFolder) -> dict[str, Any]:
         "reward_first_last": [_mean(train[:20], "reward"), _mean(train[-20:], "reward")],
         "reward_drift_last": _mean(train[-20:], "reward_drift"),
         "effective_sample_fraction_last": _mean(train[-20:], "effective_sample_fraction"),
+        "effective_sample_fraction_min": min(row["effective_sample_fraction"] for row in train),
+        "importance_ratio_max": max(row["importance_ratio_max"] for row in train),
         "kl_last": _mean(train[-20:], "kl"),
     }
 
@@ -90,19 +98,27 @@ def print_result(result: dict[str, Any], console: Console | None = None) -> None
     console.print(table)
     print_case(result["case_study"], console)
     a = result["asynchronous"]
+    told = result["texts"]
+    console.print(
+        f"Texts: {told['items_without_text']} of {data['items']:,} items have no text; of the catalog's"
+        f" {told['aligned']['rows']:,} texts {told['not_aligned']['empty']} were empty before and"
+        f" {told['aligned']['empty']} are after, {told['not_aligned']['cut']} and {told['aligned']['cut']} cut"
+    )
     console.print(
         f"Alignment: {a['steps']} steps of {a['engine']} (ZeRO-{a['zero_stage']}) on {a['trainer_ranks']} ranks;"
         f" {a['snapshots_published']} snapshots published, {a['snapshots_loaded']} loaded by vLLM,"
         f" samples of {a['versions_consumed']} versions trained on"
     )
     console.print(
-        f"Staleness: mean {a['lag_steps_mean']} steps ({a['queued_mean']} of them in the queue),"
+        f"Staleness: mean {a['lag_steps_mean']} steps ({a['lag_in_flight_mean']} in flight,"
+        f" {a['lag_in_queue_mean']} in the queue),"
         f" max {a['lag_steps_max']};"
-        f" generated {a['tokens_per_s']:,.0f} tokens/s;"
+        f" generated {a['tokens_per_s']:,.0f} tokens/s, {a['empty_texts']} of {a['texts_generated']} texts empty;"
         f" waiting: trainer {a['trainer_waiting_share']:.0%}, generator {a['generator_waiting_share']:.0%} of its time"
     )
     console.print(
-        f"A refresh: {a['publish_s_mean']:.2f} s to publish, {a['refresh_s_mean']:.2f} s to load,"
+        f"A refresh: {a['publish_s_mean']:.2f} s to publish (gather {a['gather_s_mean']:.2f}, write"
+        f" {a['write_s_mean']:.2f}, hash {a['hash_s_mean']:.2f}), {a['refresh_s_mean']:.2f} s to load,"
         f" {a['canary_s_mean']:.2f} s to prove; {a['verdict']}"
     )
     console.print(
@@ -162,9 +178,9 @@ def moving_mean(values: list[float], width: int) -> list[float]:
     return [sum(values[max(0, i - width + 1) : i + 1]) / (i + 1 - max(0, i - width + 1)) for i in range(len(values))]
 
 
-def _waiting_share(rows: list[dict[str, Any]]) -> float:
+def _waiting_share(rows: list[dict[str, Any]], besides_s: float = 0.0) -> float:
     waited, busy = (sum(row[name] for row in rows) for name in ("waited_s", "busy_s"))
-    return _round(waited / max(waited + busy, 1e-9))
+    return _round(waited / max(waited + busy + besides_s, 1e-9))
 
 
 def _mean(rows: list[dict[str, Any]], name: str) -> float:

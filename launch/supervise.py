@@ -20,13 +20,15 @@ from pathlib import Path
 import torch
 
 from align.config import MainJob, Stages
-from align.samples import SampleLog
+from align.order import Turns
+from align.samples import WAITED_FOR_GENERATOR, SampleLog
 from align.start import generator_role
 from rec.runtime.checkpoint import Checkpoints
 from rec.runtime.errors import UserError
 from rec.runtime.parent import PARENT, die_with_parent
 from rec.runtime.progress import progress
 from rec.runtime.runfolder import CONFIG, RunFolder
+from rec.runtime.stopping import StopFile
 
 log = logging.getLogger(__name__)
 
@@ -37,14 +39,18 @@ EXCEPTION = re.compile(r"(\[rank\d+\]: )?[\w.]*(?<!ChildFailed)(Error|Exception|
 
 @dataclass
 class Child:
-    """One job: how to start it, and how far it got when it last died."""
+    """One job: how to start it, and how far it got when it last died.
+
+    ``command`` gives what starts it, anew each time; ``is_done`` says whether it may end without being started again.
+    """
 
     name: str
-    command: list[str]
+    command: Callable[[], list[str]]
     environment: dict[str, str]
     log_path: Path
     place: Callable[[], int]
-    cores: set[int] | None
+    cores: set[int] | None = None
+    is_done: Callable[[], bool] = lambda: True
     process: subprocess.Popen | None = None
     last_place: int = -1
     futile_restarts: int = 0
@@ -57,7 +63,7 @@ class Child:
         with self.log_path.open("ab") as stream:
             self.log_begin = stream.tell()
             self.process = subprocess.Popen(
-                self.command,
+                self.command(),
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **self.environment, PARENT: str(os.getpid())},
@@ -129,8 +135,7 @@ def _watch(job: MainJob, run: RunFolder, children: list[Child]) -> None:
         with progress("Align", job.align.trainer.steps) as advance:
             follow = Follower(run)
             while first.process.poll() != 0:
-                for child in children:
-                    restart_if_dead(child, job.align.max_restarts, run)
+                watch_once(children, job.align.max_restarts, run)
                 row = follow.newest("train")
                 if row:
                     lag, wait = row["lag_steps"], row["waited_s"]
@@ -141,11 +146,30 @@ def _watch(job: MainJob, run: RunFolder, children: list[Child]) -> None:
             child.stop()
 
 
-def restart_if_dead(child: Child, max_restarts: int, run: RunFolder) -> None:
-    """Start a job again that has died; raises what ``align`` does."""
+def watch_once(children: list[Child], max_restarts: int, run: RunFolder) -> None:
+    """Start again what has died, and the others where it died of waiting for them; raises what ``align`` does."""
+    for child in children:
+        cause = restart_if_dead(child, max_restarts, run)
+        if cause is None or WAITED_FOR_GENERATOR not in cause:
+            continue
+        for other in children:
+            if other is not child and other.process.poll() is None:
+                log.warning("the %s hangs: %s; starting it again", other.name, cause)
+                run.log("restarted", job=other.name, exit_code=None)
+                other.stop()
+                other.start()
+
+
+def restart_if_dead(child: Child, max_restarts: int, run: RunFolder) -> str | None:
+    """Start a job again that has died, or has ended too early; what it died of, if it did.
+
+    Raises:
+        UserError: with the job's own message, if that called it a user's mistake.
+        RuntimeError: if it keeps dying.
+    """
     code = child.process.poll()
-    if code is None or code == 0:
-        return
+    if code is None or (code == 0 and child.is_done()):
+        return None
     cause = last_words(child.log_path, child.log_begin)
     child.futile_restarts = 0 if child.place() > child.last_place else child.futile_restarts + 1
     if child.futile_restarts > max_restarts:
@@ -156,6 +180,7 @@ def restart_if_dead(child: Child, max_restarts: int, run: RunFolder) -> None:
     log.warning("the %s died (exit code %d: %s); starting it again", child.name, code, cause)
     run.log("restarted", job=child.name, exit_code=code)
     child.start()
+    return cause
 
 
 def _trainer(job: MainJob, into: Path | None = None) -> Child:
@@ -167,14 +192,18 @@ def _trainer(job: MainJob, into: Path | None = None) -> Child:
     else:
         threads = max(1, (len(cores) if cores else os.cpu_count() or 1) // job.align.trainer.processes)
         environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch",
-        "--config_file", str(resources.files("launch.accelerate").joinpath(config)),
-        "--num_processes", str(job.align.trainer.processes),
-        "--main_process_port", str(free_port()),
-        "-m", "align.trainer", "--config", str(job.run / CONFIG),
-        *(["--replay-into", str(into)] if into else []),
-    ]  # fmt: skip
+
+    def command() -> list[str]:
+        return [
+            sys.executable, "-m", "accelerate.commands.launch",
+            "--config_file", str(resources.files("launch.accelerate").joinpath(config)),
+            "--num_processes", str(job.align.trainer.processes),
+            # Of this start: one that was free before may have been taken since.
+            "--main_process_port", str(free_port()),
+            "-m", "align.trainer", "--config", str(job.run / CONFIG),
+            *(["--replay-into", str(into)] if into else []),
+        ]  # fmt: skip
+
     place = Checkpoints(Stages(run).checkpoints).last_step
     return Child("trainer", command, environment, run / "logs" / "trainer.log", place, cores)
 
@@ -186,8 +215,14 @@ def _generator(job: MainJob, number: int) -> Child:
         environment |= _visible([gpu_split(job)[1][number]])
     config = ["--config", str(job.run / CONFIG), "--number", str(number)]
     command = [sys.executable, "-m", "align.generator", *config]
-    place = SampleLog(stages.samples).next_step
-    return Child(name, command, environment, job.run / "logs" / f"{name}.log", place, cpu_split(job)[1])
+    samples, generator, stop = SampleLog(stages.samples), job.align.generator, StopFile(job.run)
+    own = Turns(number, generator.processes, generator.batches_per_call)
+
+    def is_done() -> bool:
+        return stop.seen() or samples.next_step(own.has) >= job.align.trainer.steps
+
+    log_path = job.run / "logs" / f"{name}.log"
+    return Child(name, lambda: command, environment, log_path, samples.next_step, cpu_split(job)[1], is_done)
 
 
 def check_devices(job: MainJob) -> None:

@@ -109,7 +109,8 @@ def print_bench_align(result: dict[str, Any]) -> None:
 
 def _print_claims(claims: list[dict[str, Any]], out: Console) -> None:
     for claim in claims:
-        out.print(f"{'holds' if claim['holds'] else 'MISSED'}  {claim['id']}: {claim['figure']:.3f}", soft_wrap=True)
+        figure = claim["figure"] if isinstance(claim["figure"], str) else f"{claim['figure']:.3f}"
+        out.print(f"{'holds' if claim['holds'] else 'MISSED'}  {claim['id']}: {figure}", soft_wrap=True)
 
 
 def print_latency(result: dict[str, Any]) -> None:
@@ -132,7 +133,8 @@ def print_study(result: dict[str, Any]) -> None:
     if "world" in result:
         out.print(_world_table(result["world"]))
         for row in result["world"]:
-            out.print(_precondition(row), soft_wrap=True)
+            told = precondition(row["precondition"])
+            out.print(f"{row['variant']}, seed {row['seed']}, before alignment: {told}", soft_wrap=True)
     _print_claims(result["claims"], out)
 
 
@@ -165,18 +167,17 @@ def _world_table(worlds: list[dict[str, Any]]) -> Table:
             str(row["steps_to_relevant"] or "never"),
             *(f"{row[name]:.3f}" for name in ("base", "na", "aligned", "oracle")),
             f"{row['gap_closed']:.0%}",
-            f"{row['wall_s'] / 60:.1f}",
+            f"{(row['shared_s'] + row['wall_s']) / 60:.1f}",
         )
     return table
 
 
-def _precondition(row: dict[str, Any]) -> str:
-    found = row["precondition"]
+def precondition(found: dict[str, Any]) -> str:
+    """What ``launch.precondition`` found, as one line."""
     shares = ", ".join(f"{share:.0%} at temperature {float(value):.3g}" for value, share in found["best_share"].items())
     return (
-        f"{row['variant']}, seed {row['seed']}, before alignment: the relevant fact gets {found['gap']:+.3f} ±"
-        f" {found['gap_se']:.3f} more reward than the others (signal to noise {found['signal_to_noise']:.2f},"
-        f" {found['pairs']:,} pairs); Eq. 5 would best state it in {shares}"
+        f"the relevant fact gets {found['gap']:+.3f} ± {found['gap_se']:.3f} more reward than the others (signal to"
+        f" noise {found['signal_to_noise']:.2f}, {found['pairs']:,} pairs); Eq. 5 would best state it in {shares}"
     )
 
 

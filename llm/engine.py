@@ -36,11 +36,13 @@ class Completion:
         token_ids: generated tokens, the end-of-sequence token included if there is one.
         logprobs: log p of each of them when it was drawn, in nats.
         text: the tokens as text, without special tokens.
+        cut: whether it was not at its end when it had as many tokens as it may.
     """
 
     token_ids: list[int]
     logprobs: list[float]
     text: str
+    cut: bool
 
 
 class Engine:
@@ -179,7 +181,7 @@ class Engine:
     def _completion(output) -> Completion:
         token_ids = list(output.token_ids)
         drawn = [step[token].logprob for token, step in zip(token_ids, output.logprobs, strict=True)]
-        return Completion(token_ids, drawn, output.text)
+        return Completion(token_ids, drawn, output.text, output.finish_reason == "length")
 
 
 def adapted(adapter: str | Path) -> str:

@@ -9,12 +9,13 @@ on where it was and ends with the same file.
 
 import argparse
 import contextlib
-import fcntl
 import hashlib
 import logging
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -32,18 +33,27 @@ from rec.runtime.config import hash_of
 from rec.runtime.errors import UserError
 from rec.runtime.logs import run_main
 from rec.runtime.progress import progress
+from rec.runtime.runfolder import try_lock
 
 log = logging.getLogger(__name__)
 
 PROMPTS_A_CALL = 2048
+WRITER_TIMEOUT_S = 6 * 3600.0  # whoever holds the file may be encoding a whole catalog
 WEIGHTS = (".safetensors", ".json", ".model", ".txt")
+
+
+class Said(NamedTuple):
+    """One text, and whether it was ``cut`` at the longest that it may be; None where an older file does not tell."""
+
+    text: str
+    cut: bool | None
 
 
 class KnowledgeFile:
     """A ``knowledge.parquet`` and, while it is being made, the parts of it beside it.
 
-    Columns: item_id, prompt, draw, text, model, version, key; and ``vector`` once the texts are encoded. An item with
-    several texts has as many rows, one after the other, ``draw`` counting them from 0.
+    Columns: item_id, prompt, draw, text, cut, model, version, key; and ``vector`` once the texts are encoded. An item
+    with several texts has as many rows, one after the other, ``draw`` counting them from 0.
 
     Args:
         path: of the file.
@@ -53,34 +63,47 @@ class KnowledgeFile:
         self.path = path
         self.parts = path.absolute().with_name(f"{path.name}.parts")
 
-    def texts(self) -> dict[str, str]:
+    def texts(self) -> dict[str, Said]:
         """The texts that there are, by key.
 
         Raises:
             UserError: if the file, or a part of it, is damaged.
         """
-        found: dict[str, str] = {}
+        found: dict[str, Said] = {}
         for path in [*sorted(self.parts.glob("part-*.parquet")), *([self.path] if self.path.exists() else [])]:
             try:
-                table = parquet.read_table(path, columns=["key", "text"])
+                told = "cut" in parquet.read_schema(path).names
+                table = parquet.read_table(path, columns=["key", "text", *(["cut"] if told else [])])
             except (OSError, pa.ArrowException, KeyError) as error:
                 raise UserError(f"{path} is damaged ({' '.join(str(error).split())[:200]}); delete it") from error
-            found.update(zip(table["key"].to_pylist(), table["text"].to_pylist(), strict=True))
+            cut = table["cut"].to_pylist() if told else [None] * len(table)
+            said = map(Said, table["text"].to_pylist(), cut)
+            found.update(zip(table["key"].to_pylist(), said, strict=True))
         return found
 
-    def keep(self, keys: Sequence[str], texts: Sequence[str], shard: int = 0) -> None:
+    def keep(self, keys: Sequence[str], texts: Sequence[Said], shard: int = 0) -> None:
         """Store finished texts until the file is whole; those of one ``shard`` are written by one process."""
         name = f"part-{shard:04d}"
         number = len(list(self.parts.glob(f"{name}-*.parquet")))
-        table = pa.table({"key": list(keys), "text": list(texts)})
+        table = pa.table(
+            {"key": list(keys), "text": [said.text for said in texts], "cut": [said.cut for said in texts]}
+        )
         write_table(self.parts / f"{name}-{number:06d}.parquet", table)
 
     @contextlib.contextmanager
     def sole_writer(self) -> Iterator[None]:
-        """Wait for other processes to be done with looking whether the file is whole."""
+        """Wait for other processes to be done with looking whether the file is whole, or with encoding its texts.
+
+        Raises:
+            TimeoutError: if one of them never is.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.absolute().with_name(f".{self.path.name}.lock").open("a") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
+            begin = time.monotonic()
+            while not try_lock(stream):
+                if time.monotonic() - begin > WRITER_TIMEOUT_S:
+                    raise TimeoutError(f"waited {WRITER_TIMEOUT_S:.0f} s for another process to finish {self.path}")
+                time.sleep(0.05)
             yield
 
     def finish(self, table: pa.Table) -> None:
@@ -124,7 +147,7 @@ def generate_knowledge(
                     knowledge.max_new_tokens,
                     knowledge.temperature,
                 )
-                said = [completion.text.strip() for completion in found]
+                said = [Said(completion.text.strip(), completion.cut) for completion in found]
                 file.keep(part, said, shard[0])
                 advance(begin + len(part))
     with file.sole_writer():
@@ -137,9 +160,14 @@ def generate_knowledge(
         "%s: %d items, %d rows; %d texts written, %d kept, %d rows share one with another",
         out, data.n_items, len(keys), len(missing), kept, len(keys) - len(different),
     )  # fmt: skip
-    empty = sum(not texts[key] for key in keys)
-    if empty:
-        log.warning("%d of %d rows have an empty text; these are encoded as zeros", empty, len(keys))
+    counts = count_texts(out)
+    if counts["empty"]:
+        log.warning("%d of %d rows have an empty text; these are encoded as zeros", counts["empty"], len(keys))
+    if counts["cut"]:
+        log.warning(
+            "%d of %d rows have a text that was cut: llm.knowledge.max_new_tokens is %d",
+            counts["cut"], len(keys), knowledge.max_new_tokens,
+        )  # fmt: skip
 
 
 def _write(
@@ -147,7 +175,7 @@ def _write(
     data: Prepared,
     prompts: list[str],
     keys: list[str],
-    texts: dict[str, str],
+    texts: dict[str, Said],
     model: str,
     version: str,
 ) -> None:
@@ -156,12 +184,20 @@ def _write(
         "item_id": [item for item in data.items["item_id"].to_pylist() for _ in range(several)],
         "prompt": prompts,
         "draw": [row % several for row in range(len(prompts))],
-        "text": [texts[key] for key in keys],
+        "text": [texts[key].text for key in keys],
+        "cut": pa.array([texts[key].cut for key in keys], pa.bool_()),
         "model": [model] * len(prompts),
         "version": [version] * len(prompts),
         "key": keys,
     }
     file.finish(pa.table(table))
+
+
+def count_texts(path: Path) -> dict[str, int]:
+    """How many rows a knowledge file has, how many texts that say nothing, and how many that were cut."""
+    table = parquet.read_table(path)
+    texts, cut = table["text"].to_pylist(), table["cut"].to_pylist() if "cut" in table.column_names else []
+    return {"rows": len(texts), "empty": sum(not text for text in texts), "cut": sum(map(bool, cut))}
 
 
 def first_texts(path: Path) -> list[str]:

@@ -14,6 +14,14 @@ TEMPLATES = {
         "Here is a movie: {item}. Describe its plot, cast and themes in a few sentences,"
         " then say which viewers enjoy it and why."
     ),
+    "books": (
+        "Here is a book: {item}. Describe its subject, style and setting in a few sentences,"
+        " then say which readers enjoy it and why."
+    ),
+    "business": (
+        "Here is a local business: {item}. Describe what it offers and what a visit is like in a few sentences,"
+        " then say which customers go there and what else they like."
+    ),
     "retail": (
         "Here is a product of a shop: {item}. Describe what it is and how it is used in a few sentences,"
         " then say which customers buy it and what else they like."

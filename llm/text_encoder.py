@@ -44,10 +44,14 @@ class TextEncoder:
         return self.model.config.hidden_size
 
     def tokens(self, texts: Sequence[str]) -> Tensor:
-        """[len(texts), T] token ids, right-padded with ``NO_TOKEN``; T is the longest text's, cut at the limit."""
+        """[len(texts), T] token ids, right-padded with ``NO_TOKEN``; T is the longest text's, cut at the limit.
+
+        An empty text has none, also of a tokenizer that puts its own tokens around every text.
+        """
         limit = min(self.config.max_tokens, getattr(self.model.config, "max_position_embeddings", 2**20))
         ids = self.tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"] if texts else []
-        rows = [torch.tensor(row, dtype=torch.long) for row in [*ids, [NO_TOKEN]]]
+        told = [row if text else [] for text, row in zip(texts, ids, strict=True)]
+        rows = [torch.tensor(row, dtype=torch.long) for row in [*told, [NO_TOKEN]]]
         return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=NO_TOKEN)[: len(texts)]
 
     @torch.no_grad()

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from align.config import MainJob, Stages, load_job
+from align.figures import saving_seconds
 from align.samples import SampleLog
 from align.snapshots import SnapshotStore
 from launch import supervise
@@ -33,6 +34,7 @@ from rec.runtime.runfolder import CONFIG, RunFolder
 log = logging.getLogger(__name__)
 
 CEILING_SHARE, OFFLINE_SHARE = 0.85, 0.9
+OFFLINE_TIMEOUT_S = 3600
 OWN_CORES = ("align.generator.cpu_cores=1", "align.trainer.processes=1")
 SYNCHRONOUS = ("align.refresh_every=1", "align.max_lag_steps=0")
 
@@ -114,9 +116,10 @@ def _generator_alone(recipe: Path, overrides: Sequence[str], steps: int, out: Pa
     folder = RunFolder(job.run)
     if SampleLog(Stages(job.run).samples).next_step() < steps:
         log.info("%s", job.run.name)
-        store = Stages(job.run).snapshots
-        if not store.exists():
-            store.symlink_to(Stages(one_step.run).snapshots.absolute())
+        first, store = Stages(one_step.run).snapshots / "v000000", Stages(job.run).snapshots
+        store.mkdir(exist_ok=True)
+        if not (store / first.name).exists():
+            (store / first.name).symlink_to(first.absolute())
         supervise.generate(job)
     return _rate(job, folder, "generated")
 
@@ -131,10 +134,13 @@ def _offline(run: Path) -> float:
     """vLLM's own tokens a second, on the cores of the generator."""
     _, cores = supervise.cpu_split(load_job(run / CONFIG))
     command = [sys.executable, "-m", "launch.bench.offline", "--config", str(run / CONFIG)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False,
-        preexec_fn=None if cores is None else lambda: os.sched_setaffinity(0, cores),
-    )  # fmt: skip
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=OFFLINE_TIMEOUT_S,
+            preexec_fn=None if cores is None else lambda: os.sched_setaffinity(0, cores),
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"waited {OFFLINE_TIMEOUT_S} s for {' '.join(command[1:])} to measure vLLM") from None
     if done.returncode:
         raise RuntimeError(f"{' '.join(command[1:])} failed: {done.stderr.strip().splitlines()[-1:]}")
     return float(done.stdout.split()[-1])
@@ -144,7 +150,9 @@ def _rate(job: MainJob, folder: RunFolder, event: str) -> float:
     """Samples a second but for the first step, or call, in which everything starts."""
     rows = folder.steps(event)[1:]
     per_step = job.align.trainer.batch_size * (2 if job.align.reward_users else 1)
-    return sum(row.get("batches", 1) for row in rows) * per_step / _seconds(rows)
+    saving = saving_seconds(folder) if event == "train" else {}
+    seconds = _seconds(rows) + sum(saving.get(row["step"], 0.0) for row in rows)
+    return sum(row.get("batches", 1) for row in rows) * per_step / seconds
 
 
 def _seconds(rows: list[dict[str, Any]]) -> float:

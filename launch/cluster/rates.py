@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from align.config import MainJob
+from align.figures import saving_seconds
 from launch.cluster.memory import Shape
 from launch.cluster.simulate import Rates
 from rec.runtime.errors import UserError
@@ -44,11 +45,11 @@ def measured(run: RunFolder) -> Rates:
     train, generated, refreshed = run.steps("train")[1:], run.events("generated")[1:], run.events("refresh")
     if len(train) < LEAST_STEPS or len(generated) < 2 or not refreshed:
         raise UserError(f"{run.path} has {len(train)} steps of alignment, too few to measure; it takes {LEAST_STEPS}")
-    update_s = mean(row["busy_s"] - row["publish_s"] - row["save_s"] for row in train)
-    published, saved = ([row[key] for row in train if row[key]] for key in ("publish_s", "save_s"))
+    published = [row["publish_s"] for row in run.steps("published") if row["version_step"]]
+    saved = [row["save_s"] for row in run.steps("saved")]
     call_s, batch_s = _line([(row["batches"], row["busy_s"]) for row in generated])
     return Rates(
-        update_s=update_s + _between_steps(train),
+        update_s=mean(row["busy_s"] for row in train) + _between_steps(train, saving_seconds(run)),
         publish_s=mean(published) if published else 0.0,
         checkpoint_s=mean(saved) if saved else 0.0,
         call_s=call_s,
@@ -87,10 +88,10 @@ def on_ranks(rates: Rates, measured_on: int, ranks: int) -> Rates:
     return replace(rates, update_s=rates.update_s * measured_on / ranks)
 
 
-def _between_steps(train: list[dict[str, Any]]) -> float:
-    """Seconds of a step that are neither waiting nor busy: ranks that agree, lines that are logged."""
+def _between_steps(train: list[dict[str, Any]], saving: dict[int, float]) -> float:
+    """Seconds of a step that are neither waiting nor busy nor ``saving``: ranks that agree, lines that are logged."""
     gaps = [
-        row["time_s"] - before["time_s"] - row["waited_s"] - row["busy_s"]
+        row["time_s"] - before["time_s"] - row["waited_s"] - row["busy_s"] - saving.get(before["step"], 0.0)
         for before, row in itertools.pairwise(train)
         if row["step"] == before["step"] + 1 and row["pid"] == before["pid"]
     ]

@@ -8,8 +8,13 @@ from pyarrow import parquet
 from rec.runtime import files
 
 
-def write_table(path: Path, table: pa.Table) -> None:
-    """Replace a parquet file atomically."""
+def table_bytes(table: pa.Table) -> bytes:
+    """A table as the bytes of a parquet file."""
     sink = pa.BufferOutputStream()
     parquet.write_table(table, sink)
-    files.write_bytes(path, sink.getvalue().to_pybytes())
+    return sink.getvalue().to_pybytes()
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Replace a parquet file atomically."""
+    files.write_bytes(path, table_bytes(table))

@@ -176,7 +176,7 @@ class RunFolder:
         path = self.path / f".{role}.lock"
         with path.open("a+") as stream:
             begin = time.monotonic()
-            while not _try_lock(stream):
+            while not try_lock(stream):
                 stream.seek(0)
                 owner = stream.read().strip() or "another process"
                 patience_s = DEAD_NODE_S if _is_of_this_job(owner) else wait_s
@@ -203,7 +203,8 @@ def _is_of_this_job(owner: str) -> bool:
     return bool(_in_job()) and owner.endswith(_in_job())
 
 
-def _try_lock(stream: IO[str]) -> bool:
+def try_lock(stream: IO[str]) -> bool:
+    """Take the only lock on an open file, if nobody has it; raises UserError if its file system has none."""
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from align.logprobs import scored
 from align.objective import (
+    draw_log_ratios,
     effective_sample_fraction,
-    exact_token_kl,
-    importance_ratios,
     importance_weights,
+    log_ratios,
+    mean_ratio,
     mismatch_kl,
     policy_loss,
     recommender_loss,
@@ -27,9 +29,9 @@ ALPHA = 0.37
 class TinyLM(torch.nn.Module):
     """One free logit vector for every prefix; a text ends with EOS or at the maximum length."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, length: int = LENGTH) -> None:
         super().__init__()
-        prefixes = [p for n in range(LENGTH) for p in itertools.product(range(1, VOCABULARY), repeat=n)]
+        prefixes = [p for n in range(length) for p in itertools.product(range(1, VOCABULARY), repeat=n)]
         self.row = {prefix: row for row, prefix in enumerate(prefixes)}
         logits = torch.randn(len(prefixes), VOCABULARY, generator=torch.Generator().manual_seed(seed))
         self.logits = torch.nn.Parameter(logits.double())
@@ -42,9 +44,9 @@ class TinyLM(torch.nn.Module):
         return torch.stack([self.logits[self.row[text[:t]]] for t in range(len(text))])
 
 
-def all_texts() -> list[tuple[int, ...]]:
-    ended = [(*p, EOS) for n in range(LENGTH) for p in itertools.product(range(1, VOCABULARY), repeat=n)]
-    return ended + list(itertools.product(range(1, VOCABULARY), repeat=LENGTH))
+def all_texts(length: int = LENGTH) -> list[tuple[int, ...]]:
+    ended = [(*p, EOS) for n in range(length) for p in itertools.product(range(1, VOCABULARY), repeat=n)]
+    return ended + list(itertools.product(range(1, VOCABULARY), repeat=length))
 
 
 @pytest.fixture
@@ -62,7 +64,9 @@ def padded(lm: TinyLM, texts: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
 
 
 def padded_kl(policy: TinyLM, original: TinyLM, texts: list[tuple[int, ...]]) -> Tensor:
-    rows = [exact_token_kl(policy.token_logits(text), original.token_logits(text).detach()) for text in texts]
+    rows = [
+        scored(policy.token_logits(text), torch.tensor(text), original.token_logits(text).detach())[1] for text in texts
+    ]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
@@ -97,8 +101,7 @@ def test_expected_gradient_is_the_exact_one(world, alpha, baseline, kl, stale):
     log_p_y_given_x = torch.logsumexp(log_p_y + (logprobs * mask).sum(1), 0).detach()
     weights = reward_weights(log_p_y[:, None], log_p_y_given_x.expand_as(log_p_y), baseline)[:, 0]
     sampling = padded(TinyLM(5), texts)[0].detach() if stale else logprobs.detach()
-    ratios = importance_ratios(logprobs.detach(), sampling, mask)
-    importance = importance_weights(ratios, torch.arange(len(texts)), torch.arange(len(texts)), len(texts), cap=1e9)
+    importance = importance_weights(log_ratios(logprobs.detach(), sampling, mask), cap=1e9)
     weights = importance * weights
     probabilities = (sampling * mask).sum(1).exp()
     losses = [
@@ -248,9 +251,10 @@ def test_weights_of_groups_by_hand():
 def test_importance_weights_are_of_all_texts_of_a_sample_and_capped():
     """The second text is in two samples."""
     ratios, texts, samples = torch.tensor([2.0, 1.5, 0.5]), torch.tensor([0, 1, 1, 2]), torch.tensor([0, 0, 1, 2])
-    importance = importance_weights(ratios, texts, samples, 3, cap=9)
+    of_draws = draw_log_ratios(ratios.log(), texts, samples, 3)
+    importance = importance_weights(of_draws, cap=9)
     torch.testing.assert_close(importance, torch.tensor([3.0, 1.5, 0.5]))
-    torch.testing.assert_close(importance_weights(ratios, texts, samples, 3, cap=2), torch.tensor([2.0, 1.5, 0.5]))
+    torch.testing.assert_close(importance_weights(of_draws, cap=2), torch.tensor([2.0, 1.5, 0.5]))
     weights, shares = row_weights(torch.tensor([1.0, -2.0, 4.0]), importance, texts, samples, 3)
     torch.testing.assert_close(weights, torch.tensor([3.0, 0.0, 2.0]))
     torch.testing.assert_close(shares, torch.tensor([3.0, 4.5, 0.5]))
@@ -261,7 +265,7 @@ def test_mismatch_is_zero_between_equals_and_never_negative():
     assert mismatch_kl(logprobs, logprobs, mask) == 0
     moved = logprobs + torch.tensor([0.1, -0.1, 0.2, -0.3])
     by_hand = sum(torch.tensor(d).exp() - 1 - d for d in (0.1, -0.1, 0.2, -0.3)) / 4
-    torch.testing.assert_close(mismatch_kl(moved, logprobs, mask), by_hand)
+    assert mismatch_kl(moved, logprobs, mask).item() == pytest.approx(by_hand.item(), rel=1e-5)
 
 
 def test_recommender_ascends_the_log_likelihood():
@@ -278,16 +282,31 @@ def test_stale_texts_give_the_present_kl(world):
     exact = ((logprobs * mask).sum(1).exp() * ((logprobs - reference) * mask).sum(1)).sum()
     probabilities = (sampling * mask).sum(1).exp()
     drawn = torch.multinomial(probabilities, 60_000, replacement=True, generator=torch.Generator().manual_seed(1))
-    ratios = importance_ratios(logprobs[drawn], sampling[drawn], mask[drawn])
-    assert ratios.mean().item() == pytest.approx(1, abs=0.05)
+    ratios = log_ratios(logprobs[drawn], sampling[drawn], mask[drawn])
+    assert mean_ratio(ratios).item() == pytest.approx(1, abs=0.05)
     assert sampled_kl(logprobs[drawn], reference[drawn], mask[drawn], ratios).item() == pytest.approx(
         exact.item(), rel=0.1
     )
 
 
 def test_effective_sample_fraction():
-    assert effective_sample_fraction(torch.ones(8)).item() == pytest.approx(1)
-    assert effective_sample_fraction(torch.tensor([1e6, 1e-6, 1e-6, 1e-6])).item() == pytest.approx(0.25)
+    assert effective_sample_fraction(torch.zeros(8)).item() == pytest.approx(1)
+    assert effective_sample_fraction(torch.tensor([14.0, -14, -14, -14])).item() == pytest.approx(0.25)
+    r = torch.tensor([0.5, 1.0, 3.0])
+    assert effective_sample_fraction(r.log()).item() == pytest.approx(float(r.sum() ** 2 / (3 * (r**2).sum())))
+
+
+def test_ratios_beyond_every_number_stay_numbers():
+    """A text of 2,000 tokens, each a nat likelier or less likely now: exp(2000) is none, and inf times 0 neither."""
+    drawn, mask = torch.zeros(4, 2000), torch.ones(4, 2000)
+    now = torch.tensor([1.0, -1.0, 0.0, 1.0])[:, None].expand(4, 2000)
+    ratios = log_ratios(now, drawn, mask)
+    # One draw holds the likeliest text and the least likely one, whose ratios cancel.
+    of_draws = draw_log_ratios(ratios, torch.tensor([0, 1, 2, 3]), torch.tensor([0, 0, 1, 2]), 3)
+    assert importance_weights(of_draws, cap=3).tolist() == pytest.approx([1, 1, 3])
+    assert effective_sample_fraction(ratios).item() == pytest.approx(0.5)
+    for value in (mean_ratio(ratios), mismatch_kl(now, drawn, mask), sampled_kl(now, drawn, mask, ratios)):
+        assert torch.isfinite(value)
 
 
 def test_scaled_weights_have_the_same_direction_and_a_mean_square_of_one():

@@ -1,17 +1,24 @@
 """What a recommender reads of a sample: fresh texts at their places, stored ones elsewhere."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from conftest import SMALL_MODELS
 
 from align.config import AlignConfig
 from align.generator import Generator, fresh_places
+from align.reader import Reader
 from align.samples import Other, Sample, Text
 from align.scoring import Inputs, knowledge_with_fresh, log_p_y_given_xs, make_inputs
 from align.snapshots import Snapshot
+from rec.config import RecConfig
 from rec.item_encoder import KnowledgeConcat
+from rec.models import MODELS
+from rec.models.base import SequenceRecommender
 from rec.models.sasrec import SASRec, SASRecConfig
+from rec.runtime.config import build
 from rec.runtime.errors import UserError
 
 
@@ -26,6 +33,10 @@ def encode(texts: list[str]) -> torch.Tensor:
     """Three numbers a text; counts how often it is asked."""
     encode.asked += texts
     return torch.tensor([[float(text), 10 * float(text), 0.0] for text in texts]).reshape(-1, 3)
+
+
+def read_small(texts: list[str]) -> torch.Tensor:
+    return torch.tensor([[float(text) == number for number in (3, 4, 7)] for text in texts]).float()
 
 
 SAMPLES = [
@@ -81,6 +92,32 @@ def test_fresh_items_are_the_last_random_ones_or_all():
     assert places(6, "9", fresh="random") == places(6, "9", fresh="random")
 
 
+@pytest.mark.parametrize("name", [name for name, model in MODELS.items() if issubclass(model, SequenceRecommender)])
+def test_every_sequence_model_scores_texts_and_learns_from_them(name):
+    torch.manual_seed(0)
+    config = build(RecConfig, {"model": {"name": name, "dim": 16, "max_length": 8, **SMALL_MODELS.get(name, {})}})
+    items = KnowledgeConcat(8, 16, 3, on_target=True)
+    items.set_knowledge(torch.randn(8, 3))
+    torch.nn.init.normal_(items.fuse.weight)
+    recommender = MODELS[name](config.model, items).eval()
+
+    @torch.no_grad()
+    def likelihoods() -> torch.Tensor:
+        return log_p_y_given_xs(recommender.eval(), make_inputs(SAMPLES, read_small))
+
+    reader = Reader(recommender, read_small, 1e-2, torch.device("cpu"), distributed=False)
+
+    first = likelihoods()
+    assert first.shape == (4,)
+    assert (first < 0).all()
+    assert first[0] != first[1]  # the same history with other texts
+    assert first[2] != first[3]
+    for _ in range(20):
+        figures = reader.update(SAMPLES)
+    assert all(math.isfinite(value) for value in figures.values())
+    assert likelihoods().mean() > first.mean()
+
+
 @pytest.mark.parametrize(
     ("with_text", "without", "message"),
     [
@@ -105,3 +142,16 @@ def test_other_items_read_what_was_said_of_them_in_every_draw():
     assert found[1].tolist() == [9, 102, 8]
     assert found[2, :2].tolist() == [104, 7]
     assert sorted(encode.asked) == ["7", "8", "9"]
+
+
+def test_drift_is_of_what_rewards_not_of_what_is_fitted():
+    torch.manual_seed(0)
+    items = KnowledgeConcat(8, 16, 3)
+    model = SASRec(SASRecConfig(dim=16, heads=2, max_length=4, dropout=0.0), items).eval()
+    reader = Reader(model, read_small, 0.0, torch.device("cpu"), distributed=False)
+    with torch.no_grad():
+        now = log_p_y_given_xs(model, make_inputs([SAMPLES[1]], read_small))
+    moved = replace(SAMPLES[1], log_p_y_given_xs=[float(now[0]) - 0.25, 99.0])
+    assert reader.update([SAMPLES[0]], [moved])["reward_drift"] == pytest.approx(0.25, abs=1e-5)
+    # By default they are the same.
+    assert reader.update([moved])["reward_drift"] == pytest.approx(0.25, abs=1e-5)

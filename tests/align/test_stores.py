@@ -2,6 +2,9 @@
 
 import json
 import logging
+import os
+import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,13 +85,88 @@ def test_waiting_for_a_batch_ends_and_names_it(tmp_path):
         SampleLog(tmp_path).wait(7, timeout_s=0.05)
 
 
-def test_a_damaged_or_foreign_batch_is_named(tmp_path):
+def test_no_flipped_bit_is_trained_on(tmp_path):
+    """Every byte of a batch, by one bit: none may come back as samples, nor as anything but one line."""
     log = SampleLog(tmp_path)
     log.append(0, [SAMPLE])
-    path = next(tmp_path.glob("batch-*"))
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(UserError, match=r"batch-00000000\.parquet is damaged .*: bring back the file"):
+    path = log.path_of(0)
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << place % 8)]) + whole[place + 1 :])
+        with pytest.raises(UserError, match=r"batch-00000000\.parquet is damaged, it does not match"):
+            log.read(0)
+    path.write_bytes(whole)
+    assert log.read(0) == [SAMPLE]
+
+
+@pytest.mark.parametrize("damage", ["cut short", "emptied", "another file", "no checksum", "another checksum"])
+def test_a_damaged_batch_is_named(tmp_path, damage):
+    log = SampleLog(tmp_path)
+    log.append(0, [SAMPLE])
+    log.append(1, [replace(SAMPLE, ordinal=4)])
+    path, checksum = log.path_of(0), tmp_path / "batch-00000000.sha256"
+    if damage == "no checksum":
+        checksum.unlink()
+    elif damage == "another checksum":
+        checksum.write_text("0" * 64)
+    else:
+        contents = {"cut short": path.read_bytes()[:-20], "emptied": b"", "another file": log.path_of(1).read_bytes()}
+        path.write_bytes(contents[damage])
+    with pytest.raises(UserError, match=r"batch-00000000\.parquet is damaged"):
         log.read(0)
+    with pytest.raises(FileNotFoundError):
+        log.read(2)
+
+
+@pytest.fixture
+def locked_folder(tmp_path):
+    """A folder that nobody may write to: or for root, one below a file, where nothing can be."""
+    folder = tmp_path / "locked"
+    if os.geteuid() == 0:
+        folder.write_text("a file, where a folder should be")
+        yield folder / "below"
+        return
+    folder.mkdir(mode=0o500)
+    yield folder
+    folder.chmod(0o700)
+
+
+def test_a_batch_that_may_not_be_read_is_not_called_damaged(tmp_path):
+    log = SampleLog(tmp_path)
+    log.path_of(0).mkdir()  # what even root cannot read as a file
+    with pytest.raises(UserError, match=r"batch-00000000\.parquet cannot be read: .*directory"):
+        log.read(0)
+
+
+def test_a_place_that_cannot_be_written_to_is_named(locked_folder):
+    with pytest.raises(OSError, match="locked"):
+        SampleLog(locked_folder).append(0, [SAMPLE])
+    with pytest.raises(OSError, match="locked"):
+        publish(SnapshotStore(locked_folder), 0)
+
+
+@pytest.fixture
+def almost_full(tmp_path):
+    """A file system with 64 KiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("only root may mount a small file system")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_named_and_what_was_there_stays(almost_full):
+    log, store = SampleLog(almost_full / "samples"), SnapshotStore(almost_full / "snapshots")
+    log.append(0, [SAMPLE])
+    publish(store, 0)
+    with pytest.raises(OSError, match="No space left"):
+        log.append(1, [replace(SAMPLE, draws=[[Text(nth, [1] * 9, [-0.5] * 9, f"{nth**5}") for nth in range(4000)]])])
+    with pytest.raises(OSError, match="No space left"):
+        publish(store, 1, "w" * 2**17)
+    assert (log.next_step(), log.read(0)) == (1, [SAMPLE])
+    assert store.newest().version == 0
 
 
 def test_the_newest_complete_snapshot_is_offered(tmp_path):
@@ -146,6 +224,44 @@ def test_a_version_is_never_overwritten(tmp_path):
     publish(store, 0, "first")
     publish(store, 0, "second")
     assert (tmp_path / "v000000" / "llm" / "model.safetensors").read_text() == "first"
+
+
+def test_a_version_of_another_step_is_not_taken_for_this_one(tmp_path):
+    store = SnapshotStore(tmp_path)
+    publish(store, 1)
+    with pytest.raises(UserError, match=r"v000001 is of step 50, not 60"):
+        store.publish(1, 60, lambda folder: None, [], [])
+
+
+def test_broken_snapshots_do_not_take_the_place_of_whole_ones(tmp_path):
+    store = SnapshotStore(tmp_path, keep_last=2)
+    publish(store, 0)
+    publish(store, 1)
+    for version in (2, 3):
+        publish(store, version)
+        (tmp_path / f"v{version:06d}" / "llm" / "model.safetensors").write_text("rotten")
+    publish(SnapshotStore(tmp_path, keep_last=2), 4)
+    assert store.newest().version == 4
+    shutil.rmtree(tmp_path / "v000004")
+    assert store.newest().version == 1
+    publish(store, 5)
+    publish(store, 6)
+    assert store.versions() == [6, 5]
+
+
+def test_a_broken_snapshot_is_hashed_once_however_long_somebody_waits(tmp_path, monkeypatch):
+    store, hashed = SnapshotStore(tmp_path), []
+    publish(store, 0)
+    publish(store, 1)
+    weights = tmp_path / "v000001" / "llm" / "model.safetensors"
+    weights.write_text("WEIGHTS")
+    sha256_file = files.sha256_file
+    monkeypatch.setattr(files, "sha256_file", lambda path: hashed.append(path) or sha256_file(path))
+    for _ in range(5):
+        assert store.newest(after=0) is None
+    assert hashed == [weights]
+    weights.write_text("weights")  # mended
+    assert store.newest(after=0).version == 1
 
 
 def test_old_snapshots_go_after_the_new_one_is_there(tmp_path):

@@ -17,6 +17,20 @@ def sample(items: list[int], places: list[int], draws: list[list[str]], likeliho
     return Sample(0, 0, items, 1, True, True, places, [[1]] * len(places), texts, [], log_p, 0.0, 0, 0)
 
 
+def test_of_one_text_a_pair_the_gap_is_between_pairs():
+    samples = [
+        sample([1], [0], [["sweet"]], [0.4]),
+        sample([1], [0], [["sweet"]], [0.2]),
+        sample([2], [0], [["sweet"]], [0.1]),
+        sample([1, 2], [0, 1], [["sweet", "sour"]], [0.9]),
+    ]
+    figures = Watch(["taste", "look"], ITEMS).figures(samples)
+    assert figures["said_taste"] == pytest.approx(4 / 5)
+    # p(y|x) is 1 in all of them.
+    assert figures["gap_taste"] == pytest.approx(0.3 - 0.1)
+    assert figures["gap_look"] is None
+
+
 def test_shares_and_gaps_of_each_column():
     samples = [
         sample([1, 2], [1], [["sour"], ["green"], ["sour"]], [0.3, 0.1, 0.2]),

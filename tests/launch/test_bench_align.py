@@ -7,6 +7,7 @@ import pytest
 import yaml
 from tiny_job import BATCH, RECIPE, ROOT
 
+from align.figures import saving_seconds
 from rec.runtime.runfolder import RunFolder
 
 pytestmark = [pytest.mark.distributed, pytest.mark.vllm]
@@ -42,7 +43,8 @@ def test_every_mode_is_measured_once(small_data, tmp_path):
     rows = RunFolder(out / "synchronous").steps("train")
     assert max(row["lag_steps"] for row in rows) == 0
     assert len(rows) == STEPS
-    seconds = sum(row["busy_s"] + row["waited_s"] for row in rows[1:])
+    saving = saving_seconds(RunFolder(out / "synchronous"))
+    seconds = sum(row["busy_s"] + row["waited_s"] + saving[row["step"]] for row in rows[1:])
     assert rates["synchronous"] == pytest.approx(2 * BATCH * (STEPS - 1) / seconds, rel=1e-2)
     # The trainer alone had all samples before it began, the generator alone one snapshot and no bound to wait for.
     assert max(row["waited_s"] for row in RunFolder(out / "trainer-alone").steps("train")) < 0.1

@@ -100,6 +100,13 @@ def test_mistakes_about_text_come_before_any_training(tmp_path, small_data):
     assert_one_line(recalign("align", recipe, "--fresh"), "llm.lmrec.context is 20")
 
 
+@pytest.mark.parametrize("model", ["BST", "LightGCN"])
+def test_a_recommender_that_cannot_be_aligned_with_is_refused_before_any_training(tmp_path, small_data, model):
+    recipe = write_recipe(tmp_path, small_data.folder, rec={"model": model})
+    assert_one_line(recalign("align", recipe), f"rec.model {model} cannot be aligned with", "SASRec", "GRU4Rec")
+    assert not (tmp_path / "run" / "base").exists()
+
+
 def test_an_llm_folder_without_tokenizer_is_one_line(tmp_path, small_data):
     build_lmrec(LMRecConfig(dim=64, heads=2, layers=1, context=32), 300, 0).save_pretrained(tmp_path / "model")
     recipe = write_recipe(tmp_path, small_data.folder, llm={"model": str(tmp_path / "model")})

@@ -76,6 +76,11 @@ def test_a_whole_job_with_adapters_and_trained_encoders(small_data, tmp_path):
     assert not torch.equal(before.knowledge, aligned.knowledge)
     assert [row["method"] for row in run.result()["rows"]] == ["Base", "Base+NA_LLM", "Base+SeRALM"]
 
+    # The recommender that alignment trained is seen too, although the last one is new.
+    ablations = {row["method"]: row["HR@10"] for row in run.result()["ablations"]}
+    assert list(ablations) == ["A_LLM+NA_Rec", "NA_LLM+A_Rec", "A_LLM+A_Rec, as aligned", "NA_LLM+A_Rec, as aligned"]
+    assert all(0 <= value <= 1 for value in ablations.values())
+
     assert "a replay ends with the same weights: yes" in recalign("align", "--replay", str(run.path))
     said = recalign("knowledge", str(run.path), "--out", str(tmp_path / "knowledge.parquet"))
     assert "60 texts encoded, 0 kept" in said

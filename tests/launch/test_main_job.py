@@ -56,7 +56,11 @@ def finished(tmp_path_factory, small_data: Prepared) -> RunFolder:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Base+SeRALM" in done.stdout
-    return RunFolder(run)
+    said, folder = " ".join(done.stdout.split()), RunFolder(run)
+    figures, told = folder.result()["asynchronous"], folder.result()["texts"]
+    assert f"{figures['empty_texts']} of {figures['texts_generated']} texts empty" in said
+    assert f"{told['items_without_text']} of 30 items have no text; of the catalog's 60 texts" in said
+    return folder
 
 
 def start_replay(run: Path, *more: str, **options: object) -> subprocess.Popen:
@@ -97,6 +101,10 @@ def assert_equals_its_own_replay(run: RunFolder, folder: Path) -> None:
 def test_an_undisturbed_run_is_what_the_paper_describes(finished):
     result = finished.result()
     figures = result["asynchronous"]
+    assert 0 <= figures["lag_in_queue_mean"] <= figures["lag_steps_mean"]
+    parts = [figures[f"{part}_s_mean"] for part in ("gather", "write", "hash")]
+    assert sum(parts) == pytest.approx(figures["publish_s_mean"], abs=1e-3)
+    assert min(parts) > 0
     assert [row["method"] for row in result["rows"]][:2] == ["Base", "Base+NA_LLM"]
     assert result["rows"][-1]["method"] == "Base+SeRALM"
     assert all(0 <= row["HR@10"] <= 1 and row["HR@10_se"] > 0 for row in result["rows"])
@@ -124,10 +132,31 @@ def test_the_simulation_predicts_how_long_a_measured_run_took(finished):
     found = Simulation(align, measured(finished), align.generator.processes).run()
     refreshed, train = finished.events("refresh")[0], finished.steps("train")
     begin = refreshed["time_s"] - refreshed["load_s"] - refreshed["canary_s"]
-    assert found.wall_s == pytest.approx(train[-1]["time_s"] - begin, rel=0.2)
+    assert found.wall_s == pytest.approx(finished.steps("saved")[-1]["time_s"] - begin, rel=0.2)
     lag = sum(row["lag_steps_mean"] for row in train) / len(train)
     assert found.lag_steps_mean == pytest.approx(lag, abs=1.5)
     assert found.lag_steps_max <= align.max_lag_steps
+
+
+def test_every_text_that_says_nothing_or_was_cut_is_counted(finished):
+    log, told = SampleLog(Stages(finished.path).samples), finished.result()["texts"]
+    texts = {text.seed: text for step in range(STEPS) for one in log.read(step) for draw in one.draws for text in draw}
+    assert finished.result()["asynchronous"]["empty_texts"] == sum(not text.text for text in texts.values())
+    longest = RECIPE["llm"]["knowledge"]["max_new_tokens"]
+    assert (
+        0
+        < sum(row["cut_texts"] for row in finished.events("generated"))
+        <= sum(len(text.token_ids) == longest for text in texts.values())
+    )
+    assert told["items_without_text"] == 0
+    for name, path in (("not_aligned", "not-aligned"), ("aligned", "aligned")):
+        table = parquet.read_table(finished.path / "knowledge" / f"{path}.parquet")
+        empty = sum(not text for text in table["text"].to_pylist())
+        assert told[name] == {"rows": 60, "empty": empty, "cut": sum(table["cut"].to_pylist())}
+    case = finished.result()["case_study"]
+    before = parquet.read_table(finished.path / "knowledge" / "not-aligned.parquet")["text"].to_pylist()
+    assert len(case["target_texts"]) == 2
+    assert case["target_texts"][0] in before
 
 
 def test_users_set_aside_reward_and_fit_no_recommender(finished, small_data):
@@ -191,7 +220,7 @@ def test_a_replay_of_other_samples_ends_elsewhere_and_says_so(finished, tmp_path
     log = SampleLog(Stages(run).samples)
     changed = [replace(sample, log_p_y_given_xs=[value + 2 for value in sample.log_p_y_given_xs])
                if sample.ordinal % (2 * BATCH) == 0 else sample for sample in log.read(STEPS - 1)]  # fmt: skip
-    max(log.folder.glob("batch-*")).unlink()
+    log.path_of(STEPS - 1).unlink()
     log.append(STEPS - 1, changed)
     assert start_replay(run).wait(300) == 1
     [claim] = RunFolder(run / "replay").result()["claims"]
@@ -277,6 +306,9 @@ def test_kill_nine_of_generator_rank_and_everything_changes_nothing(finished, tm
     process.wait()
     assert_dead(jobs)
     assert Checkpoints(run.path / "checkpoints").newest().step >= begun + 12
+    # The disk has rotted below what the generator would need: the trainer has to publish again, whatever its step.
+    for weights in (run.path / "snapshots").glob("v*/recommender/model.safetensors"):
+        weights.write_bytes(b"rotten")
     # What a kill in the middle of a publication leaves behind.
     broken = run.path / "snapshots" / "v000099"
     (broken / "llm").mkdir(parents=True)

@@ -148,10 +148,13 @@ def test_rates_are_the_means_of_what_was_logged(tmp_path):
     run, now = RunFolder(tmp_path), 100.0
     for step in range(21):
         publish, save = (0.5 if step % 10 == 9 else 0.0), (0.25 if step % 5 == 4 else 0.0)
-        now += 0.1 + 1.0 + publish + save + 0.05  # waiting, busy, and something in between
-        run.log(
-            "train", time_s=now, step=step, waited_s=0.1, busy_s=1.0 + publish + save, publish_s=publish, save_s=save
-        )
+        now += 0.1 + 1.0 + 0.05  # waiting, busy, and something in between
+        run.log("train", time_s=now, step=step, waited_s=0.1, busy_s=1.0)
+        if publish:
+            run.log("published", step=step, version_step=step + 1, publish_s=publish)
+        if save:
+            run.log("saved", step=step + 1, save_s=save)
+        now += publish + save
     for nth in range(6):
         run.log("generated", step=nth, batches=nth % 3 + 1, busy_s=0.2 + 0.3 * (nth % 3 + 1))
         run.log("refresh", step=nth, load_s=0.02, canary_s=0.03)

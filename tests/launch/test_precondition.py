@@ -7,7 +7,8 @@ import torch
 
 from align.config import Stages, load_job
 from align.order import set_aside
-from launch.precondition import best_mixture, precondition
+from launch.main_job import MainJobRun
+from launch.precondition import PRECONDITION, best_mixture, is_closed_world, precondition
 from llm.config import LMRecConfig
 from llm.lmrec import build_lmrec
 from llm.text_encoder import TextEncoder
@@ -93,7 +94,14 @@ def test_the_figures_are_those_of_a_loop_over_pairs(tmp_path):
     others = [number for number in range(len(ATTRIBUTES)) if number != driving]
     gaps = rewards[:, driving] - rewards[:, others].mean(1)
 
+    # What a main job measures before its first step, once.
+    run = MainJobRun(job)
+    run.data = data
+    for _ in range(2):
+        run._measure_precondition()
+    [logged] = run.run.events(PRECONDITION)
     found = precondition(job, data)
+    assert {name: logged[name] for name in found} == found
     assert found["pairs"] == len(rows)
     assert found["temperature"] == 2.0
     assert list(found["reward"].values()) == pytest.approx(rewards.mean(0).tolist(), rel=1e-4)
@@ -103,3 +111,7 @@ def test_the_figures_are_those_of_a_loop_over_pairs(tmp_path):
     noise = (rewards[:, driving] - 1).mean() / rewards[:, driving].std()
     assert found["signal_to_noise"] == pytest.approx(noise.item(), rel=1e-2, abs=1e-4)
     assert set(found["best_share"]) == {"1.0", "2.0"}
+
+
+def test_of_real_data_there_is_nothing_to_measure(small_data):
+    assert not is_closed_world(small_data)

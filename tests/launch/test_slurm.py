@@ -99,7 +99,7 @@ def again(finished: RunFolder, folder: Path, samples: int) -> RunFolder:
     for row in finished.events() if whole else []:
         if row["event"] in ("generated", "refresh"):
             RunFolder(run).log(**row)
-    for path in sorted((run / "samples").glob("batch-*"))[samples:]:
+    for path in sorted((run / "samples").glob("batch-*.parquet"))[samples:]:
         path.unlink()
     return RunFolder(run)
 

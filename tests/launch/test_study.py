@@ -1,6 +1,7 @@
 """Studies: what is shared, what is summed up, and what a closed world tells; the main jobs themselves are elsewhere."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -70,8 +71,9 @@ def recipe(tmp_path, small_data, monkeypatch) -> Path:
 
 def test_what_comes_before_alignment_is_done_once_for_those_that_have_it_in_common(recipe, tmp_path):
     result = StudyRun(recipe).execute("test")
-    # plain and slow; dropout; with users aside, twice: three times a seed, all of it before alignment.
-    assert Pretended.ran == [(f"seed-{seed} {name}", True) for seed in (3, 4) for _ in range(3) for name in BEFORE]
+    # plain and slow; dropout; with users aside, twice. What reads texts is trained three times a seed, the LLM and the
+    # recommender without texts once, and all of it before alignment.
+    assert Pretended.ran == [(f"seed-{seed} {name}", True) for seed in (3, 4) for name in (*BEFORE, "na", "na")]
     for seed in (3, 4):
         for variant in ("plain", "slow", "dropout", "aside", "aside and slow"):
             run = tmp_path / "out" / f"seed-{seed}" / variant
@@ -79,6 +81,21 @@ def test_what_comes_before_alignment_is_done_once_for_those_that_have_it_in_comm
             assert not list(run.glob(".*"))
     assert {(row["seed"], row["variant"]) for row in result["rows"]} >= {(3, "plain"), (4, "aside and slow")}
     assert StudyRun(recipe).execute("test")["rows"] == result["rows"]
+
+
+def test_another_recommender_shares_the_llm_and_another_llm_the_recommender(recipe):
+    variants = "{small: [], wide: [rec.model.dim=32], other: [llm.train.epochs=7], few: [train_users=0.5]}"
+    StudyRun(recipe, ["seeds=[3]", f"variants={variants}"]).execute("test")
+    assert [name for name, _ in Pretended.ran] == [
+        f"seed-3 {name}" for name in (*BEFORE, "base", "na", "llm", "na", *BEFORE)
+    ]
+
+
+def test_a_study_that_is_finished_costs_nothing_more(recipe, tmp_path):
+    first = StudyRun(recipe).execute("test")
+    again = StudyRun(recipe).execute("test")
+    assert {**first, "peak_rss_bytes": 0} == {**again, "peak_rss_bytes": 0}
+    assert len(RunFolder(tmp_path / "out" / "seed-3" / "slow").events("studied")) == 1
 
 
 def test_means_and_standard_errors_over_seeds(recipe):
@@ -150,13 +167,24 @@ def test_steps_to_a_level_by_the_mean_of_a_window():
     assert closed_world.steps_to(rows[:5], "said", 0.1) is None
 
 
+GOOD = {"oracle": 0.3, "na": 0.1, "relevant_before": 0.26, "relevant_after": 0.95, "gap_closed": 0.9,
+        "shared_s": 60.0, "wall_s": 240.0}  # fmt: skip
+
+
 def test_claims_are_about_the_worst_seed():
-    good = {"oracle": 0.3, "na": 0.1, "relevant_after": 0.95, "gap_closed": 0.9}
-    assert [claim["holds"] for claim in closed_world.claims([good, good])] == [True, True, True]
-    bad = {"oracle": 0.19, "na": 0.1, "relevant_after": 0.89, "gap_closed": 0.79}
-    found = closed_world.claims([good, bad])
-    assert [claim["holds"] for claim in found] == [False, False, False]
-    assert [claim["figure"] for claim in found] == [1.9, 0.89, 0.79]
+    assert [claim["holds"] for claim in closed_world.claims([GOOD, GOOD])] == [True] * 5
+    bad = {"oracle": 0.19, "na": 0.1, "relevant_before": 0.1, "relevant_after": 0.89, "gap_closed": 0.79,
+           "shared_s": 600.0, "wall_s": 660.0}  # fmt: skip
+    found = closed_world.claims([GOOD, bad])
+    assert [claim["holds"] for claim in found] == [False] * 5
+    assert [claim["figure"] for claim in found] == [1.9, 0.89, 0.79, 0.1, 21]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_figure_that_is_no_number_never_holds_whichever_seed_has_it(order):
+    found = closed_world.claims([GOOD, {**GOOD, "gap_closed": math.nan}][::order])
+    assert [claim["holds"] for claim in found] == [True, True, False, True, True]
+    assert found[2]["figure"] == "no number"
 
 
 def test_the_curve_is_drawn_of_runs_that_have_gaps_unknown(recipe, small_world, tmp_path):

@@ -1,6 +1,8 @@
-"""Who gets which cores, and which job holds the other up."""
+"""Who gets which cores, who is started again and when, and which job holds the other up."""
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,9 +10,10 @@ import torch
 from align.config import MainJob
 from launch.main_job import MainJobRun
 from launch.summary import verdict
-from launch.supervise import cpu_split
+from launch.supervise import Child, cpu_split, watch_once
 from rec.runtime.config import build
 from rec.runtime.errors import UserError
+from rec.runtime.runfolder import RunFolder
 
 
 def job(cores: int | None) -> MainJob:
@@ -51,3 +54,76 @@ def test_only_who_starts_the_jobs_here_needs_their_gpus_here(monkeypatch, tmp_pa
 )
 def test_the_job_that_waits_is_not_the_one_that_needs_devices(trainer_waits, generator_waits, said):
     assert verdict(trainer_waits, generator_waits).startswith(said)
+
+
+def child(folder: Path, name: str, program: str, **options: object) -> Child:
+    """A job that runs a line of Python."""
+    commands = options.pop("commands", [])
+
+    def command() -> list[str]:
+        commands.append(program)
+        return [sys.executable, "-c", program]
+
+    return Child(name, command, {}, folder / f"{name}.log", lambda: 0, **options)
+
+
+@pytest.fixture
+def stopped():
+    """Ends the jobs that it is given."""
+    jobs: list[Child] = []
+    yield jobs
+    for one in jobs:
+        one.stop()
+
+
+def test_a_generator_that_hangs_is_started_again_when_the_trainer_has_died_of_waiting(tmp_path, stopped):
+    waits = (
+        f"from align.samples import SampleLog; from pathlib import Path; SampleLog(Path({str(tmp_path)!r})).wait(3, 0)"
+    )
+    commands: list[str] = []
+    trainer = child(tmp_path, "trainer", waits, commands=commands)
+    generator = child(tmp_path, "generator", "import time; time.sleep(1000)")
+    stopped += [trainer, generator]
+    for one in (generator, trainer):
+        one.start()
+    hanging = generator.process.pid
+    trainer.process.wait(60)
+    watch_once([trainer, generator], 3, RunFolder(tmp_path))
+    assert generator.process.pid != hanging
+    assert generator.process.poll() is None
+    # The trainer too, by a command made anew: its port may be taken by now.
+    assert len(commands) == 2
+    assert [row["job"] for row in RunFolder(tmp_path).events("restarted")] == ["trainer", "generator"]
+
+
+def test_a_generator_is_left_alone_when_the_trainer_died_of_something_else(tmp_path, stopped):
+    trainer = child(tmp_path, "trainer", "raise ValueError('out of luck')")
+    generator = child(tmp_path, "generator", "import time; time.sleep(1000)")
+    stopped += [trainer, generator]
+    for one in (generator, trainer):
+        one.start()
+    same = generator.process.pid
+    trainer.process.wait(60)
+    watch_once([trainer, generator], 3, RunFolder(tmp_path))
+    assert generator.process.pid == same
+
+
+def test_a_generator_that_ended_although_a_batch_is_missing_is_started_again(tmp_path, stopped):
+    missing = [True]
+    generator = child(tmp_path, "generator", "pass", is_done=lambda: not missing)
+    stopped.append(generator)
+    for _ in range(2):
+        generator.start()
+        generator.process.wait(60)
+        first = generator.process.pid
+        watch_once([generator], 3, RunFolder(tmp_path))
+        assert (generator.process.pid != first) == bool(missing)
+        missing.clear()
+        generator.process.wait(60)
+
+
+def test_how_long_to_wait_and_how_often_to_restart_is_not_what_a_run_computes():
+    base = {"data": "x", "run": "y"}
+    patient = build(MainJob, {**base, "align": {"wait_timeout_s": 3, "max_restarts": 9}})
+    assert patient.identity == build(MainJob, base).identity
+    assert patient.identity != build(MainJob, {**base, "align": {"id_dropout": 0.5}}).identity

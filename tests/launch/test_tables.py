@@ -48,14 +48,15 @@ def test_a_study_of_worlds_shows_means_worlds_and_claims(capsys):
     world = {
         "variant": "SeRALM", "seed": 3, "relevant_before": 0.25, "relevant_after": 0.985, "true_after": 0.99,
         "steps_to_relevant": None, "base": 0.08, "na": 0.1, "aligned": 0.28, "oracle": 0.3, "gap_closed": 0.9,
-        "wall_s": 330.0,
+        "shared_s": 60.0, "wall_s": 270.0,
         "precondition": {
             "gap": 0.06, "gap_se": 0.004, "signal_to_noise": 0.39, "pairs": 1250,
             "best_share": {"1.0": 0.43, "11.3137": 1.0},
         },
     }  # fmt: skip
     mean = {"variant": "SeRALM", "model": "SASRec", "method": "Base", "seeds": 1, "HR@10": 0.08, "HR@10_se": None}
-    claims = [{"id": "it works", "holds": True, "figure": 0.9}, {"id": "it flies", "holds": False, "figure": 0.1}]
+    claims = [{"id": "it works", "holds": True, "figure": 0.9}, {"id": "it flies", "holds": False, "figure": 0.1},
+              {"id": "it sings", "holds": False, "figure": "no number"}]  # fmt: skip
     tables.print_study({"means": [mean], "world": [world], "claims": claims})
     said = capsys.readouterr().out
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in said.splitlines() if line.startswith("│")]
@@ -66,3 +67,4 @@ def test_a_study_of_worlds_shows_means_worlds_and_claims(capsys):
     assert "43% at temperature 1, 100% at temperature 11.3" in said
     assert "holds  it works: 0.900" in said
     assert "MISSED  it flies: 0.100" in said
+    assert "MISSED  it sings: no number" in said

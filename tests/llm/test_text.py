@@ -1,14 +1,18 @@
 """Prompts, tokenizer, corpus, text encoder."""
 
+import copy
+
 import pyarrow as pa
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from llm.config import EncoderConfig, LMRecConfig
 from llm.corpus import IGNORED, HistoryCorpus, KnowledgeCorpus, PaddedBatches
 from llm.lmrec import build_lmrec
 from llm.prompts import NO_TEXT, TEMPLATES, item_texts, prompt_tokens
-from llm.text_encoder import TextEncoder
+from llm.text_encoder import NO_TOKEN, TextEncoder
+from llm.text_items import CatalogTexts
 from llm.tokenizer import ARROW, load_tokenizer, train_tokenizer
 from rec.runtime.errors import UserError
 
@@ -51,6 +55,15 @@ def test_prompts_use_the_chat_template_when_there_is_one(tokenizer):
     finally:
         tokenizer.chat_template = None
     assert tokenizer.decode(chat[0]) == f"[user] {TEMPLATES['movies'].replace('{item}', 'Toy Story')} [assistant]"
+
+
+@pytest.mark.parametrize("domain", sorted(TEMPLATES))
+def test_every_domain_asks_what_the_item_is_and_whom_it_attracts(tokenizer, domain):
+    [prompt] = prompt_tokens(["Dune"], domain, tokenizer)
+    asked = tokenizer.decode(prompt)
+    assert "Dune" in asked
+    assert "Describe" in asked
+    assert "then say which" in asked
 
 
 def test_a_prompt_without_the_item_is_refused(tokenizer):
@@ -132,6 +145,26 @@ def test_an_encoder_ignores_padding_and_order_and_maps_no_text_to_zero(tmp_path,
     for text, vector in zip(TEXTS, together, strict=True):
         torch.testing.assert_close(encode([text])[0], vector, rtol=1e-4, atol=1e-4)
     assert encode([]).shape == (0, 32)
+
+
+def test_no_text_is_zeros_with_a_tokenizer_that_puts_its_own_tokens_around_every_text(tmp_path, tokenizer):
+    build_lmrec(LMRecConfig(dim=32, heads=2, layers=1, context=64), len(tokenizer), 0).save_pretrained(tmp_path)
+    around = copy.deepcopy(tokenizer)
+    end = (around.eos_token, around.eos_token_id)
+    around.backend_tokenizer.post_processor = TemplateProcessing(single=f"{end[0]} $A {end[0]}", special_tokens=[end])
+    around.save_pretrained(tmp_path)
+    encode = TextEncoder(tmp_path, EncoderConfig())
+    tokens = encode.tokens(["Toy Story", ""])
+    assert tokens[0, 0] == tokens[0, -1] == end[1]
+    assert (tokens[1] == NO_TOKEN).all()
+    vectors = encode(["Toy Story", ""])
+    assert vectors[0].any()
+    assert not vectors[1].any()
+    # Nor does it count for the mean that entries are standardised by.
+    items, told = (CatalogTexts(texts, encode).items(len(texts), 8, standardise=True)
+                   for texts in (["Toy Story", "", "GoldenEye"], ["Toy Story", "GoldenEye"]))  # fmt: skip
+    torch.testing.assert_close(items.mean, told.mean)
+    torch.testing.assert_close(items.deviation, told.deviation)
 
 
 def test_a_model_folder_without_tokenizer_is_one_clear_line(tmp_path):

@@ -1,0 +1,80 @@
+"""What neither job goes on with: samples of a wrong age, rewards that are no numbers, snapshots that do not come."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from align.config import MainJob
+from align.figures import Arrivals
+from align.generator import Generator
+from align.order import Turns
+from align.samples import Sample, SampleLog, Text
+from align.snapshots import Snapshot, SnapshotStore
+from align.trainer import Trainer
+from rec.runtime.config import build
+from rec.runtime.errors import UserError
+from rec.runtime.ranks import Ranks
+from rec.runtime.stopping import StopFile
+
+SAMPLE = Sample(
+    7, 0, [1, 2], 1, True, True, [1], [[1]], [[Text(0, [1], [-0.5], "x")]], [], [-1.0], -2.0, version=2, version_step=20
+)
+
+
+def job(run: Path, **align: object) -> MainJob:
+    return build(MainJob, {"data": "x", "run": str(run), "align": {"refresh_every": 10, "max_lag_steps": 20, **align}})
+
+
+@pytest.fixture
+def trainer(tmp_path) -> Trainer:
+    """As far as it is before it asks its models anything."""
+    trainer = Trainer.__new__(Trainer)
+    trainer.job, trainer.ranks, trainer.log = job(tmp_path), Ranks(), SampleLog(tmp_path / "samples")
+    trainer.arrivals = Arrivals()
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("version_step", "error", "message"),
+    [
+        (10, RuntimeError, "step 31 got a sample 21 steps old, the bound is 20"),
+        (40, UserError, r"batch-00000031\.parquet is by weights of step 40, which did not exist yet"),
+    ],
+)
+def test_a_sample_of_a_wrong_age_is_not_trained_on(trainer, version_step, error, message):
+    trainer.log.append(31, [SAMPLE, replace(SAMPLE, version_step=version_step)])
+    with pytest.raises(error, match=message):
+        trainer._update(31)
+
+
+@pytest.mark.parametrize("log_p", [float("nan"), 200.0])
+def test_a_reward_that_is_no_number_names_its_sample_before_anything_is_trained(trainer, log_p):
+    trainer.log.append(25, [SAMPLE, replace(SAMPLE, ordinal=8, log_p_y_given_xs=[log_p])])
+    with pytest.raises(UserError, match=r"the reward of sample 8 in .*batch-00000025\.parquet is \[(nan|inf)\]"):
+        trainer._update(25)
+
+
+@pytest.fixture
+def generator(tmp_path) -> Generator:
+    generator = Generator.__new__(Generator)
+    generator.job, generator.turns = job(tmp_path, wait_timeout_s=0.05), Turns(0, 1, 4)
+    generator.store, generator.log = SnapshotStore(tmp_path / "snapshots"), SampleLog(tmp_path / "samples")
+    generator.stop, generator.snapshot = StopFile(tmp_path), None
+    return generator
+
+
+def test_waiting_for_a_snapshot_ends_and_says_which_would_do(generator):
+    with pytest.raises(TimeoutError, match=r"waited 0 s for a snapshot of step 0 or later in .*snapshots"):
+        generator._refresh(3)
+    generator.snapshot = Snapshot(Path("v1"), 1, 10, [], [])
+    assert generator._refresh(30) >= 0
+    with pytest.raises(TimeoutError, match=r"waited 0 s for a snapshot of step 11 or later"):
+        generator._refresh(31)
+
+
+def test_a_batch_that_is_gone_is_not_written_again_by_newer_weights(generator):
+    generator.snapshot = Snapshot(Path("v1"), 1, 10, [], [])
+    with pytest.raises(UserError, match=r"batch-00000009\.parquet is gone, and the newest weights, of step 10"):
+        generator._refresh(9)
+    assert generator._refresh(10) >= 0
