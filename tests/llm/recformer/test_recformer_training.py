@@ -1,25 +1,18 @@
 """The stages as users start them: killed and resumed, on one rank and two, under DDP and DeepSpeed."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from backbones import save_bert
 from safetensors.torch import load_file
-from tiny_recformer import ROOT, assert_same_bits, finish, kill_once_at, weights, write_recipe
-from worlds import make_raw
+from tiny_recformer import assert_same_bits, finish, kill_once_at, weights, write_recipe
 
-from llm.recformer.encode import vectors_of_model
 from llm.recformer.finetune import finetune
 from llm.recformer.job import load_job
 from llm.recformer.model import load_recformer
 from llm.recformer.pretrain import pretrain
-from rec.data.prepare import Filters, prepare
-from rec.data.prepared import Prepared
 from rec.runtime.runfolder import RunFolder
 
 STAGES = ("pretrain", "finetune/FT1", "finetune/FT2")
@@ -121,27 +114,6 @@ def test_finetuning_on_two_ranks_that_was_killed_ends_with_the_same_bits(droppin
         assert_same_bits(*(load_file(tmp_path / name / "run/finetune/FT2" / file) for name in ("whole", "killed")))
     rows = RunFolder(tmp_path / "killed" / "run").steps("ft2_step")
     assert rows[0]["pid"] != rows[-1]["pid"]
-
-
-@pytest.mark.distributed
-def test_two_ranks_encode_a_catalog_as_one_does(bert, tmp_path):
-    prepare("test", make_raw(tmp_path / "raw", n_users=600, n_items=5000), tmp_path / "data", Filters())
-    data = Prepared.load(tmp_path / "data")
-    assert data.n_items > 2048  # or one chunk would be all there is
-    job = load_job(write_recipe(tmp_path, data.folder, bert))
-    model, tokenizer = load_recformer(job.settings)
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    vectors_of_model(tmp_path / "model", data, tmp_path / "one.safetensors")
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0",
-        "-m", "llm.recformer.encode", "--model", str(tmp_path / "model"), "--data", str(data.folder),
-        "--out", str(tmp_path / "two.safetensors"),
-    ]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=300)
-    one, two = (load_file(tmp_path / f"{name}.safetensors")["vectors"] for name in ("one", "two"))
-    torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-6)
 
 
 def test_a_longformer_is_trained_through_all_stages(longformer, small_data, tmp_path):
