@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from worlds import make_raw
+from worlds import SMALL_MODELS, make_raw
 
 from rec.data.prepare import Filters, prepare
 from rec.data.prepared import Prepared
@@ -22,16 +22,6 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     folder = tmp_path_factory.mktemp("small")
     prepare("test", make_raw(folder / "raw"), folder / "prepared", Filters())
     return Prepared.load(folder / "prepared")
-
-
-# What a small model needs besides dim and max_length.
-SMALL_MODELS = {
-    "SASRec": {"blocks": 1},
-    "BERT4Rec": {"blocks": 1},
-    "LightSANs": {"blocks": 1},
-    "PAUP": {"blocks": 1, "slot": 2, "segments": 2},
-    "BST": {"mlp": [32]},
-}
 
 
 @pytest.fixture(scope="session")

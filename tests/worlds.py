@@ -1,4 +1,4 @@
-"""Data that tests share: a ring of items to make, and where real data may lie."""
+"""What tests share: a ring of items to make, where real data may lie, and small models."""
 
 from pathlib import Path
 
@@ -8,6 +8,14 @@ import pyarrow as pa
 from rec.data.raw import RawData
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+# What a small model needs besides dim and max_length.
+SMALL_MODELS = {
+    "SASRec": {"blocks": 1},
+    "BERT4Rec": {"blocks": 1},
+    "LightSANs": {"blocks": 1},
+    "PAUP": {"blocks": 1, "slot": 2, "segments": 2},
+    "BST": {"mlp": [32]},
+}
 
 
 def make_raw(folder: Path, n_users: int = 40, n_items: int = 30, length: int = 14, seed: int = 0) -> RawData:

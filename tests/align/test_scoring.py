@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import SMALL_MODELS
+from worlds import SMALL_MODELS
 
 from align.config import AlignConfig
 from align.generator import Generator, fresh_places
