@@ -1,47 +1,14 @@
 """``recalign recommend`` and ``recalign export`` as they are typed: what they print, and how they refuse."""
 
 import json
-import logging
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-
-from launch import cli
+from refusals import assert_one_line
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def recalign(monkeypatch, capsys) -> Iterator[Callable[..., tuple[int, str, str]]]:
-    """Runs a command in this process; gives its exit code, output and errors."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-
-    def call(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["recalign", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    yield call
-    # The command logs to this test's standard error, which will be gone.
-    root.handlers[:], root.level = handlers, level
-
-
-def assert_one_line(done: tuple[int, str, str], *parts: str) -> None:
-    code, out, err = done
-    lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert (code, len(lines), out) == (2, 1, ""), err
-    assert "Traceback" not in err
-    for part in parts:
-        assert part in lines[0]
 
 
 @pytest.fixture
