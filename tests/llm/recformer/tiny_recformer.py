@@ -19,7 +19,7 @@ RECFORMER: dict[str, Any] = {
     "text": {"attributes": ["title", "kind"]},
     "size": {"max_items": 6, "max_tokens": 48},
     "pretrain": {
-        "batch_size": 8, "epochs": 4, "lr": 3e-3, "part_tokens": 128, "recompute": True, "evaluate_every": 7,
+        "batch_size": 8, "epochs": 6, "lr": 3e-3, "part_tokens": 128, "recompute": True, "evaluate_every": 7,
         "checkpoint_every": 3,
     },
     "finetune": {
