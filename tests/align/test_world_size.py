@@ -34,7 +34,10 @@ def launch(out: Path, original: Path, phase: str, processes: int, port: int, **t
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("stage", "adapters"), [(2, False), (3, False), (2, True)])
+@pytest.mark.parametrize(
+    ("stage", "adapters"),
+    [(3, False), *(pytest.param(2, own, marks=pytest.mark.slow) for own in (False, True))],
+)
 def test_two_ranks_save_and_one_or_three_go_on(tmp_path, request, stage, adapters):
     original = request.getfixturevalue("llama" if adapters else "model")
     SampleLog(tmp_path / "samples").append(0, [make_sample(nth, *texts) for nth, texts in enumerate(TEXTS)])

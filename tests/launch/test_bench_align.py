@@ -10,7 +10,7 @@ from tiny_job import BATCH, RECIPE, ROOT
 from align.figures import saving_seconds
 from rec.runtime.runfolder import RunFolder
 
-pytestmark = [pytest.mark.distributed, pytest.mark.vllm]
+pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.vllm]
 
 STEPS = 12
 MODES = ("synchronous", "asynchronous", "trainer alone", "generator alone")

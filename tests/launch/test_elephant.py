@@ -77,6 +77,7 @@ def study(small_data, backbone, tmp_path_factory):
     return path, run, run.execute("recalign reproduce test")
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_every_cell_of_the_table_is_there_with_its_seeds(study):
     _, run, result = study
@@ -101,6 +102,7 @@ def test_every_cell_of_the_table_is_there_with_its_seeds(study):
     elephant_claims.print_study(result)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_tables_begin_as_the_vectors_that_they_are_named_after(study):
     _, run, _ = study
@@ -118,6 +120,7 @@ def test_tables_begin_as_the_vectors_that_they_are_named_after(study):
     assert torch.equal(table, vectors_of["FT"])
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_familys_rate_and_deviation_are_chosen_once_and_told(study):
     _, run, result = study
@@ -157,6 +160,7 @@ def test_a_recommender_that_diverges_takes_the_next_rate_and_blocks_nothing(smal
     assert not (tmp_path / "seed-2").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_study_that_is_killed_goes_on_where_it_was(study, small_data, backbone, tmp_path, monkeypatch):
     _, before, _ = study
@@ -197,6 +201,7 @@ def test_a_study_that_is_killed_goes_on_where_it_was(study, small_data, backbone
     assert len(results["whole"]["rows"]) == 1 + 3
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_finished_study_says_what_it_found_and_trains_nothing(study, monkeypatch):
     path, _, result = study
@@ -207,6 +212,7 @@ def test_a_finished_study_says_what_it_found_and_trains_nothing(study, monkeypat
     assert [claim["holds"] for claim in again["claims"][:-1]] == [claim["holds"] for claim in result["claims"][:-1]]
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_vectors_of_a_recformers_run_by_stage(study, small_data, tmp_path, capsys):
     _, run, _ = study
@@ -314,6 +320,7 @@ def test_what_gives_no_vectors_is_one_clear_line(backbone, small_data, tmp_path)
         vectors.write(str(backbone), small_data.folder, tmp_path / "x", "PT")
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_recformers_that_differ_share_what_they_have_in_common(study, small_data, backbone, tmp_path):
     _, before, _ = study

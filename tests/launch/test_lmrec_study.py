@@ -52,6 +52,7 @@ def recalign(*words: str | Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
 
 
+@pytest.mark.slow
 def test_a_study_runs_its_variants_once_and_says_what_holds(tmp_path, recipe):
     done = recalign("reproduce", recipe, "seeds=[0]")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -144,6 +145,7 @@ def test_controls_score_what_they_say(small_data):
     assert found > 0.7 > evaluate(popular, small_data, "test", EvaluateConfig())["HR@10"]
 
 
+@pytest.mark.slow
 def test_the_bench_measures_each_thing_once(tmp_path, recipe):
     words = ("bench", "lmrec", tmp_path / "job.yaml", "--steps", "1", "--out", tmp_path / "bench", "--only")
     done = recalign(*words, "packed,padded,trainer,matmul,gpu")

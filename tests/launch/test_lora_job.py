@@ -19,7 +19,7 @@ from rec.data.prepared import Prepared
 from rec.models.base import SequenceRecommender
 from rec.runtime.runfolder import RunFolder
 
-pytestmark = [pytest.mark.distributed, pytest.mark.vllm]
+pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.vllm]
 
 
 def tiny_llama(folder: Path, data: Prepared) -> Path:

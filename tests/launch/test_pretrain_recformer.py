@@ -26,6 +26,7 @@ def backbone(tmp_path_factory) -> Path:
     return save_bert(tmp_path_factory.mktemp("bert") / "model", dropout=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_job_that_is_killed_is_started_again_and_ends_as_if_nothing_had_been(backbone, small_data, tmp_path):
     recipes = {}
@@ -68,6 +69,7 @@ def test_a_mistake_in_a_recipe_is_one_line(backbone, small_data, tmp_path, capsy
     assert content["llm"]["recformer"]
 
 
+@pytest.mark.slow
 def test_the_bench_measures_the_same_batches_four_ways(backbone, small_data, tmp_path):
     recipe = write_recipe(tmp_path, small_data.folder, backbone)
     result = bench.run(recipe, ["llm.recformer.pretrain.bf16=false"], 2, 2, tmp_path / "bench", "test")

@@ -46,7 +46,7 @@ def plain(small_data, tmp_path_factory):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [2, *(pytest.param(own, marks=pytest.mark.slow) for own in (1, 3))])
 def test_two_ranks_of_zero_equal_one_plain_process_and_resume_bit_for_bit_or_on_other_ranks(
     tmp_path, small_data, plain, stage
 ):

@@ -167,6 +167,7 @@ def test_bf16_training_follows_float32_and_keeps_its_weights_so(small_data, tmp_
     assert {value.dtype for value in kept.values()} == {torch.float32}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="torch.compile needs a C++ compiler")
 def test_compiled_training_is_the_same_training(small_data, tmp_path):
     """Without dropout, whose random numbers a compiled step may draw in another order.

@@ -69,7 +69,9 @@ def test_training_learns_and_the_second_stage_keeps_the_firsts_table(whole):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("deepspeed", [False, True], ids=["DDP", "ZeRO-2"])
+@pytest.mark.parametrize(
+    "deepspeed", [pytest.param(False, marks=pytest.mark.slow, id="DDP"), pytest.param(True, id="ZeRO-2")]
+)
 def test_two_ranks_train_as_one_does_and_resume_exactly(bert, small_data, tmp_path, deepspeed):
     runs = {}
     for name, processes in (("one", 1), ("two", 2), ("killed", 2), ("fewer", 2)):
@@ -99,7 +101,7 @@ def test_two_ranks_train_as_one_does_and_resume_exactly(bert, small_data, tmp_pa
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("zero_stage", [0, 1])
+@pytest.mark.parametrize("zero_stage", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_finetuning_on_two_ranks_that_was_killed_ends_with_the_same_bits(dropping, small_data, tmp_path, zero_stage):
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
