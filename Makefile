@@ -1,4 +1,4 @@
-# make demo | test | test-slow | soak | setup | lint | clean; each does all the set-up it needs and is quick to call again.
+# make demo | test | test-slurm | test-slow | soak | setup | lint | clean; each does all the set-up it needs and is quick to call again.
 PYTHON ?= python3
 BIN := .venv/bin
 # An NVIDIA GPU gets the GPU build of vLLM, any other machine the CPU build.
@@ -15,7 +15,7 @@ INDEX := $(shell $(PYTHON) -m pip config get global.index-url 2>/dev/null)
 UV := $(if $(FIND_LINKS),UV_FIND_LINKS=$(FIND_LINKS)) $(if $(INDEX),UV_DEFAULT_INDEX=$(INDEX)) $(BIN)/uv pip install --quiet --python $(BIN)/python
 INSTALL := --editable '.[$(EXTRA),dev]'
 
-.PHONY: setup demo test test-slow soak lint clean
+.PHONY: setup demo test test-slurm test-slow soak lint clean
 setup: $(READY) .venv/recbole .venv/minilm
 
 $(READY): pyproject.toml Makefile
@@ -46,7 +46,11 @@ demo: setup
 # Two files at a time: most tests wait for processes that start. One thread each, or they would wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 test: setup lint
-	@$(PYTEST) -m "not slow"
+	@$(PYTEST) -m "not slow and not slurm"
+
+# One after the other: each of these jobs has several nodes already.
+test-slurm: setup
+	@$(BIN)/python -m pytest -m slurm tests/launch/test_slurm.py
 
 test-slow: setup
 	@$(PYTEST) -m slow
