@@ -44,7 +44,8 @@ nodes() {
   export RECALIGN_PYTHON RECALIGN_INTERFACE PER_NODE TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
   local cores=${SLURM_CPUS_ON_NODE:-$PER_NODE}
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > PER_NODE ? cores / PER_NODE : 1))}
-  export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+  # Another one every time: nodes may be shared, and whoever had the last one may still be ending.
+  export MASTER_PORT=$((20000 + RANDOM % 12000))
   [ -n "${SLURM_GPUS_ON_NODE:-}" ] || export DS_ACCELERATOR=cpu
   if [ -n "$RECALIGN_INTERFACE" ]; then
     export NCCL_SOCKET_IFNAME=$RECALIGN_INTERFACE GLOO_SOCKET_IFNAME=$RECALIGN_INTERFACE
