@@ -35,9 +35,13 @@ def test_training_learns_the_ring(small_data, tmp_path):
 
 
 def test_validation_on_a_subset_is_of_the_same_users_whatever_the_seed(small_data, tmp_path, monkeypatch):
-    seen = []
-    plain = trainer.evaluate
-    monkeypatch.setattr(trainer, "evaluate", lambda *inputs, **options: (seen.append(inputs[4]), plain(*inputs, **options))[1])
+    seen, plain = [], trainer.evaluate
+
+    def watched(*inputs, **options):
+        seen.append(inputs[4])
+        return plain(*inputs, **options)
+
+    monkeypatch.setattr(trainer, "evaluate", watched)
     for seed in (1, 2):
         own = CONFIG.train.model_copy(update={"valid_users": 7, "seed": seed, "epochs": 1})
         config = CONFIG.model_copy(update={"train": own})
