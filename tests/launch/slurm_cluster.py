@@ -44,7 +44,7 @@ class Cluster:
             env=self.environment,
             capture_output=True,
             text=True,
-            timeout=400,
+            timeout=900,
             check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
@@ -64,7 +64,7 @@ class Cluster:
         said = self.run("scontrol", "show", "job", job)
         return said.partition("JobState=")[2].split()[0]
 
-    def wait(self, job: str, run: RunFolder, condition: Callable[[], bool], timeout_s: float = 300) -> None:
+    def wait(self, job: str, run: RunFolder, condition: Callable[[], bool], timeout_s: float = 600) -> None:
         """Until something holds; the job must not end before."""
         end = time.monotonic() + timeout_s
         while not condition():
@@ -72,7 +72,7 @@ class Cluster:
             assert time.monotonic() < end, everything(run)
             time.sleep(0.3)
 
-    def end(self, job: str, run: RunFolder, state: str, timeout_s: float = 400) -> None:
+    def end(self, job: str, run: RunFolder, state: str, timeout_s: float = 900) -> None:
         """Until the job is over, in this state."""
         end = time.monotonic() + timeout_s
         while (found := self.state(job)) in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"):
@@ -80,7 +80,7 @@ class Cluster:
             time.sleep(0.5)
         assert found == state, everything(run)
 
-    def finish(self, job: str, run: RunFolder, timeout_s: float = 400) -> None:
+    def finish(self, job: str, run: RunFolder, timeout_s: float = 900) -> None:
         """Until the job is over, which must be because its run is finished."""
         self.end(job, run, "COMPLETED", timeout_s)
         assert run.result() is not None, everything(run)

@@ -174,7 +174,7 @@ def test_the_page_about_clusters_can_be_followed_command_for_command(tmp_path):
         script.append(f"echo '$ {command}'; {command}")
     environment = {**os.environ, "PATH": PATH, "PYTHONPATH": str(ROOT), "RECALIGN_PYTHON": sys.executable}
     done = subprocess.run(
-        ["bash", "-c", "\n".join(script)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
+        ["bash", "-c", "\n".join(script)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
     )
     subprocess.run([str(ROOT / "launch/slurm/test-cluster.sh"), "stop", str(tmp_path / "slurm")], check=True)
     assert done.returncode == 0, done.stdout + done.stderr
