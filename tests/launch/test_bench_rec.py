@@ -94,6 +94,7 @@ def test_every_stage_asks_every_system(small_data):
     assert asked == {(stage, peer) for stage in ("epoch", "quality") for peer in ("recalign", *settings.names)}
 
 
+@pytest.mark.slow
 def test_each_thing_is_measured_once(small_data, tmp_path, monkeypatch):
     settings = Settings([small_data.folder], lengths=(8,), names=(), seconds=0.2, stages=("floor", "evaluation"))
     first = rec.run(settings, tmp_path, "bench")
