@@ -316,9 +316,15 @@ def main() -> None:
         try:
             trainer.loop()
         except Stopped:
-            trainer.accelerator.end_training()
+            _leave(trainer)
             raise
-        trainer.accelerator.end_training()
+        _leave(trainer)
+
+
+def _leave(trainer: Trainer) -> None:
+    """All ranks at once: gloo may wait for ever to leave a group that others have left long ago."""
+    trainer.ranks.barrier()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
