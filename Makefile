@@ -13,7 +13,8 @@ empty :=
 FIND_LINKS := $(subst $(empty) ,$(comma),$(strip $(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null)))
 INDEX := $(shell $(PYTHON) -m pip config get global.index-url 2>/dev/null)
 UV := $(if $(FIND_LINKS),UV_FIND_LINKS=$(FIND_LINKS)) $(if $(INDEX),UV_DEFAULT_INDEX=$(INDEX)) $(BIN)/uv pip install --quiet --python $(BIN)/python
-INSTALL := --editable '.[$(EXTRA),dev]'
+# Bytecode at once: where Python may not write it later, vLLM would take 30 s to import instead of 10, in every process.
+INSTALL := --compile-bytecode --editable '.[$(EXTRA),dev]'
 
 .PHONY: setup demo test test-slurm test-slow soak lint clean
 setup: $(READY) .venv/recbole .venv/minilm

@@ -58,7 +58,7 @@ def finish(run: Path, process: subprocess.Popen, timeout_s: float = 300) -> str:
     return text
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen, timeout_s: float = 120) -> None:
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen, timeout_s: float = 600) -> None:
     end = time.monotonic() + timeout_s
     while not condition():
         assert process.poll() is None, "the job ended before it could be killed"
