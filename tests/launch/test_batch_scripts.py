@@ -28,7 +28,7 @@ REQUEUED = 33
 def bash(folder: Path, program: str, **environment: str) -> subprocess.CompletedProcess:
     text = SETTINGS.format(root=ROOT, python=sys.executable, run=folder) + program
     own = {**os.environ, "RECALIGN_GRACE_S": "1", **environment}
-    return subprocess.run(["bash", "-c", text], env=own, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(["bash", "-c", text], env=own, capture_output=True, text=True, timeout=900, check=False)
 
 
 def told(folder: Path) -> list[str]:

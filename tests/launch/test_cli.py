@@ -24,7 +24,7 @@ def write_recipe(folder: Path, data: Path | str, **sections: dict) -> Path:
 @pytest.mark.parametrize("command", ["", "demo", "align", "prepare"])
 def test_help_has_examples(command):
     words = [sys.executable, "-m", "launch.cli", *command.split(), "--help"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0
     assert "recalign" in done.stdout
     if command:

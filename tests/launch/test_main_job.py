@@ -196,7 +196,7 @@ def test_a_trainer_of_two_ranks_is_stopped_and_one_goes_on_with_the_same_samples
     folder = RunFolder(tmp_path / "replay")
     wait_until(lambda: len(folder.steps("train")) > 5, process)
     (folder.path / STOP).touch()
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=900)
     assert process.returncode == 0
     assert "STOP asks for it: stopped after step" in said
     (folder.path / STOP).unlink()
@@ -236,14 +236,14 @@ def test_a_replay_needs_a_finished_run_and_nothing_else(finished, tmp_path):
         ([finished.path, "align.trainer.lr=1"], "without a recipe or overrides"),
     ):
         process = start_replay(*arguments, stderr=subprocess.PIPE)
-        assert message in process.communicate(timeout=100)[1].decode()
+        assert message in process.communicate(timeout=900)[1].decode()
         assert process.returncode == 2
 
 
 def test_a_catalog_is_written_and_encoded_once_from_a_finished_run(finished, tmp_path):
     def knowledge(*more: str) -> str:
         command = [sys.executable, "-m", "launch.cli", "knowledge", str(finished.path), "--out", str(out), *more]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout + done.stderr
 
@@ -264,7 +264,7 @@ def test_a_catalog_is_written_and_encoded_once_from_a_finished_run(finished, tmp
 
 def test_latency_of_a_finished_run(finished, tmp_path):
     command = [sys.executable, "-m", "launch.cli", "bench", "latency", str(finished.path), "--requests", "5"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = RunFolder(finished.path / "latency").result()["rows"]
     assert [row["what"].split(":")[0] for row in rows] == ["SASRec, IDs alone", "SeRALM_rec", "SeRALM_gen&enc"]

@@ -98,7 +98,7 @@ def test_a_cut_cable_is_one_clear_error_in_bounded_time_and_the_run_goes_on(host
         time.sleep(0.02)
     assert ip("-n", HOSTS[1], "link", "set", CABLE[1], "down").returncode == 0
     cut = time.monotonic()
-    said = [job.communicate(timeout=120)[0] for job in jobs]
+    said = [job.communicate(timeout=900)[0] for job in jobs]
     assert time.monotonic() - cut < TIMEOUT_S + 60
     assert all(job.returncode != 0 for job in jobs)
     for text in said:

@@ -51,7 +51,7 @@ def start(run: Path, *more: str) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
 
 
-def finish(run: Path, process: subprocess.Popen, timeout_s: float = 300) -> str:
+def finish(run: Path, process: subprocess.Popen, timeout_s: float = 900) -> str:
     code = process.wait(timeout_s)
     text = (run.parent / f"{run.name}.log").read_text()
     assert code == 0, text[-3000:]

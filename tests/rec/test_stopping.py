@@ -131,7 +131,7 @@ def test_ranks_that_see_the_file_at_different_times_stop_at_the_same_step(tmp_pa
     ranks = [context.Process(target=_ask, args=(rank, tmp_path, answers)) for rank in range(2)]
     for process in ranks:
         process.start()
-    given = {(rank, step): answer for rank, step, answer in (answers.get(timeout=120) for _ in range(12))}
+    given = {(rank, step): answer for rank, step, answer in (answers.get(timeout=900) for _ in range(12))}
     for process in ranks:
         process.join(60)
     assert [given[0, step] for step in range(6)] == [False] * 3 + [True] * 3
@@ -149,7 +149,7 @@ def launch(recipe: Path, processes: int) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> str:
-    said, _ = process.communicate(timeout=300)
+    said, _ = process.communicate(timeout=900)
     assert process.returncode == 0, said
     return said
 

@@ -270,7 +270,7 @@ def test_a_killed_job_of_two_processes_goes_on_where_it_was(recipe):
     children = subprocess.run(["pgrep", "-f", str(killed)], capture_output=True, text=True).stdout.split()
     for child in children:
         os.kill(int(child), signal.SIGKILL)
-    process.wait(timeout=60)
+    process.wait(timeout=900)
     assert folder.result() is None
     process = launch(killed, 2)
     said, _ = process.communicate(timeout=900)
