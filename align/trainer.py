@@ -46,10 +46,10 @@ from rec.data.prepared import Prepared
 from rec.models.base import SequenceRecommender
 from rec.runtime.checkpoint import Checkpoints
 from rec.runtime.config import hash_of
-from rec.runtime.errors import Stopped, UserError
+from rec.runtime.errors import UserError
 from rec.runtime.logs import run_main
 from rec.runtime.progress import progress
-from rec.runtime.ranks import Ranks, lost_contact_is_named
+from rec.runtime.ranks import Ranks, left_together, lost_contact_is_named
 from rec.runtime.runfolder import RunFolder
 from rec.runtime.stopping import StopFile
 from rec.trainer import MODEL
@@ -311,20 +311,8 @@ def main() -> None:
     first = int(os.environ.get("RANK", "0")) == 0
     # A predecessor that is being killed may hold the lock a little longer.
     lock = RunFolder(into or job.run).lock("trainer", wait_s=30) if first else contextlib.nullcontext()
-    with lost_contact_is_named(), lock:
-        trainer = Trainer(job, into)
-        try:
-            trainer.loop()
-        except Stopped:
-            _leave(trainer)
-            raise
-        _leave(trainer)
-
-
-def _leave(trainer: Trainer) -> None:
-    """All ranks at once: gloo may wait for ever to leave a group that others have left long ago."""
-    trainer.ranks.barrier()
-    trainer.accelerator.end_training()
+    with lost_contact_is_named(), lock, left_together():
+        Trainer(job, into).loop()
 
 
 if __name__ == "__main__":

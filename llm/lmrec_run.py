@@ -28,9 +28,9 @@ from rec.evaluation import evaluate
 from rec.job import open_data
 from rec.runtime import files
 from rec.runtime.config import hash_of
-from rec.runtime.errors import Stopped, UserError
+from rec.runtime.errors import UserError
 from rec.runtime.packages import require_packages
-from rec.runtime.ranks import Ranks
+from rec.runtime.ranks import Ranks, left_together
 from rec.runtime.runfolder import RunFolder
 
 MODEL, TOKENIZER, FINISHED = "model", "tokenizer", "finished.json"
@@ -81,15 +81,15 @@ def run(job: LMRecJob, command: str) -> dict[str, Any] | None:
             return result if ranks.is_first else None
         begin = time.monotonic()
         inputs = read_inputs(job, folder, ranks)
-        try:
+        with left_together():
             if not ranks.broadcast((folder.path / FINISHED).exists()):
                 _train(job, inputs, folder, ranks)
-        except Stopped:
-            _end_group(train, ranks)
-            raise
-        _end_group(train, ranks)  # rank 0 alone ranks the test items
+        if train.zero_stage:
+            from llm.zero import shard_no_more
+
+            shard_no_more()
         if not ranks.is_first:
-            return None
+            return None  # rank 0 alone ranks the test items
         folder.log("pretrained", seconds=round(time.monotonic() - begin, 1))
         return _conclude(job, inputs, folder, command)
 
@@ -238,14 +238,6 @@ def _start_group(train: LMRecTrainConfig) -> None:
     from llm.zero import start_group
 
     start_group(train)
-
-
-def _end_group(train: LMRecTrainConfig, ranks: Ranks) -> None:
-    ranks.barrier()
-    if train.zero_stage:
-        from llm.zero import end_group
-
-        end_group()
 
 
 def _engine(model: JointModel, job: LMRecJob) -> Engine:

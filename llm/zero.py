@@ -47,10 +47,9 @@ def start_group(train: LMRecTrainConfig) -> None:
     require_processes("llm.train.processes", train.processes, state.num_processes)
 
 
-def end_group() -> None:
-    """Leave the process group; what is loaded from now on is nobody's shard."""
+def shard_no_more() -> None:
+    """What transformers loads from now on is whole, on rank 0 alone."""
     unset_hf_deepspeed_config()
-    torch.distributed.destroy_process_group()
 
 
 def make_accelerator(train: LMRecTrainConfig) -> Accelerator:

@@ -4,6 +4,7 @@ nodes
 MASTER_ADDR=$(address "${HOSTS[0]}")
 [ -n "$MASTER_ADDR" ] || { echo "error: ${HOSTS[0]} has no address${RECALIGN_INTERFACE:+ on $RECALIGN_INTERFACE}"; exit 2; }
 export MASTER_ADDR
-exec srun "${RECALIGN_SRUN[@]}" --overlap --kill-on-bad-exit --nodes=${#HOSTS[@]} --ntasks=${#HOSTS[@]} \
+# The first node's exit code is the answer: the others may end in peace, but not wait for ever.
+exec srun "${RECALIGN_SRUN[@]}" --overlap --kill-on-bad-exit=0 --wait=60 --nodes=${#HOSTS[@]} --ntasks=${#HOSTS[@]} \
   --ntasks-per-node=1 --nodelist="$(join "${HOSTS[@]}")" \
   "${RECALIGN_PREFIX[@]}" "$RECALIGN_PYTHON" -m launch.cluster.check --folder "$1"

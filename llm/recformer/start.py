@@ -7,12 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import torch.distributed as dist
-
 from llm.recformer.job import RecformerJob, load_job
-from rec.runtime.errors import Stopped, UserError
+from rec.runtime.errors import UserError
 from rec.runtime.parent import die_with_parent_if_asked
-from rec.runtime.ranks import lost_contact_is_named
+from rec.runtime.ranks import left_together, lost_contact_is_named
 from rec.runtime.runfolder import RunFolder
 
 
@@ -33,16 +31,5 @@ def run_stage(
     with lost_contact_is_named(), folder.lock("trainer", wait_s=30) if first else contextlib.nullcontext():
         if first:
             folder.claim(job)
-        try:
+        with left_together():
             job_of(job)
-        except Stopped:
-            _leave_together()
-            raise
-        _leave_together()
-
-
-def _leave_together() -> None:
-    if dist.is_initialized():
-        # gloo may wait for ever to leave a group that others have left long ago.
-        dist.barrier()
-        dist.destroy_process_group()

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from rec.runtime.errors import LostContact, UserError
+from rec.runtime.errors import LostContact, Stopped, UserError
 
 T = TypeVar("T")
 
@@ -56,6 +56,26 @@ def lost_contact_is_named() -> Iterator[None]:
             f"lost contact with other processes of this job ({reason}): one of them, its node or the link to it is"
             " gone. Start the same command again, and it goes on from its last checkpoint"
         ) from error
+
+
+@contextlib.contextmanager
+def left_together() -> Iterator[None]:
+    """Leave the process group with all ranks at once, at the end and where a run is stopped.
+
+    gloo may wait for ever to leave a group that others have left long ago. A rank that fails waits for nobody.
+    """
+    try:
+        yield
+    except Stopped:
+        _leave()
+        raise
+    _leave()
+
+
+def _leave() -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 @dataclass(frozen=True)

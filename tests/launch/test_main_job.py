@@ -108,6 +108,8 @@ def test_an_undisturbed_run_is_what_the_paper_describes(finished):
     assert [row["method"] for row in result["rows"]][:2] == ["Base", "Base+NA_LLM"]
     assert result["rows"][-1]["method"] == "Base+SeRALM"
     assert all(0 <= row["HR@10"] <= 1 and row["HR@10_se"] > 0 for row in result["rows"])
+    # The last two, and every twelfth for good.
+    assert [found.step for found in Checkpoints(finished.path / "checkpoints").examine()] == [40, 39, 36, 24, 12]
     assert figures["engine"] == "DeepSpeedEngine"
     assert figures["zero_stage"] == 2
     assert figures["trainer_ranks"] == 2

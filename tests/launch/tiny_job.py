@@ -37,12 +37,15 @@ RECIPE = {
         "id_dropout": 0.3,
         "watch": ["kind"],
         "objective": {"baseline": "leave-one-out", "temperature": "calibrated"},
-        "trainer": {"steps": STEPS, "batch_size": BATCH, "checkpoint_every": 3, "warmup_steps": 2, "lr": 1e-3},
+        "trainer": {
+            "steps": STEPS, "batch_size": BATCH, "warmup_steps": 2, "lr": 1e-3,
+            "checkpoint_every": 3, "keep_checkpoints": 2, "keep_checkpoint_every": 12,
+        },
         "generator": {"batches_per_call": 2},
         "finish": {"batch_size": 16, "epochs": 2},
         "wait_timeout_s": 120,
     },
-}
+}  # fmt: skip
 
 
 def start(run: Path, *more: str) -> subprocess.Popen:

@@ -109,6 +109,14 @@ def test_the_catalog_is_encoded_once_before_the_first_epoch_and_not_at_all_for_a
     assert len(encoded) == 2
 
 
+def test_as_many_checkpoints_stay_as_the_recipe_says_and_some_for_good(bert, small_data, tmp_path):
+    kept = {"checkpoint_every": 1, "keep_checkpoints": 2, "keep_checkpoint_every": 4}
+    job = make_job(bert, small_data, tmp_path / "run", epochs=2, fixed_epochs=1, **kept)
+    finetune(job)
+    steps = [found.step for found in Checkpoints(job.finetune_folder / "FT1" / "checkpoints").examine()]
+    assert steps == [10, 9, 8, 4]
+
+
 @pytest.mark.parametrize("asked", [False, True])
 def test_test_items_are_ranked_by_the_second_stage_alone_unless_asked_for(bert, small_data, tmp_path, asked):
     job = make_job(bert, small_data, tmp_path / "run", epochs=1, fixed_epochs=1, test_first_stage=asked)
