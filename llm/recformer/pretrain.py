@@ -153,16 +153,20 @@ def make_objective(model: RecformerModel, job: RecformerJob, tokenizer: PreTrain
 
 @torch.no_grad()
 def accuracy_of(objective: Objective, sources: Sources, batches: BatchMaker) -> float | None:
-    """In-batch accuracy on the sources' validation items; None if they have none. Every rank calls this."""
-    model, stage, shares = objective.model.eval(), objective.stage, []
+    """In-batch accuracy on the sources' validation items; None if they have none. Every rank calls this.
+
+    Counted, and divided at the end: as many hits are a tie on any number of ranks, and not better by a rounding error.
+    """
+    model, stage, hits, seen = objective.model.eval(), objective.stage, 0, 0
     parts = Parts(model, objective.pad_token, stage)
     for pairs in batches_of(sources.valid, stage.batch_size):
         batch = batches(pairs, [0])
         histories, next_items = encode(model, batch.plain, parts).chunk(2)
         numbers = batch.numbers.to(parts.device)
-        hits = item_contrast(histories, next_items, numbers, objective.temperature, stage.duplicates == "mask")[1]
-        shares.append(hits.float().mean())
-    return mean_over_ranks([torch.stack(shares).mean()], parts.device)[0] if shares else None
+        found = item_contrast(histories, next_items, numbers, objective.temperature, stage.duplicates == "mask")[1]
+        hits, seen = hits + int(found.sum()), seen + len(found)
+    hits, seen = (sum(each) for each in zip(*Ranks.current().gather((hits, seen)), strict=True))
+    return hits / seen if seen else None
 
 
 def pretrain(job: RecformerJob) -> dict[str, Any]:

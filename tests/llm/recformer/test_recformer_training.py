@@ -90,6 +90,9 @@ def test_two_ranks_train_as_one_does_and_resume_exactly(bert, small_data, tmp_pa
         if name in ("one", "two"):
             finish(recipe, "finetune", processes, deepspeed and processes == 2)
     assert_same_bits(weights(runs["killed"] / "pretrain/model"), weights(runs["two"] / "pretrain/model"))
+    # The best step too, although accuracies of 40 users are often equal.
+    one, two = (json.loads((runs[name] / "pretrain/finished.json").read_text()) for name in ("one", "two"))
+    assert (one["valid_accuracy"], one["best_step"]) == (two["valid_accuracy"], two["best_step"])
     for event in ("pt_step", "ft1_step", "ft2_step"):
         one, two = ([row["loss"] for row in RunFolder(runs[name]).steps(event)] for name in ("one", "two"))
         assert two == pytest.approx(one, rel=2e-3)
