@@ -115,12 +115,18 @@ class Engine:
         """
         from vllm import SamplingParams
 
+        # Else vLLM makes text of tokens one by one, and objects of log-probs: a sixth of the time of short texts.
+        lean = {"detokenize": False, "flat_logprobs": True}
         params = [
-            SamplingParams(temperature=temperature, max_tokens=max_new_tokens, logprobs=0, seed=seed % 2**63)
+            SamplingParams(temperature=temperature, max_tokens=max_new_tokens, logprobs=0, seed=seed % 2**63, **lean)
             for seed in seeds
         ]
         outputs = self.llm.generate(self._salted(prompts), params, use_tqdm=False, lora_request=self.adapter)
-        return [self._completion(output.outputs[0]) for output in outputs]
+        drawn = [output.outputs[0] for output in outputs]
+        texts = self.llm.get_tokenizer().batch_decode(
+            [list(one.token_ids) for one in drawn], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return [self._completion(one, text) for one, text in zip(drawn, texts, strict=True)]
 
     def offline_rate(self, prompts: Sequence[list[int]], max_new_tokens: int) -> float:
         """Tokens a second of vLLM alone: no seeds, no log-probs, one call for all prompts, timed the second time."""
@@ -178,10 +184,12 @@ class Engine:
         return [{"prompt_token_ids": list(prompt), "cache_salt": self.version} for prompt in prompts]
 
     @staticmethod
-    def _completion(output) -> Completion:
-        token_ids = list(output.token_ids)
-        drawn = [step[token].logprob for token, step in zip(token_ids, output.logprobs, strict=True)]
-        return Completion(token_ids, drawn, output.text, output.finish_reason == "length")
+    def _completion(output, text: str) -> Completion:
+        # One entry a token, that of the token drawn.
+        token_ids, flat = list(output.token_ids), output.logprobs
+        assert flat.token_ids == token_ids
+        # A character that was cut in two is left out.
+        return Completion(token_ids, list(flat.logprobs), text.rstrip("\ufffd"), output.finish_reason == "length")
 
 
 def adapted(adapter: str | Path) -> str:

@@ -34,6 +34,7 @@ from rec.runtime.runfolder import CONFIG, RunFolder
 log = logging.getLogger(__name__)
 
 CEILING_SHARE, OFFLINE_SHARE = 0.85, 0.9
+DRAWN, OFFLINE = "drawn", "vLLM offline"
 OFFLINE_TIMEOUT_S = 3600
 OWN_CORES = ("align.generator.cpu_cores=1", "align.trainer.processes=1")
 SYNCHRONOUS = ("align.refresh_every=1", "align.max_lag_steps=0")
@@ -61,10 +62,14 @@ def run(recipe: Path, overrides: Sequence[str], steps: int, out: Path, command: 
         ceiling = min(rates["trainer alone"], rates["generator alone"])
         rows = [{"mode": mode, "samples_per_s": round(rate, 2)} for mode, rate in rates.items()]
         share, figures = rates["asynchronous"] / ceiling, asynchronous(RunFolder(pair.run))
-        own, offline = _tokens_per_s(out / "generator-alone"), _offline(out / "generator-alone")
+        tokens = {**_tokens_per_s(out / "generator-alone"), OFFLINE: _offline(out / "generator-alone")}
         claims = [
             ("asynchronous training reaches 85 % of the slower job alone", share, CEILING_SHARE),
-            ("the generator reaches 90 % of vLLM's own offline throughput", own / offline, OFFLINE_SHARE),
+            (
+                "texts are drawn at 90 % of vLLM's own offline throughput",
+                tokens[DRAWN] / tokens[OFFLINE],
+                OFFLINE_SHARE,
+            ),
         ]
         return folder.write_result(
             command,
@@ -73,7 +78,7 @@ def run(recipe: Path, overrides: Sequence[str], steps: int, out: Path, command: 
             rows,
             time.monotonic() - begin,
             [{"id": name, "holds": value >= least, "figure": round(value, 4)} for name, value, least in claims],
-            tokens_per_s={"generator alone": round(own, 1), "vLLM offline": round(offline, 1)},
+            tokens_per_s={name: round(value, 1) for name, value in tokens.items()},
             speedup=round(rates["asynchronous"] / rates["synchronous"], 2),
             asynchronous=figures,
         )
@@ -124,10 +129,12 @@ def _generator_alone(recipe: Path, overrides: Sequence[str], steps: int, out: Pa
     return _rate(job, folder, "generated")
 
 
-def _tokens_per_s(run: Path) -> float:
-    """Of all that the generator does, drawing, scoring and writing, but for its first call."""
+def _tokens_per_s(run: Path) -> dict[str, float]:
+    """Of drawing texts alone, of which vLLM's own figure is, and of all that the generator does: the recommender's
+    likelihoods and the sample log too. But for its first call."""
     rows = RunFolder(run).steps("generated")[1:]
-    return sum(row["tokens"] for row in rows) / _seconds(rows)
+    tokens = sum(row["tokens"] for row in rows)
+    return {DRAWN: tokens / sum(row["generate_s"] for row in rows), "scored and written too": tokens / _seconds(rows)}
 
 
 def _offline(run: Path) -> float:

@@ -78,6 +78,22 @@ def test_sampling_logprobs_are_those_of_the_distribution_sampled_from(engine):
 
 
 @pytest.mark.vllm
+def test_a_text_is_what_vllm_itself_makes_of_the_tokens(engine):
+    from vllm import SamplingParams
+
+    vllm, first, _ = engine
+    vllm.load_weights(first, "text")
+    ours = vllm.generate([TOKENS] * 20, list(range(20)), 12)
+    params = [SamplingParams(temperature=1.0, max_tokens=12, logprobs=0, seed=seed) for seed in range(20)]
+    theirs = [one.outputs[0] for one in vllm.llm.generate(vllm._salted([TOKENS] * 20), params, use_tqdm=False)]
+    assert [one.token_ids for one in ours] == [list(one.token_ids) for one in theirs]
+    assert [one.text for one in ours] == [one.text.rstrip("\ufffd") for one in theirs]
+    for own, other in zip(ours, theirs, strict=True):
+        by_token = zip(other.token_ids, other.logprobs, strict=True)
+        assert own.logprobs == [entry[token].logprob for token, entry in by_token]
+
+
+@pytest.mark.vllm
 def test_a_seed_decides_a_text_whoever_is_in_the_batch(engine):
     vllm, _, _ = engine
     [alone] = vllm.generate([TOKENS[:4]], [7], 10)
