@@ -75,8 +75,8 @@ def is_alive(pid: int) -> bool:
 
 
 def assert_dead(jobs: Collection[int]) -> None:
-    """That processes whose launcher was killed die with it."""
-    end = time.monotonic() + 10
+    """That processes whose launcher was killed die with it, or before they do anything if they have just been started."""
+    end = time.monotonic() + 60
     while any(map(is_alive, jobs)) and time.monotonic() < end:
         time.sleep(0.05)
     assert not any(map(is_alive, jobs)), "a job outlived its launcher"
