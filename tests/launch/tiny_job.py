@@ -75,7 +75,7 @@ def is_alive(pid: int) -> bool:
 
 
 def assert_dead(jobs: Collection[int]) -> None:
-    """That processes whose launcher was killed die with it, or before they do anything if they have just been started."""
+    """That processes whose launcher was killed die with it, or before they do anything where they have just begun."""
     end = time.monotonic() + 60
     while any(map(is_alive, jobs)) and time.monotonic() < end:
         time.sleep(0.05)
