@@ -123,10 +123,11 @@ class Engine:
         ]
         outputs = self.llm.generate(self._salted(prompts), params, use_tqdm=False, lora_request=self.adapter)
         drawn = [output.outputs[0] for output in outputs]
+        tokens = [list(one.token_ids) for one in drawn]
         texts = self.llm.get_tokenizer().batch_decode(
-            [list(one.token_ids) for one in drawn], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-        return [self._completion(one, text) for one, text in zip(drawn, texts, strict=True)]
+        return [self._completion(*each) for each in zip(drawn, tokens, texts, strict=True)]
 
     def offline_rate(self, prompts: Sequence[list[int]], max_new_tokens: int) -> float:
         """Tokens a second of vLLM alone: no seeds, no log-probs, one call for all prompts, timed the second time."""
@@ -184,12 +185,12 @@ class Engine:
         return [{"prompt_token_ids": list(prompt), "cache_salt": self.version} for prompt in prompts]
 
     @staticmethod
-    def _completion(output, text: str) -> Completion:
+    def _completion(output, token_ids: list[int], text: str) -> Completion:
         # One entry a token, that of the token drawn.
-        token_ids, flat = list(output.token_ids), output.logprobs
-        assert flat.token_ids == token_ids
+        assert output.logprobs.token_ids == token_ids
+        drawn = list(output.logprobs.logprobs)
         # A character that was cut in two is left out.
-        return Completion(token_ids, list(flat.logprobs), text.rstrip("\ufffd"), output.finish_reason == "length")
+        return Completion(token_ids, drawn, text.rstrip("\ufffd"), output.finish_reason == "length")
 
 
 def adapted(adapter: str | Path) -> str:
