@@ -52,7 +52,7 @@ def main() -> None:
         "model": config.model.name,
         "loss": config.loss.name,
         "max_length": arguments.max_length,
-        "precision": arguments.precision,
+        "precision": config.train.precision,
         "batch_size": config.train.batch_size,
         "threads": arguments.threads,
         **task[arguments.task](config, data, arguments.seconds),

@@ -1,4 +1,4 @@
-"""stage-FT1 and FT2's loss and table, scoring, evaluation on several ranks, and the encoding of catalogs."""
+"""stage-FT1 and FT2's loss and table, scoring, and evaluation on several ranks."""
 
 import math
 from pathlib import Path
@@ -10,11 +10,9 @@ from safetensors.torch import load_file
 from tiny_recformer import RECFORMER
 from torch.nn import functional as F
 
-from llm.recformer import encode as encoding
 from llm.recformer import finetune as finetuning
 from llm.recformer import recommender
 from llm.recformer.batches import pad
-from llm.recformer.encode import encode_items, vectors_of_backbone, vectors_of_model
 from llm.recformer.finetune import FullSoftmax, Prefixes, Stage, finetune
 from llm.recformer.job import RecformerJob
 from llm.recformer.model import load_recformer
@@ -208,46 +206,6 @@ def test_scores_are_cosines_over_the_temperature_and_ranks_share_the_evaluation(
         joined = recommender._joined([own[name] for own in found])
         assert torch.equal(joined.instances, metrics.instances)
         torch.testing.assert_close(joined.ranks, metrics.ranks)
-
-
-def test_a_catalog_is_encoded_in_chunks_that_are_kept(bert, small_data, tmp_path, monkeypatch):
-    job = make_job(bert, small_data, tmp_path / "run")
-    monkeypatch.setattr(encoding, "CHUNK_ITEMS", 8)
-    out = tmp_path / "vectors" / "item_vectors.safetensors"
-    vectors_of_backbone(job.settings, small_data, out)
-    whole = load_file(out)["vectors"]
-    assert not out.with_name(f"{out.name}.parts").exists()
-    model, tokenizer = load_recformer(job.settings)
-    parts = Parts(model, tokenizer.pad_token_id, job.settings.finetune)
-    from llm.recformer.batches import SequenceMaker
-    from llm.recformer.text import item_tokens
-
-    tokens = item_tokens(small_data, job.settings.text, tokenizer, tmp_path / "tokens")
-    maker = SequenceMaker(tokens, job.settings.size, tokenizer.cls_token_id)
-    torch.testing.assert_close(encode_items(model, maker, parts), whole, rtol=1e-4, atol=1e-5)
-
-    # Killed after two chunks: the next call encodes the others alone.
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    encoded: list[int] = []
-    original = encoding.encode
-
-    def counted(*inputs):
-        if len(encoded) == 2:
-            raise KeyboardInterrupt
-        encoded.append(1)
-        return original(*inputs)
-
-    monkeypatch.setattr(encoding, "encode", counted)
-    out.unlink()
-    with pytest.raises(KeyboardInterrupt):
-        vectors_of_model(tmp_path / "model", small_data, out)
-    encoded[:] = [0, 0, 0]
-
-    monkeypatch.setattr(encoding, "encode", lambda *inputs: (encoded.append(1), original(*inputs))[1])
-    vectors_of_model(tmp_path / "model", small_data, out)
-    assert len(encoded) - 3 == 2  # of four chunks
-    torch.testing.assert_close(load_file(out)["vectors"], whole, rtol=1e-5, atol=1e-6)
 
 
 def test_nothing_is_tuned_with_none_and_the_stages_are_only_judged(bert, small_data, tmp_path):

@@ -51,12 +51,16 @@ def start(recipe: Path, stage: str, processes: int = 1, deepspeed: bool = False)
         "--num_processes", str(processes), *(["--main_process_port", "0"] if processes > 1 else []),
         "-m", f"llm.recformer.{stage}", "--config", str(recipe),
     ]  # fmt: skip
+    return popen(command, recipe.parent / f"{stage}.log")
+
+
+def popen(command: list[str], log: Path) -> subprocess.Popen:
+    """A process group of its own on the CPU, one thread a process."""
     environment = os.environ | {
         "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "",
     }  # fmt: skip
-    log = (recipe.parent / f"{stage}.log").open("ab")
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        command, cwd=ROOT, env=environment, stdout=log.open("ab"), stderr=subprocess.STDOUT, start_new_session=True
     )
 
 
