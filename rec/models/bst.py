@@ -22,7 +22,7 @@ from rec.losses import Loss, binary_cross_entropy
 from rec.models.base import Batch, Recommender
 from rec.runtime.config import Section
 
-SCORED_ROWS = 2**14  # candidates, times places where those are per candidate, that are in memory at a time
+SCORED_ROWS = 2**13  # candidates, times places where those are per candidate, that are in memory at a time
 
 
 class BSTConfig(Section):
@@ -59,7 +59,7 @@ class Block(nn.Module):
         self.heads, self.dropout = heads, Dropout(dropout)
         self.query, self.key_value = nn.Linear(width, width), nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, width)
-        self.ffn = nn.Sequential(nn.Linear(width, 4 * width), nn.LeakyReLU(), nn.Linear(4 * width, width))
+        self.ffn = nn.Sequential(nn.Linear(width, 4 * width), nn.LeakyReLU(inplace=True), nn.Linear(4 * width, width))
         self.norm_attention, self.norm_ffn = nn.LayerNorm(width), nn.LayerNorm(width)
 
     def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,7 +103,7 @@ class BST(Recommender):
         self.blocks = nn.ModuleList(Block(width, config.heads, config.dropout) for _ in range(config.blocks))
         layers: list[nn.Module] = []
         for size in config.mlp:
-            layers += [nn.Linear(width, size), nn.LeakyReLU()]
+            layers += [nn.Linear(width, size), nn.LeakyReLU(inplace=True)]
             width = size
         self.mlp = nn.Sequential(*layers, nn.Linear(width, 1))
         nn.init.normal_(self.positions.weight, std=0.02)
