@@ -1,4 +1,4 @@
-"""The Elephant's study end to end on a tiny catalog, its claims, and ``recalign vectors`` from every kind of model."""
+"""The Elephant's study end to end on a tiny catalog, and the vectors of its RECFORMERs."""
 
 import json
 import sys
@@ -7,30 +7,26 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file, safe_open
-from transformers import AutoModel, AutoTokenizer
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "llm" / "recformer"))
 from backbones import save_bert
 from tiny_recformer import RECFORMER
 
-from launch import cli, elephant_cells, elephant_claims, vectors
+from launch import elephant_cells, elephant_claims, vectors
 from launch.elephant import ElephantRun
 from launch.elephant_cells import Chosen, train_cell
-from launch.elephant_config import TABLE_3, Cell
+from launch.elephant_config import TABLE_3
 from llm.config import LMRecConfig
 from llm.lmrec import build_lmrec
 from llm.lmrec_job import LMRecJob
-from llm.recformer.job import RecformerJob
 from llm.tokenizer import train_tokenizer
-from rec.evaluation import Metrics
-from rec.job import RecJob, load_job, open_run
+from rec.job import RecJob, open_run
 from rec.models.base import Recommender
 from rec.protocol import Protocol
 from rec.runtime.config import build
 from rec.runtime.errors import UserError
 from rec.runtime.runfolder import RunFolder
-from rec.train import run as train
 
 ROOT = Path(__file__).parents[2]
 
@@ -239,25 +235,6 @@ def test_vectors_of_a_recformers_run_by_stage(study, small_data, tmp_path, capsy
         vectors.write(str(pretrained), small_data.folder, tmp_path / "x", item_text="{title}")
 
 
-def test_vectors_of_a_causal_lm_are_the_states_of_eos(small_data, tmp_path):
-    torch.manual_seed(0)
-    texts = [f"{row['title']}, {row['kind']}" for row in small_data.items.to_pylist()]
-    tokenizer = train_tokenizer(texts, 400, 48)
-    model = build_lmrec(LMRecConfig(dim=32, heads=2, layers=1, context=48), len(tokenizer), tokenizer.eos_token_id)
-    model.save_pretrained(tmp_path / "lm")
-    tokenizer.save_pretrained(tmp_path / "lm")
-    out = tmp_path / "vectors.safetensors"
-    vectors.write(str(tmp_path / "lm"), small_data.folder, out, item_text="{title}, {kind}")
-    found = load_file(out)["vectors"]
-    for row in (0, 13, 29):
-        ids = torch.tensor([[*tokenizer(texts[row])["input_ids"], tokenizer.eos_token_id]])
-        expected = model.eval().transformer(ids).last_hidden_state[0, -1]
-        torch.testing.assert_close(found[row], expected, rtol=1e-4, atol=1e-5)
-    with safe_open(out, framework="pt") as stored:
-        assert "[EOS]" in json.loads(stored.metadata()["source"])["kind"]
-        assert json.loads(stored.metadata()["item_ids"]) == small_data.items["item_id"].to_pylist()
-
-
 def test_the_vectors_of_an_lmrecs_run_begin_a_recommender_of_the_study(small_data, backbone, tmp_path):
     torch.manual_seed(0)
     texts = [f"{row['title']}, {row['kind']}" for row in small_data.items.to_pylist()]
@@ -283,41 +260,6 @@ def test_the_vectors_of_an_lmrecs_run_begin_a_recommender_of_the_study(small_dat
     ids = torch.tensor([[*tokenizer(texts[7])["input_ids"], tokenizer.eos_token_id]])
     expected = model.eval().transformer(ids).last_hidden_state[0, -1]
     torch.testing.assert_close(frozen[7], expected, rtol=1e-4, atol=1e-5)
-
-
-def test_vectors_of_a_sentence_encoder_are_means_and_go_into_a_recommender(
-    backbone, small_data, tmp_path, capsys, monkeypatch
-):
-    out = tmp_path / "sentence.safetensors"
-    command = ["recalign", "vectors", str(backbone), "--data", str(small_data.folder), "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", command)
-    cli.main()
-    assert "30 items, width 32" in capsys.readouterr().out
-    found = load_file(out)["vectors"]
-    tokenizer, model = AutoTokenizer.from_pretrained(backbone), AutoModel.from_pretrained(backbone).eval()
-    own = tokenizer(small_data.items["title"][7].as_py(), return_tensors="pt")
-    expected = torch.nn.functional.layer_norm(model(**own).last_hidden_state[0].mean(0), (32,))
-    torch.testing.assert_close(found[7], expected, rtol=1e-4, atol=1e-4)
-    recipe = tmp_path / "train.yaml"
-    items = {"kind": "vectors", "file": str(out)}
-    rec = {"model": {"dim": 16, "max_length": 8}, "items": items, "train": {"epochs": 1, "batch_size": 16}}
-    recipe.write_text(yaml.safe_dump({"data": str(small_data.folder), "run": str(tmp_path / "run"), "rec": rec}))
-    with pytest.raises(UserError, match=r"width 32, the model's dim is 16: .* or rec\.items\.projection=true"):
-        train(load_job(recipe), "test")
-    assert train(load_job(recipe, ["rec.items.projection=true", f"run={tmp_path / 'other'}"]), "test")["rows"]
-
-
-def test_what_gives_no_vectors_is_one_clear_line(backbone, small_data, tmp_path):
-    content = {"data": str(small_data.folder), "run": str(tmp_path / "run")}
-    job = build(RecformerJob, {**content, "llm": {"recformer": {**RECFORMER, "backbone": str(backbone)}}})
-    RunFolder(job.run).claim(job)
-    with pytest.raises(UserError, match=r"no stage of .*run is finished: .*--stage vanilla"):
-        vectors.write(str(job.run), small_data.folder, tmp_path / "x")
-    assert vectors.write(str(job.run), small_data.folder, tmp_path / "x", "vanilla")["stage"] == "vanilla"
-    with pytest.raises(UserError, match="neither a run folder nor a model"):
-        vectors.write(str(tmp_path / "nothing"), small_data.folder, tmp_path / "x")
-    with pytest.raises(UserError, match="--stage 'PT' has no meaning"):
-        vectors.write(str(backbone), small_data.folder, tmp_path / "x", "PT")
 
 
 @pytest.mark.slow
@@ -350,62 +292,6 @@ def test_recformers_that_differ_share_what_they_have_in_common(study, small_data
     of_each = [(variant, name) for name in names for variant in ("trainable PT", "id+PT")]
     assert sorted(cells) == sorted([("random", "fixed table"), *of_each])
     assert (run.out / "sizes.png").is_file()
-
-
-def metrics(ranks: list[float]) -> Metrics:
-    rows = torch.arange(len(ranks))
-    return Metrics(torch.tensor(ranks, dtype=torch.double), (10,), rows, rows)
-
-
-def made_up(figures: dict[tuple[str, str], float], seed: int = 1) -> dict[Cell, dict[str, Metrics]]:
-    """Ranks in which each cell hits its share of 400 users at rank 1."""
-    return {
-        Cell(model, variant, "R", seed): {
-            protocol: metrics([1.0 if user < share * 400 else 99.0 for user in range(400)])
-            for protocol in ("elephant-100", "elephant-full")
-        }
-        for (model, variant), share in figures.items()
-    }
-
-
-def test_claims_answer_yes_and_no_under_every_protocol():
-    paper = {
-        ("SASRec", "random"): 0.3, ("SASRec", "frozen vanilla"): 0.2, ("SASRec", "trainable vanilla"): 0.25,
-        ("SASRec", "frozen PT"): 0.3, ("SASRec", "trainable PT"): 0.5, ("SASRec", "frozen FT"): 0.4,
-        ("SASRec", "trainable FT"): 0.55, ("SASRec", "further all"): 0.56, ("SASRec", "further items"): 0.6,
-        ("RECFORMER", "RECFORMER FT2"): 0.38,
-    }  # fmt: skip
-    serving = {"SASRec": {"parameters": [5, 5], "latency_ratio": 1.02}}
-    found = elephant_claims.claims(made_up(paper), serving, "R")
-    assert [claim["id"].count("elephant-100") for claim in found] == [1] * 7 + [0] * 8
-    assert [claim["id"].count("elephant-full") for claim in found] == [0] * 7 + [1] * 7 + [0]
-    assert [claim["holds"] for claim in found] == [True] * 15
-    assert found[2]["figure"] == pytest.approx(0.2)
-    assert found[2]["low"] > 0.1
-    other = {key: 0.7 - value for key, value in paper.items()}
-    other["SASRec", "trainable vanilla"] = 0.69
-    serving = {"SASRec": {"parameters": [5, 6], "latency_ratio": 1.0}}
-    found = elephant_claims.claims(made_up(other), serving, "R")
-    assert [claim["holds"] for claim in found][-8:] == [False] * 6 + [False, False]
-    assert elephant_claims.claims({}, {}, "R") == []
-
-
-def test_the_best_of_all_is_undecided_where_the_next_is_as_good():
-    near = {("SASRec", "further items"): 0.5025, ("SASRec", "trainable FT"): 0.5, ("SASRec", "random"): 0.1}
-    [claim, _] = elephant_claims.claims(made_up(near), {}, "R")
-    assert claim["id"].startswith("SASRec: (d) further items beats trainable FT")
-    assert claim["figure"] > 0
-    assert not claim["holds"]
-    assert claim["undecided"]
-
-
-def test_figure_and_interval_are_of_the_seeds_that_both_have():
-    ranks = made_up({("SASRec", "trainable PT"): 0.5, ("SASRec", "random"): 0.4})
-    ranks |= made_up({("SASRec", "trainable PT"): 0.7, ("SASRec", "random"): 0.5}, seed=2)
-    ranks |= made_up({("SASRec", "trainable PT"): 0.0}, seed=3)
-    claim = elephant_claims.claims(ranks, {}, "R")[0]
-    assert claim["figure"] == pytest.approx(0.15)
-    assert claim["low"] < 0.15 < claim["high"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,64 @@
+"""What the Elephant's study claims, from made-up ranks."""
+
+import pytest
+import torch
+
+from launch import elephant_claims
+from launch.elephant_config import Cell
+from rec.evaluation import Metrics
+
+
+def metrics(ranks: list[float]) -> Metrics:
+    rows = torch.arange(len(ranks))
+    return Metrics(torch.tensor(ranks, dtype=torch.double), (10,), rows, rows)
+
+
+def made_up(figures: dict[tuple[str, str], float], seed: int = 1) -> dict[Cell, dict[str, Metrics]]:
+    """Ranks in which each cell hits its share of 400 users at rank 1."""
+    return {
+        Cell(model, variant, "R", seed): {
+            protocol: metrics([1.0 if user < share * 400 else 99.0 for user in range(400)])
+            for protocol in ("elephant-100", "elephant-full")
+        }
+        for (model, variant), share in figures.items()
+    }
+
+
+def test_claims_answer_yes_and_no_under_every_protocol():
+    paper = {
+        ("SASRec", "random"): 0.3, ("SASRec", "frozen vanilla"): 0.2, ("SASRec", "trainable vanilla"): 0.25,
+        ("SASRec", "frozen PT"): 0.3, ("SASRec", "trainable PT"): 0.5, ("SASRec", "frozen FT"): 0.4,
+        ("SASRec", "trainable FT"): 0.55, ("SASRec", "further all"): 0.56, ("SASRec", "further items"): 0.6,
+        ("RECFORMER", "RECFORMER FT2"): 0.38,
+    }  # fmt: skip
+    serving = {"SASRec": {"parameters": [5, 5], "latency_ratio": 1.02}}
+    found = elephant_claims.claims(made_up(paper), serving, "R")
+    assert [claim["id"].count("elephant-100") for claim in found] == [1] * 7 + [0] * 8
+    assert [claim["id"].count("elephant-full") for claim in found] == [0] * 7 + [1] * 7 + [0]
+    assert [claim["holds"] for claim in found] == [True] * 15
+    assert found[2]["figure"] == pytest.approx(0.2)
+    assert found[2]["low"] > 0.1
+    other = {key: 0.7 - value for key, value in paper.items()}
+    other["SASRec", "trainable vanilla"] = 0.69
+    serving = {"SASRec": {"parameters": [5, 6], "latency_ratio": 1.0}}
+    found = elephant_claims.claims(made_up(other), serving, "R")
+    assert [claim["holds"] for claim in found][-8:] == [False] * 6 + [False, False]
+    assert elephant_claims.claims({}, {}, "R") == []
+
+
+def test_the_best_of_all_is_undecided_where_the_next_is_as_good():
+    near = {("SASRec", "further items"): 0.5025, ("SASRec", "trainable FT"): 0.5, ("SASRec", "random"): 0.1}
+    [claim, _] = elephant_claims.claims(made_up(near), {}, "R")
+    assert claim["id"].startswith("SASRec: (d) further items beats trainable FT")
+    assert claim["figure"] > 0
+    assert not claim["holds"]
+    assert claim["undecided"]
+
+
+def test_figure_and_interval_are_of_the_seeds_that_both_have():
+    ranks = made_up({("SASRec", "trainable PT"): 0.5, ("SASRec", "random"): 0.4})
+    ranks |= made_up({("SASRec", "trainable PT"): 0.7, ("SASRec", "random"): 0.5}, seed=2)
+    ranks |= made_up({("SASRec", "trainable PT"): 0.0}, seed=3)
+    claim = elephant_claims.claims(ranks, {}, "R")[0]
+    assert claim["figure"] == pytest.approx(0.15)
+    assert claim["low"] < 0.15 < claim["high"]
