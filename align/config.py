@@ -124,6 +124,9 @@ class AlignConfig(Section):
     fresh: Literal["last", "random", "all"] = "last"
     """Which items of a history get freshly sampled texts: the last ``fresh_items``, so many random ones, or all."""
     fresh_items: int = Field(1, ge=1)
+    weights: Literal["files", "gloo", "nccl"] = "files"
+    """How the LLM reaches the generator: as files of the run folder, or from the trainer's memory into the generator's,
+    by gloo over TCP or by NCCL between GPUs. Snapshots then hold the recommender alone, but for the last one."""
     others: Literal["stored", "newest"] = "stored"
     """What the other items of a history read: the text that Base+NA_LLM was trained on, or the newest one that the
     present version of the LLM wrote about the item, where it wrote one."""
@@ -163,6 +166,8 @@ class AlignConfig(Section):
                 "baseline=leave-one-out compares pairs where samples is 1, and share_texts makes those depend on each"
                 " other: that would bias the gradient; raise objective.samples"
             )
+        if self.weights != "files" and self.trainer.lora is not None:
+            raise ValueError(f"weights={self.weights} is for whole models: adapters are small, and travel as files")
         if self.others == "newest" and self.generator.processes > 1:
             raise ValueError("others=newest needs generator.processes=1: several do not know what each other wrote")
         if self.max_lag_steps < self.refresh_every - 1:
@@ -191,6 +196,7 @@ class MainJob(Section):
         "align.trainer.processes",
         "align.generator.processes",
         "align.generator.cpu_cores",
+        "align.weights",
         "align.wait_timeout_s",
         "align.max_restarts",
     )
@@ -254,6 +260,7 @@ class Stages:
         self.na_knowledge = self.run / "knowledge" / "not-aligned.parquet"
         self.final_knowledge = self.run / "knowledge" / "aligned.parquet"
         self.snapshots, self.samples = self.run / "snapshots", self.run / "samples"
+        self.exchange = self.run / "exchange.json"
         self.control = self.run / "control"
         self.checkpoints = self.run / "checkpoints"
 

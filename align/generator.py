@@ -25,6 +25,7 @@ from align.samples import Other, Sample, SampleLog, Text
 from align.scoring import log_p_y_given_xs, make_inputs, pad_histories
 from align.snapshots import CANARY_TOKENS, Snapshot, SnapshotStore
 from align.start import generator_role, read_arguments
+from align.transfer import Taker, TransferFailed
 from llm.engine import Engine
 from llm.prompts import item_texts, prompt_tokens
 from llm.text_encoder import TextEncoder
@@ -86,6 +87,8 @@ class Generator:
             stages.temperatures(job.align),
         )
         self.store, self.log = SnapshotStore(stages.snapshots), SampleLog(stages.samples)
+        by, timeout_s = job.align.weights, job.align.wait_timeout_s
+        self.taker = None if by == "files" else Taker(stages.exchange, by, timeout_s)
         self.stop = StopFile(job.run)
         # vLLM generates one token after the canary that it scores.
         self.longest = max(max(map(len, prompts)) + llm.knowledge.max_new_tokens, CANARY_TOKENS + 1)
@@ -123,8 +126,7 @@ class Generator:
         begin, loading, align = time.monotonic(), 0.0, self.job.align
         while True:
             self._stop_if_asked(step)
-            newer = self.store.newest(after=-1 if self.snapshot is None else self.snapshot.version)
-            if newer is not None:
+            if (newer := self._newer()) is not None:
                 loading += self._load(newer)
             if self.snapshot and self.snapshot.step > step:
                 raise UserError(
@@ -141,6 +143,15 @@ class Generator:
                 )
             time.sleep(0.02)
 
+    def _newer(self) -> Snapshot | None:
+        """The newest snapshot that can be loaded, if it is newer than what is."""
+        own = -1 if self.snapshot is None else self.snapshot.version
+        found = self.store.newest(after=own)
+        if found is None or found.whole:
+            return found
+        held = -1 if self.taker is None else self.taker.held()
+        return self.store.get(held) if held > own else None
+
     def _stop_if_asked(self, step: int) -> None:
         if self.stop.seen():
             raise self.stop.stopped(f"before the batch of step {step}")
@@ -148,7 +159,11 @@ class Generator:
     def _load(self, snapshot: Snapshot) -> float:
         """Swap both models, then prove by the canary that vLLM computes what the trainer computed; seconds it took."""
         begin = time.monotonic()
-        self.engine.load_weights(snapshot.llm, f"v{snapshot.version}")
+        try:
+            snapshot = self._load_llm(snapshot)
+        except TransferFailed as error:
+            log.warning("%s", error)
+            return time.monotonic() - begin
         self.recommender = SequenceRecommender.from_pretrained(snapshot.recommender).to(self.device)
         self.snapshot, self.newest = snapshot, {}
         if self.job.align.others == "newest":
@@ -174,6 +189,17 @@ class Generator:
                 f" {snapshot.folder} (allowed: {self.job.llm.engine.canary_tolerance:g})"
             )
         return time.monotonic() - begin
+
+    def _load_llm(self, snapshot: Snapshot) -> Snapshot:
+        """Swap the LLM; returns the snapshot that it is of: what the trainer gives may be newer than what was seen."""
+        if snapshot.whole:
+            self.engine.load_weights(snapshot.llm, f"v{snapshot.version}")
+            return snapshot
+        version, weights = self.taker.take()
+        if (given := self.store.get(version)) is None:
+            raise TransferFailed(f"the weights of snapshot {version} came, but it is not in {self.store.folder}")
+        self.engine.load_tensors(weights, f"v{version}")
+        return given
 
     def _generate(self, steps: range, waited_s: float) -> None:
         """Sample, score and write the batches of ``steps`` with one vLLM call."""

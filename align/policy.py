@@ -14,6 +14,7 @@ from peft import LoraConfig as PeftLoRAConfig
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from align.config import AlignConfig, LoRAConfig, ObjectiveConfig, TrainerConfig
 from align.logprobs import scored
@@ -133,6 +134,10 @@ class Policy:
             if self.accelerator.is_main_process and name in persistent:
                 weights[name] = buffer.detach().cpu().clone()
         return weights
+
+    def as_in_files(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Gathered weights by the names, and in the shapes, that the model has in files."""
+        return revert_weight_conversion(self.engine.module, dict(weights))
 
     def save_pretrained(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """Write gathered weights in Hugging Face format, adapters in peft's; rank 0 calls this."""

@@ -5,6 +5,8 @@ Invariants:
   last and the folder renamed into place after it. Anything else is never offered to a reader.
 - A version is never overwritten. A trainer that resumes and comes past the same step again finds it there.
 - Both models are of the same step: a reader swaps both or neither.
+- A snapshot without an LLM stands for weights that the trainer which published it has in its memory (`align.weights`).
+  When that trainer dies nobody can load it any more: it may be published again, of another step too.
 """
 
 import contextlib
@@ -30,7 +32,7 @@ class Snapshot:
     """One published pair of models.
 
     Attributes:
-        folder: holds ``llm`` (Hugging Face format, with tokenizer) and ``recommender``.
+        folder: holds ``recommender``, and ``llm`` (Hugging Face format, with tokenizer) if it is ``whole``.
         version: 0, 1, 2 …
         step: trainer steps finished when it was made.
         canary_tokens: a fixed text.
@@ -52,6 +54,11 @@ class Snapshot:
     def recommender(self) -> Path:
         """Folder of the recommender."""
         return self.folder / RECOMMENDER
+
+    @property
+    def whole(self) -> bool:
+        """Whether the LLM is there as files."""
+        return self.llm.is_dir()
 
 
 class SnapshotStore:
@@ -75,6 +82,7 @@ class SnapshotStore:
         write: Callable[[Path], None],
         canary_tokens: list[int],
         canary_logprobs: list[float],
+        whole: bool = True,
     ) -> Snapshot:
         """Write a version, unless it is already there, and prune old ones. One process calls this.
 
@@ -84,14 +92,15 @@ class SnapshotStore:
             write: writes ``llm`` and ``recommender`` into the folder it is given.
             canary_tokens: a fixed text.
             canary_logprobs: its log-probs under the published weights.
+            whole: whether ``write`` writes an LLM.
 
         Raises:
             UserError: if it is there already, but of another step.
         """
-        if self.holds(version, step):
-            return self._load(version)
+        if self.holds(version, step, whole):
+            return self.get(version)
         final = self._name(version)
-        shutil.rmtree(final, ignore_errors=True)  # incomplete, as just found
+        shutil.rmtree(final, ignore_errors=True)  # of no use to anybody, as just found
         temporary = self.folder / f"{files.TEMPORARY_PREFIX}{final.name}"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -111,32 +120,34 @@ class SnapshotStore:
         self._prune()
         return snapshot
 
-    def holds(self, version: int, step: int) -> bool:
-        """Whether this version is there, complete.
+    def holds(self, version: int, step: int, whole: bool = True) -> bool:
+        """Whether this version is there, complete, and with an LLM if it is to be ``whole``.
 
         Raises:
-            UserError: if it is, but of another step.
+            UserError: if it is there with an LLM, but of another step.
         """
-        existing = self._load(version)
-        if existing is not None and existing.step != step:
+        existing = self.get(version)
+        if existing is None or not existing.whole:
+            return existing is not None and not whole and existing.step == step
+        if existing.step != step:
             raise UserError(
                 f"{existing.folder} is of step {existing.step}, not {step}: it was published under another"
                 " align.refresh_every or after damage; delete it, or start over with --fresh"
             )
-        return existing is not None
+        return True
 
     def versions(self) -> list[int]:
         """Numbers of everything named like a snapshot, newest first."""
         names = (re.fullmatch(r"v(\d+)", path.name) for path in self.folder.glob("v*"))
         return sorted((int(name[1]) for name in names if name), reverse=True)
 
-    def newest(self, after: int = -1) -> Snapshot | None:
-        """The newest complete snapshot whose version is above ``after``; None if there is none."""
+    def newest(self, after: int = -1, whole: bool = False) -> Snapshot | None:
+        """The newest complete snapshot whose version is above ``after``, with an LLM if asked for; None without one."""
         for version in self.versions():
             if version <= after:
                 return None
-            snapshot = self._load(version)
-            if snapshot is not None:
+            snapshot = self.get(version)
+            if snapshot is not None and (snapshot.whole or not whole):
                 return snapshot
         return None
 
@@ -147,10 +158,11 @@ class SnapshotStore:
             if complete >= self.keep_last:
                 files.remove_folder(self._name(version), MANIFEST)
                 self._found.pop(version, None)
-            elif self._load(version) is not None:
+            elif self.get(version) is not None:
                 complete += 1
 
-    def _load(self, version: int) -> Snapshot | None:
+    def get(self, version: int) -> Snapshot | None:
+        """A version, if it is there and complete."""
         folder = self._name(version)
         if not folder.exists():
             return None

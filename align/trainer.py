@@ -35,6 +35,7 @@ from align.reader import Reader
 from align.samples import Sample, SampleLog
 from align.snapshots import CANARY_TOKENS, LLM, RECOMMENDER, SnapshotStore
 from align.start import read_arguments
+from align.transfer import Giver
 from align.watch import Watch
 from llm.knowledge import first_texts
 from llm.launched import require_processes, use_own_ninja
@@ -123,6 +124,9 @@ class Trainer:
         )
         self.store = SnapshotStore(own.snapshots, align.trainer.keep_snapshots)
         self.log = SampleLog(self.stages.samples)
+        # A replay has no generator.
+        self.in_files = align.weights == "files" or into is not None
+        self.giver = None if self.in_files or not self.ranks.is_first else Giver(own.exchange, align.weights)
         keep = align.trainer.keep_checkpoints, align.trainer.keep_checkpoint_every
         self.checkpoints = Checkpoints(own.checkpoints, self.ranks, *keep)
         self.stop, self.arrivals = StopFile(own.run), Arrivals()
@@ -163,7 +167,8 @@ class Trainer:
             self._publish(step)
             return
         newest = self.store.newest() if self.ranks.is_first else None
-        if self.ranks.broadcast(newest is None or newest.step < step - align.max_lag_steps):
+        lost = newest is None or not newest.whole or newest.step < step - align.max_lag_steps
+        if self.ranks.broadcast(lost):
             self._publish(step, on_schedule=False)
 
     def _save_if_new(self, step: int) -> None:
@@ -199,13 +204,19 @@ class Trainer:
         outcome: float | str | None = 0.0
         if self.ranks.is_first:
             try:
-                outcome = self.log.wait(step, self.job.align.wait_timeout_s, self.stop.seen)
+                outcome = self.log.wait(step, self.job.align.wait_timeout_s, self._give_and_look)
             except TimeoutError as error:
                 outcome = str(error)
         outcome = self.ranks.broadcast(outcome)
         if isinstance(outcome, str):
             raise TimeoutError(outcome)
         return outcome
+
+    def _give_and_look(self) -> bool:
+        """What rank 0 does between two looks for a batch: give weights to whoever asks; whether to stop."""
+        for row in self.giver.serve() if self.giver else ():
+            self.run.log("given", step=row["version"], **row)
+        return self.stop.seen()
 
     def _update(self, step: int) -> dict[str, float]:
         """One iteration of Algorithm 1's lines 5 and 6; returns the step's figures, the same on every rank."""
@@ -273,24 +284,29 @@ class Trainer:
         begin, every = time.monotonic(), self.job.align.refresh_every
         if on_schedule:  # the vectors of stored texts are part of what is trained on: at no other time may they change
             self.reader.refresh()
-        version = -(-step // every) if step == self.job.align.trainer.steps else step // every
+        is_last = step == self.job.align.trainer.steps
+        version = -(-step // every) if is_last else step // every
         if self.ranks.broadcast(self.ranks.is_first and self.store.holds(version, step)):
             return
         canary_logprobs = self.policy.logprobs_of(self.canary)
         if not all(map(math.isfinite, canary_logprobs)):  # the same on every rank
             raise UserError(f"the LLM is no numbers after step {step - 1}: start over with a lower align.trainer.lr")
-        weights = self.policy.gathered_weights()
-        seconds = {"gather_s": time.monotonic() - begin}
+        weights, whole = self.policy.gathered_weights(), self.in_files or is_last
+        # Nothing is written where a snapshot without an LLM is there already, and its weights alone were lost.
+        seconds = {"gather_s": time.monotonic() - begin, "write_s": 0.0}
 
         def write(folder: Path) -> None:
             started = time.monotonic()
-            self.policy.save_pretrained(folder / LLM, weights)
-            self.tokenizer.save_pretrained(folder / LLM)
+            if whole:
+                self.policy.save_pretrained(folder / LLM, weights)
+                self.tokenizer.save_pretrained(folder / LLM)
             self.reader.save_pretrained(folder / RECOMMENDER)
             seconds["write_s"] = time.monotonic() - started
 
         if self.ranks.is_first:
-            self.store.publish(version, step, write, self.canary, canary_logprobs)
+            self.store.publish(version, step, write, self.canary, canary_logprobs, whole)
+            if not whole:
+                self.giver.hold(version, self.policy.as_in_files(weights))
         self.ranks.barrier()
         if self.ranks.is_first:
             seconds["publish_s"] = time.monotonic() - begin

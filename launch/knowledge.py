@@ -178,7 +178,7 @@ def _model(job: MainJob, stages: Stages, original: bool) -> tuple[str, str]:
         if job.llm.model is None and not Path(model).is_dir():
             raise UserError(f"{job.run} has no LLM yet: llm.model names none, and none is trained there")
         return model, "original"
-    newest = SnapshotStore(stages.snapshots).newest()
+    newest = SnapshotStore(stages.snapshots).newest(whole=True)
     if newest is None:
         raise UserError(f"{job.run} has no aligned LLM yet; --original takes the one that it started from")
     if newest.step < job.align.trainer.steps:

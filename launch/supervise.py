@@ -23,6 +23,7 @@ from align.config import MainJob, Stages
 from align.order import Turns
 from align.samples import WAITED_FOR_GENERATOR, SampleLog
 from align.start import generator_role
+from align.transfer import require_devices
 from rec.runtime.checkpoint import Checkpoints
 from rec.runtime.errors import UserError
 from rec.runtime.parent import PARENT, die_with_parent
@@ -231,6 +232,7 @@ def check_devices(job: MainJob) -> None:
     Raises:
         UserError: what ``gpu_split`` and ``cpu_split`` raise.
     """
+    require_devices(job.align.weights)
     if torch.cuda.is_available():
         gpu_split(job)
     cpu_split(job)
@@ -266,6 +268,8 @@ def gpu_split(job: MainJob) -> tuple[list[str], list[str]]:
     gpus = allowed.split(",") if allowed else [str(gpu) for gpu in range(torch.cuda.device_count())]
     ranks, generators = job.align.trainer.processes, job.align.generator.processes
     if len(gpus) == ranks == generators == 1:
+        if job.align.weights == "nccl":
+            raise UserError("align.weights=nccl goes from one GPU to another, and there is one; take gloo or files")
         return gpus, gpus
     if len(gpus) < ranks + generators:
         raise UserError(

@@ -9,11 +9,13 @@ Invariants:
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig
 
 from llm.config import EngineConfig
@@ -159,7 +161,15 @@ class Engine:
         if (folder / ADAPTER).exists():
             self._load_adapter(folder, version)
         else:
-            self._load_model(folder)
+            self._reload(weights_path=str(folder))
+        self._have_changed(version)
+
+    def load_tensors(self, weights: Mapping[str, Tensor], version: str) -> None:
+        """Replace the weights by all those of a model of the same architecture, by the names that its files have."""
+        self._reload(weights_iterator=iter(weights.items()))
+        self._have_changed(version)
+
+    def _have_changed(self, version: str) -> None:
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM refused to reset its prefix cache after a change of weights")
         self.version = version
@@ -176,8 +186,8 @@ class Engine:
             self.llm.llm_engine.remove_lora(self.adapter.lora_int_id)
         self.adapter = new
 
-    def _load_model(self, folder: Path) -> None:
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+    def _reload(self, **source: Any) -> None:
+        self.llm.collective_rpc("reload_weights", kwargs=source)
         if not torch.cuda.is_available():
             self.llm.collective_rpc(_repack_tied_heads)
 

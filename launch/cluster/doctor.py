@@ -82,6 +82,8 @@ def further_remarks(run: Path) -> Iterator[str]:
     versions, newest = store.versions(), store.newest()
     if versions and newest is None:
         yield "no snapshot is whole: the generator waits for the trainer to publish one"
+    elif newest is not None and not newest.whole:
+        yield f"the LLM of snapshot v{newest.version} was in the memory of its trainer: the next one publishes it again"
     elif newest is not None:
         broken = [version for version in versions if version > newest.version]
         yield f"the generator would load snapshot v{newest.version} of step {newest.step}" + (

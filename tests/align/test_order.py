@@ -106,6 +106,11 @@ def test_a_generators_place_is_its_first_step_without_a_batch(tmp_path):
     assert log.next_step(Turns(1, 2, 2).has) == 2
 
 
+def test_adapters_are_not_given_from_memory():
+    with pytest.raises(UserError, match=r"weights=gloo is for whole models: adapters are small"):
+        build(AlignConfig, {"weights": "gloo", "trainer": {"lora": {}}})
+
+
 def test_several_generators_do_not_know_what_each_other_said_last():
     generator = {"processes": 2}
     assert build(AlignConfig, {"generator": generator}).generator.processes == 2

@@ -233,6 +233,29 @@ def test_a_version_of_another_step_is_not_taken_for_this_one(tmp_path):
         store.publish(1, 60, lambda folder: None, [], [])
 
 
+def test_a_snapshot_without_an_llm_may_be_published_again_and_a_whole_one_may_not(tmp_path):
+    store = SnapshotStore(tmp_path)
+
+    def recommender(folder: Path) -> None:
+        (folder / "recommender").mkdir()
+        (folder / "recommender" / "model.safetensors").write_text("weights")
+
+    publish(store, 0)
+    store.publish(1, 50, recommender, [1], [], whole=False)
+    assert (store.newest().version, store.newest().whole) == (1, False)
+    assert store.newest(whole=True).version == 0
+    assert store.holds(1, 50, whole=False)
+    assert not store.holds(1, 50)
+    store.publish(1, 40, recommender, [1], [], whole=False)  # a trainer that goes on from step 40 has nothing of 50
+    assert store.newest().step == 40
+    publish(store, 1)
+    assert (store.newest().step, store.newest().whole) == (50, True)
+    store.publish(1, 50, recommender, [1], [], whole=False)
+    assert store.newest().whole
+    with pytest.raises(UserError, match=r"v000001 is of step 50, not 40"):
+        store.publish(1, 40, recommender, [1], [], whole=False)
+
+
 def test_broken_snapshots_do_not_take_the_place_of_whole_ones(tmp_path):
     store = SnapshotStore(tmp_path, keep_last=2)
     publish(store, 0)

@@ -31,6 +31,7 @@ from tiny_job import (
 from align.config import Stages, load_job
 from align.order import set_aside
 from align.samples import SampleLog
+from align.snapshots import SnapshotStore
 from launch.cluster.rates import measured
 from launch.cluster.simulate import Simulation
 from llm.config import EncoderConfig
@@ -322,3 +323,21 @@ def test_kill_nine_of_generator_rank_and_everything_changes_nothing(finished, tm
     assert_no_sample_lost_or_repeated(run)
     assert_equals_its_own_replay(run, tmp_path)
     assert json.loads((run.path / "result.json").read_text())["asynchronous"]["steps"] == STEPS
+
+
+@pytest.mark.slow
+def test_weights_that_lie_in_no_file_survive_kill_nine_of_either_side(finished, tmp_path):
+    run = before_alignment(finished, tmp_path)
+    process = start(run.path, "align.weights=gloo")
+    wait_until(lambda: len(run.steps("train")) > 6, process)
+    os.kill(run.events("generated")[-1]["pid"], signal.SIGKILL)  # its successor has to ask again
+    wait_until(lambda: len(run.steps("train")) > 16, process)
+    os.kill(run.events("train")[-1]["pid"], signal.SIGKILL)  # and with it all that generators could ask for
+    finish(run.path, process)
+    assert {row["job"] for row in run.events("restarted")} == {"generator", "trainer"}
+    assert_no_sample_lost_or_repeated(run)
+    assert_equals_its_own_replay(run, tmp_path)
+    snapshots = SnapshotStore(Stages(run.path).snapshots)
+    assert [snapshots.get(version).whole for version in snapshots.versions()] == [True, False, False, False]
+    assert {row["version"] for row in run.events("given")} >= {0, 7}
+    assert max(row["canary_max_difference"] for row in run.events("refresh")) < 1e-4

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from llm.config import EngineConfig, LMRecConfig
@@ -48,6 +49,18 @@ def test_engine_and_transformers_agree_through_changes_of_weights(engine):
         vllm.load_weights(folder, f"v{version}")
         found = torch.tensor(vllm.logprobs_of(TOKENS))
         torch.testing.assert_close(found, reference(folder, TOKENS), rtol=0, atol=1e-3)
+
+
+@pytest.mark.vllm
+def test_weights_out_of_memory_are_those_out_of_a_folder(engine):
+    vllm, first, second = engine
+    for version, folder in enumerate((first, second)):
+        vllm.load_weights(folder, f"v{version}")
+        expected = vllm.logprobs_of(TOKENS)
+        vllm.load_weights(second if folder == first else first, "other")
+        vllm.load_tensors(load_file(folder / "model.safetensors"), f"again-{version}")
+        assert vllm.version == f"again-{version}"
+        assert vllm.logprobs_of(TOKENS) == expected
 
 
 @pytest.mark.vllm
