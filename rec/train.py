@@ -23,9 +23,9 @@ from rec.job import RecJob, grid_of, load_job, open_data
 from rec.models.base import Recommender
 from rec.runtime import files
 from rec.runtime.config import hash_of
-from rec.runtime.errors import Diverged, Stopped
+from rec.runtime.errors import Diverged
 from rec.runtime.logs import run_main
-from rec.runtime.ranks import Ranks, lost_contact_is_named, timeout
+from rec.runtime.ranks import Ranks, left_together, lost_contact_is_named, timeout
 from rec.runtime.runfolder import RunFolder
 from rec.trainer import FINISHED, MODEL, STOP_METRIC, build_model, device, train
 
@@ -133,17 +133,9 @@ def main() -> None:
     several, on_gpu = int(os.environ.get("WORLD_SIZE", "1")) > 1, torch.cuda.is_available()
     group = {"timeout": timeout(), **({"backend": "gloo"} if several and not on_gpu else {})}
     with lost_contact_is_named():
-        state = PartialState(cpu=not on_gpu, **(group if several else {}))
-        stopped = None
-        try:
+        PartialState(cpu=not on_gpu, **(group if several else {}))
+        with left_together():
             run(job, shlex.join(["python", "-m", "rec.train", *sys.argv[1:]]))
-        except Stopped as reason:
-            stopped = reason
-        # Nobody leaves while others still wait for a message that only gets through with everybody there.
-        Ranks.current().barrier()
-        state.destroy_process_group()
-    if stopped:
-        raise stopped
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from launch.cluster import probe
 from launch.cluster.where import site_file
 from rec.runtime.errors import UserError
 from rec.runtime.logs import run_main
-from rec.runtime.ranks import Ranks
+from rec.runtime.ranks import Ranks, left_together
 
 MAX_SKEW_S, SLOW_RENAME_S, SLOW_WRITE_MB_PER_S, SLOW_ALL_REDUCE_GB_PER_S = 1.0, 5.0, 100.0, 0.5
 
@@ -178,14 +178,13 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(), help="where runs are to live")
     folder = parser.parse_args().folder.absolute()
     _join_group()
-    found = measure(folder)
-    results = list(judge(found, folder)) if found else []
-    for result in results:
-        sys.stdout.write(f"{'ok  ' if result.fine else 'MEND'}  {result.name}: {result.found}\n")
-        if not result.fine:
-            sys.stdout.write(f"      {REMEDIES[result.name]}\n")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    with left_together():
+        found = measure(folder)
+        results = list(judge(found, folder)) if found else []
+        for result in results:
+            sys.stdout.write(f"{'ok  ' if result.fine else 'MEND'}  {result.name}: {result.found}\n")
+            if not result.fine:
+                sys.stdout.write(f"      {REMEDIES[result.name]}\n")
     if not all(result.fine for result in results):
         sys.exit(1)
 

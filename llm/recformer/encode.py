@@ -30,7 +30,7 @@ from rec.runtime import files
 from rec.runtime.config import hash_of
 from rec.runtime.logs import run_main
 from rec.runtime.progress import progress
-from rec.runtime.ranks import Ranks
+from rec.runtime.ranks import Ranks, left_together
 
 CHUNK_ITEMS = 2048
 
@@ -160,9 +160,9 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true", help="autocast")
     arguments = parser.parse_args()
     several, on_gpu = int(os.environ.get("WORLD_SIZE", "1")) > 1, torch.cuda.is_available()
-    state = PartialState(cpu=not on_gpu, **({"backend": "gloo"} if several and not on_gpu else {}))
-    vectors_of_model(arguments.model, Prepared.load(arguments.data), arguments.out, bf16=arguments.bf16)
-    state.destroy_process_group()
+    PartialState(cpu=not on_gpu, **({"backend": "gloo"} if several and not on_gpu else {}))
+    with left_together():
+        vectors_of_model(arguments.model, Prepared.load(arguments.data), arguments.out, bf16=arguments.bf16)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,6 +17,7 @@ T = TypeVar("T")
 
 TIMEOUT = "RECALIGN_TIMEOUT_S"
 DEFAULT_TIMEOUT_S = 1800.0
+SETTLING_S = 0.2
 # What gloo, NCCL and the store say when a process, a node or a link is gone. They raise RuntimeErrors for bugs too.
 GONE = re.compile(
     r"Timed out waiting|Connection (closed|reset|refused)|Broken pipe|No route to host|Network is unreachable|Socket"
@@ -75,6 +77,10 @@ def left_together() -> Iterator[None]:
 def _leave() -> None:
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
+        # gloo's threads need the interpreter's lock to drop the tensors of their last message. DDP's reducer waits for
+        # these threads while it holds that lock, if it is what is deleted last, and a thread that is still at it when
+        # the interpreter ends aborts the process. Asleep, this thread leaves them the lock.
+        time.sleep(SETTLING_S)
         dist.destroy_process_group()
 
 

@@ -12,7 +12,7 @@ from align.samples import SampleLog
 from align.trainer import make_accelerator
 from rec.runtime import config
 from rec.runtime.checkpoint import Checkpoints
-from rec.runtime.ranks import Ranks
+from rec.runtime.ranks import Ranks, left_together
 
 
 def main(recipe: Path, model: str, out: Path) -> None:
@@ -50,8 +50,8 @@ def main(recipe: Path, model: str, out: Path) -> None:
     logprobs = policy.logprobs_of([5, 6, 7, 8])
     if ranks.is_first:
         (out / "logprobs.txt").write_text(" ".join(map(str, logprobs)))
-    accelerator.end_training()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
+    with left_together():
+        main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))

@@ -12,7 +12,7 @@ from align.samples import SampleLog
 from align.trainer import make_accelerator
 from rec.runtime import config
 from rec.runtime.checkpoint import Checkpoints
-from rec.runtime.ranks import Ranks
+from rec.runtime.ranks import Ranks, left_together
 
 
 def main(recipe: Path, model: str, out: Path, phase: str) -> None:
@@ -48,8 +48,8 @@ def main(recipe: Path, model: str, out: Path, phase: str) -> None:
         checkpoint, _ = checkpoints.resume()
         policy.load(checkpoint.folder, checkpoint.world_size)
         keep("restored")
-    accelerator.end_training()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), sys.argv[4])
+    with left_together():
+        main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), sys.argv[4])

@@ -17,6 +17,7 @@ from llm.recformer.text import item_tokens
 from llm.recformer.tuning import choose_tuned
 from rec.data.prepared import Prepared
 from rec.runtime.config import build
+from rec.runtime.ranks import left_together
 
 
 def make_setting(bert: Path, data: Path, out: Path, stage: dict[str, Any]) -> tuple[Objective, PretrainBatch]:
@@ -55,10 +56,8 @@ def main(bert: Path, data: Path, out: Path) -> None:
     if rank == 0:
         found = {name: p.grad for name, p in objective.named_parameters() if p.grad is not None}
         torch.save({"loss": loss / size, "gradients": found}, out / "found.pt")
-    # gloo may wait for ever to leave a group that others have left long ago.
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    with left_together():
+        main(*map(Path, sys.argv[1:]))
