@@ -121,12 +121,12 @@ class AlignConfig(Section):
     max_lag_steps: int = Field(100, ge=0)
     """Hard bound: step t never trains on a sample whose weights are older than step t - max_lag_steps. 0, with
     ``refresh_every`` of 1, is synchronous training."""
-    fresh: Literal["last", "random", "all"] = "last"
-    """Which items of a history get freshly sampled texts: the last ``fresh_items``, so many random ones, or all."""
-    fresh_items: int = Field(1, ge=1)
     weights: Literal["files", "gloo", "nccl"] = "files"
     """How the LLM reaches the generator: as files of the run folder, or from the trainer's memory into the generator's,
     by gloo over TCP or by NCCL between GPUs. Snapshots then hold the recommender alone, but for the last one."""
+    fresh: Literal["last", "random", "all"] = "last"
+    """Which items of a history get freshly sampled texts: the last ``fresh_items``, so many random ones, or all."""
+    fresh_items: int = Field(1, ge=1)
     others: Literal["stored", "newest"] = "stored"
     """What the other items of a history read: the text that Base+NA_LLM was trained on, or the newest one that the
     present version of the LLM wrote about the item, where it wrote one."""

@@ -71,7 +71,7 @@ class Giver:
 
     def hold(self, version: int, weights: Mapping[str, Tensor]) -> None:
         """From now on give these weights, of a snapshot that is published already."""
-        self.version, self.weights = version, dict(weights)
+        self.version, self.weights = version, weights
         self.store.set(HELD, str(version))
 
     def serve(self) -> list[dict[str, float]]:

@@ -230,7 +230,7 @@ def check_devices(job: MainJob) -> None:
     """Whether trainer and generators have room on this machine, before anything is trained for them.
 
     Raises:
-        UserError: what ``gpu_split`` and ``cpu_split`` raise.
+        UserError: what ``require_devices``, ``gpu_split`` and ``cpu_split`` raise.
     """
     require_devices(job.align.weights)
     if torch.cuda.is_available():
