@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llm.order import Order, dealt, mixed_length_order
 from llm.packing import PADDING, Document, Packed, best_fit, pack
-from llm.tokenizer import ARROW
+from llm.tokenizer import ARROW, token_ids
 from rec.data.prepared import Prepared
 
 IGNORED = -100
@@ -170,7 +170,7 @@ class KnowledgeCorpus(Corpus):
         self.eos = tokenizer.eos_token_id
         owners = [item for item, own in enumerate(texts) for _ in own]
         flat = [f" {text}" for own in texts for text in own]
-        answers = tokenizer(flat)["input_ids"] if flat else []
+        answers = token_ids(tokenizer, flat)
         self.all_rows = [
             Row((prompts[item] + answer + [self.eos])[:context], len(prompts[item]))
             for item, answer in zip(owners, answers, strict=True)
@@ -191,8 +191,8 @@ class ItemTokens:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: list[str], longest: int) -> None:
         self.arrow, self.eos = tokenizer.convert_tokens_to_ids(ARROW), tokenizer.eos_token_id
-        self.head = [ids[:longest] for ids in tokenizer(texts)["input_ids"]]
-        self.inner = [ids[:longest] for ids in tokenizer([f" {text}" for text in texts])["input_ids"]]
+        self.head = [ids[:longest] for ids in token_ids(tokenizer, texts)]
+        self.inner = [ids[:longest] for ids in token_ids(tokenizer, [f" {text}" for text in texts])]
         self.head_lengths, self.inner_lengths = (np.array([len(ids) for ids in own]) for own in (self.head, self.inner))
 
     def joined(self, items: np.ndarray) -> tuple[list[int], list[int]]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModel
 
-from llm.tokenizer import load_tokenizer
+from llm.tokenizer import load_tokenizer, token_ids
 from rec.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ def eos_vectors(model: str | Path, texts: Sequence[str], max_tokens: int = 512) 
         raise UserError(f"{model} is no language model: {str(error).strip().splitlines()[0]}") from error
     network.to("cuda" if torch.cuda.is_available() else "cpu")
     room = min(max_tokens, getattr(network.config, "max_position_embeddings", max_tokens)) - 1
-    rows = [[*ids[:room], tokenizer.eos_token_id] for ids in tokenizer(list(texts))["input_ids"]]
+    rows = [[*ids[:room], tokenizer.eos_token_id] for ids in token_ids(tokenizer, texts)]
     cut = sum(len(row) > room for row in rows)
     if cut:
         log.info("%d of %d texts are cut to %d tokens", cut, len(rows), room)

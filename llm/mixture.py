@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from llm.corpus import HistoryCorpus
 from llm.lmrec_job import CorpusConfig, SourceConfig
 from llm.prompts import item_texts
+from llm.tokenizer import token_ids
 from rec.data.prepared import Prepared
 from rec.data.readers.table import read_items
 from rec.runtime.errors import UserError
@@ -54,7 +55,7 @@ class Source:
         if self.prepared is not None:
             return histories(TaskData(self.prepared, self.texts), tokenizer, context, seed)
         found, eos = [], tokenizer.eos_token_id
-        for ids in tokenizer(self.texts)["input_ids"]:
+        for ids in token_ids(tokenizer, self.texts):
             whole = [*ids, eos]
             found += [whole[begin : begin + context] for begin in range(0, len(whole), context)]
         return [ids for ids in found if len(ids) > 1]

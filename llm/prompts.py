@@ -6,6 +6,7 @@ import string
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
+from llm.tokenizer import token_ids
 from rec.runtime.errors import UserError
 
 # After Figure 3 and section 4.2 of SeRALM: descriptive knowledge and whom the item attracts.
@@ -33,7 +34,8 @@ NO_TEXT = "unknown item"
 def item_texts(items: pa.Table, template: str) -> list[str]:
     """One line of text for every row of ``items``.
 
-    Empty fields leave no debris: "{title} ({year}), {genres}" without a year and genres gives the title alone.
+    Empty fields leave no debris: "{title} ({year}), {genres}" without a year and genres gives the title alone,
+    "{title}, {brand}, {category}" without a brand one comma.
 
     Raises:
         UserError: if the template names a column that is not there.
@@ -63,11 +65,13 @@ def prompt_tokens(texts: list[str], prompt: str, tokenizer: PreTrainedTokenizerB
     if tokenizer.chat_template:
         chats = [[{"role": "user", "content": text}] for text in prompts]
         prompts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
-        return tokenizer(prompts, add_special_tokens=False)["input_ids"]
-    return tokenizer(prompts)["input_ids"]
+        return token_ids(tokenizer, prompts, special=False)
+    return token_ids(tokenizer, prompts)
 
 
 def _tidy(text: str) -> str:
     text = re.sub(r"\(\s*\)|\[\s*\]", "", text)
     text = re.sub(r"\s+", " ", text)
+    text = re.sub(r"([,;:|-] )([,;:|-] )+", r"\1", text)
+    text = re.sub(r" +(?=[,;])", "", text)
     return re.sub(r"(\s*[,;:|-]\s*)+$|^(\s*[,;:|-]\s*)+", "", text).strip()

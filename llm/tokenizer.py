@@ -1,6 +1,6 @@
 """Byte-level BPE trained on the item texts, as LMRec's, and the safe way to load anyone's tokenizer."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -60,3 +60,14 @@ def load_tokenizer(model: str | Path, has_end: bool = True) -> PreTrainedTokeniz
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], special: bool = True) -> list[list[int]]:
+    """Token ids of texts of any length: whoever asks cuts them or refuses them, so that transformers need not warn.
+
+    Args:
+        tokenizer: of the texts.
+        texts: any number of them.
+        special: with the tokens that the tokenizer puts around a text.
+    """
+    return tokenizer(list(texts), add_special_tokens=special, verbose=False)["input_ids"] if texts else []

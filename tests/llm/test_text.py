@@ -13,7 +13,7 @@ from llm.lmrec import build_lmrec
 from llm.prompts import NO_TEXT, TEMPLATES, item_texts, prompt_tokens
 from llm.text_encoder import NO_TOKEN, TextEncoder
 from llm.text_items import CatalogTexts
-from llm.tokenizer import ARROW, load_tokenizer, train_tokenizer
+from llm.tokenizer import ARROW, load_tokenizer, token_ids, train_tokenizer
 from rec.runtime.errors import UserError
 
 TEXTS = ["Toy Story (1995)", "Lumière and Company", "GoldenEye → 007", ""]
@@ -26,7 +26,9 @@ def tokenizer():
 
 def test_item_texts_leave_no_debris_of_missing_fields():
     items = pa.table({"t": ["A", "B", "C", ""], "y": ["1995", "", "1996", ""], "g": ["x y", "z", "", ""]})
-    assert item_texts(items, "{t} ({y}), {g}") == ["A (1995), x y", "B , z".replace(" ,", " ,"), "C (1996)", NO_TEXT]
+    assert item_texts(items, "{t} ({y}), {g}") == ["A (1995), x y", "B, z", "C (1996)", NO_TEXT]
+    assert item_texts(items, "{t}, {y}, {g}") == ["A, 1995, x y", "B, z", "C, 1996", NO_TEXT]
+    assert item_texts(items, "{t} - {y} | {g}") == ["A - 1995 | x y", "B - z", "C - 1996", NO_TEXT]
 
 
 def test_an_unknown_field_names_the_fields_there_are():
@@ -37,6 +39,14 @@ def test_an_unknown_field_names_the_fields_there_are():
 def test_any_text_survives_the_tokenizer(tokenizer):
     for text in ["Toy Story (1995)", "été 日本 🎬", "tab\tnew\nline"]:
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_texts_longer_than_the_context_are_whole_and_nobody_is_warned(tokenizer, caplog):
+    tokenizer.deprecation_warnings.clear()  # transformers warns once
+    [ids] = token_ids(tokenizer, ["Toy Story " * 50])
+    assert len(ids) > tokenizer.model_max_length
+    assert tokenizer.decode(ids) == "Toy Story " * 50
+    assert not caplog.records
 
 
 def test_the_arrow_is_one_token_and_items_do_not_depend_on_neighbours(tokenizer):
