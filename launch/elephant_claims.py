@@ -58,8 +58,8 @@ def claims(
     """The paper's claims of every model under every protocol, as far as the study has what they compare.
 
     A figure is a difference of NDCG@10, every user's averaged over the seeds that both variants have; ``low`` and
-    ``high`` are its 95 % interval by a paired bootstrap over users. "Beats" means that ``low`` is above 0; of what
-    is neither shown nor refuted, ``undecided`` is true.
+    ``high`` are its 95 % interval by a paired bootstrap over users. The sign of the whole interval answers; where it
+    holds 0, ``undecided`` is true.
 
     Args:
         ranks: of the test items, by cell and protocol; RECFORMER's too.
@@ -93,9 +93,9 @@ class _Pair(NamedTuple):
 
 def _row(pair: _Pair, interval: Mapping[str, float]) -> dict[str, Any]:
     low, high, figure = (round(interval[key], 5) for key in ("low", "high", "difference"))
-    holds = {"beats": low > 0, "does not beat": low <= 0, "reaches": high >= 0}[pair.claim]
+    holds = high < 0 if pair.claim == "does not beat" else low > 0
     told = {"id": pair.name, "holds": holds, "figure": figure, "low": low, "high": high}
-    return told | ({"undecided": True} if pair.claim == "beats" and low <= 0 <= high else {})
+    return told | ({"undecided": True} if low <= 0 <= high else {})
 
 
 class _Compared:

@@ -55,10 +55,11 @@ class ElephantStudy(Section):
     """Template of an item's text for ``more``."""
     lrs: list[float] = Field([3e-4, 1e-3, 3e-3, 1e-2], min_length=1)
     """Learning rates. Each model's is chosen by validation NDCG@10 once for every family of variants (random, frozen,
-    trainable, id+, further), with the vectors that the recipe names first of PT, FT and the rest."""
+    trainable, id+, further all, further items), with the vectors that the recipe has first of PT, FT and the rest; from
+    the two in the middle on outwards, while it gets better."""
     stds: list[float | None] = Field([0.02], min_length=1)
     """Deviations that item vectors are scaled to as a whole, null for as they are. A family's is chosen after its rate,
-    which is chosen at the first of them; ``further`` has that of ``frozen``, from which it starts."""
+    which is chosen at the first of them; to train further is to have that of ``frozen``, where it starts."""
     rate_epochs: int | None = Field(None, ge=1)
     """Epochs by which both are chosen; null for whole trainings."""
     seeds: list[int] = Field([1], min_length=1)
@@ -93,6 +94,11 @@ class ElephantStudy(Section):
             if not name or "/" in name:
                 raise ValueError(f"{name!r} names a folder: no '/'")
         return self
+
+
+def family_of(variant: str) -> str:
+    """The name of the variants that share a learning rate: frozen ones, trainable ones; each way to train further."""
+    return variant if variant in FURTHER else parts_of(variant)[0]
 
 
 def parts_of(variant: str) -> tuple[str, str]:

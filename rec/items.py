@@ -33,7 +33,8 @@ class VectorItems(Section):
     projection: bool = False
     """Learn a linear map from the file's width to the model's; needed where they differ."""
     std: float | None = Field(None, gt=0)
-    """Scale the vectors as a whole to this standard deviation; models expect about 0.02. Null: as they are."""
+    """Scale the vectors as a whole until they deviate by this much (root mean square) from their mean, which all items
+    share and which tells nothing; models expect about 0.02. Null: as they are."""
 
 
 class IDPlusVectorItems(Section):
@@ -82,7 +83,10 @@ def make_items(config: ItemsConfig, data: Prepared, dim: int) -> ItemEncoder:
             f" rec.model.dim={vectors.shape[1]}, or rec.items.projection=true to learn a map between them"
         )
     if config.std is not None:
-        vectors = vectors * (config.std / vectors.std().clamp(min=1e-12))
+        deviation = (vectors - vectors.mean(0)).square().mean().sqrt()
+        if deviation <= 1e-6 * vectors.abs().mean():
+            raise UserError(f"{config.file}: the vectors of all items are the same: there is nothing to scale to std")
+        vectors = vectors * (config.std / deviation)
     if isinstance(config, VectorItems):
         items = VectorTable(data.n_items, dim, vectors.shape[1], config.trainable, config.projection)
     else:

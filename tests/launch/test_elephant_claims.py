@@ -38,6 +38,7 @@ def test_claims_answer_yes_and_no_under_every_protocol():
     assert [claim["holds"] for claim in found] == [True] * 15
     assert found[2]["figure"] == pytest.approx(0.2)
     assert found[2]["low"] > 0.1
+    assert not any("undecided" in claim for claim in found)
     other = {key: 0.7 - value for key, value in paper.items()}
     other["SASRec", "trainable vanilla"] = 0.69
     serving = {"SASRec": {"parameters": [5, 6], "latency_ratio": 1.0}}
@@ -53,6 +54,20 @@ def test_the_best_of_all_is_undecided_where_the_next_is_as_good():
     assert claim["figure"] > 0
     assert not claim["holds"]
     assert claim["undecided"]
+
+
+@pytest.mark.parametrize(
+    ("claim", "one", "other"),
+    [("(a)", "trainable vanilla", "random"), ("(b)", "trainable PT", "random"), ("(e)", "frozen FT", "RECFORMER FT2")],
+)
+def test_a_difference_within_noise_is_neither_yes_nor_no(claim, one, other):
+    model = "RECFORMER" if other == "RECFORMER FT2" else "SASRec"
+    for difference in (-0.0025, 0.0025):
+        ranks = made_up({("SASRec", one): 0.5 + difference, (model, other): 0.5})
+        found = elephant_claims.claims(ranks, {}, "R")[0]
+        assert claim in found["id"]
+        assert not found["holds"]
+        assert found["undecided"]
 
 
 def test_figure_and_interval_are_of_the_seeds_that_both_have():

@@ -63,9 +63,21 @@ def test_another_width_needs_a_projection(small_data, vectors):
     assert [name for name, value in items.named_parameters() if value.requires_grad] == ["projection.weight"]
 
 
-def test_vectors_are_scaled_to_a_standard_deviation(small_data, vectors):
-    items = items_of(small_data, kind="vectors", file=str(vectors[0]), std=0.02)
-    assert items.table()[1:].std().item() == pytest.approx(0.02)
+def test_vectors_are_scaled_by_how_far_they_are_from_their_mean(small_data, vectors, tmp_path):
+    path, values = vectors[0], load_vectors(vectors[0], small_data)
+    moved = tmp_path / "moved.safetensors"
+    save_vectors(moved, small_data.items["item_id"].to_pylist(), 5 * values + 7, {})
+    for own in (path, moved):
+        table = items_of(small_data, kind="vectors", file=str(own), std=0.02).table()[1:]
+        assert table.std(0, correction=0).square().mean().sqrt().item() == pytest.approx(0.02)
+    ratios = table / (5 * values + 7)
+    torch.testing.assert_close(ratios, ratios[:1, :1].expand_as(ratios))
+
+
+def test_vectors_that_are_all_the_same_cannot_be_scaled(small_data, tmp_path):
+    save_vectors(tmp_path / "same", small_data.items["item_id"].to_pylist(), torch.full((small_data.n_items, 6), 0.1), {})
+    with pytest.raises(UserError, match="same: the vectors of all items are the same"):
+        items_of(small_data, kind="vectors", file=str(tmp_path / "same"), std=0.02)
 
 
 def test_a_missing_file_is_one_clear_line(small_data, tmp_path):

@@ -1,0 +1,83 @@
+"""How the Elephant's study chooses a learning rate and a deviation."""
+
+import json
+
+import pytest
+import torch
+
+from launch.elephant_rates import choose, climb, load_chosen
+from rec.config import RecConfig
+from rec.items import save_vectors
+from rec.runtime.config import build
+
+RATES = [3e-4, 1e-3, 3e-3, 1e-2]
+
+
+@pytest.mark.parametrize(
+    ("worth", "tried"),
+    [
+        ([1, 2, 3, 4], [1, 2, 3]),
+        ([4, 3, 2, 1], [1, 2, 0]),
+        ([1, 3, 2, 1], [1, 2, 0]),
+        ([1, 2, 3, 1], [1, 2, 3]),
+        ([0, 0, 0, 0], [1, 2, 0]),
+        ([1, 0, 0, 0], [1, 2, 0]),
+        ([1, 2, 0, 9], [1, 2, 0]),
+        ([7], [0]),
+        ([7, 8], [0, 1]),
+        ([1, 2, 3, 4, 5, 6, 7], [3, 4, 5, 6]),
+    ],
+)
+def test_the_search_climbs_from_the_middle_and_stops_after_the_top(worth, tried):
+    values = [float(place) for place in range(len(worth))]
+    found = climb(values[::-1], lambda value: float(worth[int(value)]))
+    assert list(found.items()) == [(float(place), worth[place]) for place in tried]
+
+
+@pytest.fixture
+def rec(small_data, tmp_path):
+    torch.manual_seed(0)
+    ids = small_data.items["item_id"].to_pylist()
+    save_vectors(tmp_path / "vectors", ids, torch.randn(len(ids), 16), {})
+    return build(
+        RecConfig,
+        {
+            "model": {"dim": 16, "blocks": 1, "max_length": 8},
+            "items": {"kind": "vectors", "file": str(tmp_path / "vectors"), "std": 0.02},
+            "train": {"epochs": 1, "batch_size": 16},
+        },
+    )
+
+
+def test_what_validation_says_best_is_chosen_and_kept_with_all_figures(rec, small_data, tmp_path):
+    folder = tmp_path / "chosen"
+    choose(rec, str(small_data.folder), folder, RATES, [0.02, None])
+    found = json.loads((folder / "chosen.json").read_text())
+    by_lr, by_std = (dict(found[name]) for name in ("by_lr", "by_std"))
+    assert set(by_lr) < set(RATES)
+    assert {1e-3, 3e-3} < set(by_lr)
+    best = max(by_lr, key=by_lr.get)
+    assert found["lrs"][0] == best
+    assert sorted(found["lrs"]) == RATES
+    assert [by_lr.get(lr, -1) for lr in found["lrs"]] == sorted((by_lr.get(lr, -1) for lr in RATES), reverse=True)
+    assert by_std[0.02] == by_lr[best]
+    assert found["std"] == max(by_std, key=by_std.get)
+    for name, value in [*((f"lr={lr}", value) for lr, value in by_lr.items()), ("std=None", by_std[None])]:
+        assert json.loads((folder / name / "finished.json").read_text())["valid_NDCG@10"] == value
+    assert load_chosen(folder) == (found["lrs"], found["std"])
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    choose(rec, str(small_data.folder), folder, RATES, [0.02, None])
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_rates_that_diverge_are_worth_nothing(rec, small_data, tmp_path):
+    choose(rec, str(small_data.folder), tmp_path / "some", [1e-3, 1e30], [0.02])
+    assert load_chosen(tmp_path / "some").lrs == [1e-3, 1e30]
+    choose(rec, str(small_data.folder), tmp_path / "all", [1e29, 1e30], [0.02, None])
+    assert load_chosen(tmp_path / "all") == ([], 0.02)
+
+
+def test_one_rate_and_one_deviation_leave_nothing_to_train(rec, small_data, tmp_path):
+    choose(rec, str(small_data.folder), tmp_path / "one", [1e-3], [0.05])
+    assert load_chosen(tmp_path / "one") == ([1e-3], 0.05)
+    assert [path.name for path in (tmp_path / "one").iterdir()] == ["chosen.json"]
