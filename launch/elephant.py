@@ -21,10 +21,12 @@ from launch.elephant_cells import Cells
 from launch.elephant_claims import ranks_of
 from launch.elephant_config import OWN, RANDOM, Cell, ElephantStudy, parts_of
 from llm.recformer.config import RecformerSettings
-from llm.recformer.job import RecformerJob
+from llm.recformer.job import FINISHED, RecformerJob
 from llm.recformer.model import width_of
+from llm.recformer.text import text_columns
 from rec.data.prepared import Prepared
 from rec.evaluation import Metrics, load_ranks
+from rec.negatives import draw_negatives
 from rec.protocol import Protocol, preset
 from rec.runtime import files
 from rec.runtime.config import apply_overrides, build, hash_of, read_recipe
@@ -72,9 +74,8 @@ class ElephantRun:
         with folder.lock("launcher"):
             folder.claim(self.study)
             self._check()
-            watch = _Watch(folder)
             rows = [row for name in self.settings for row in self._recformer_rows(name)]
-            watch.count()
+            watch = _Watch(folder)
             for cell in self.cells.all():
                 self._make_vectors(cell)
             watch.count()
@@ -98,7 +99,7 @@ class ElephantRun:
                 hash_of(self.study),
                 {"hash": hash_of([protocol.hash for protocol in self.protocols.values()]), **described},
                 rows,
-                sum(row["seconds"] for row in folder.events("studied")),
+                self._recformer_s() + sum(row["seconds"] for row in folder.events("studied")),
                 claims,
                 means=elephant_claims.means(rows),
                 diverged=[cell._asdict() for cell in self.cells.all() if cell not in ranks],
@@ -111,21 +112,30 @@ class ElephantRun:
         """Raise a UserError for what would only fail after hours."""
         sources = {name for own in self.settings.values() if own.pretrain for name in own.pretrain.sources}
         found = {name: Prepared.load(Path(name)) for name in sorted({self.data, *sources})}
-        if max(self.study.cutoffs) > (count := found[self.data].n_items):
-            raise UserError(f"cutoffs: the best {max(self.study.cutoffs)} of {count} items; use smaller ones")
-        if any(parts_of(variant)[1] == "vanilla" for variant in self.study.variants):
-            vectors.require_untuned(self.settings[self.first].backbone)
+        target = found[self.data]
+        if max(self.study.cutoffs) > target.n_items:
+            raise UserError(f"cutoffs: the best {max(self.study.cutoffs)} of {target.n_items} items; use smaller ones")
+        for protocol in self.protocols.values():
+            if protocol.candidates == "sampled":
+                draw_negatives(protocol, target, "test")
         kinds = {parts_of(variant)[1] for variant in self.study.variants if variant != RANDOM}
-        if self.study.projection or not kinds.intersection(OWN):
-            return
-        for name, own in self.settings.items():
-            width = width_of(own.backbone)
-            for model, rec in self.study.models.items():
-                if rec.model.dim != width:
-                    raise UserError(
-                        f"the vectors of {name} have width {width}, the dim of models.{model} is {rec.model.dim}: set"
-                        f" models.{model}.model.dim={width}, or projection=true to learn a map between them"
-                    )
+        if kinds.intersection(OWN):
+            for name, own in self.settings.items():
+                for read in (self.data, *(own.pretrain.sources if own.pretrain else ())):
+                    text_columns(found[read], own.text)
+                self._check_width(name, width_of(own.backbone))
+        if "vanilla" in kinds:
+            vectors.require_untuned(self.settings[self.first].backbone)
+        for name in kinds.intersection(self.study.more):
+            self._check_width(name, vectors.width_of_source(self.study.more[name], target, self.study.item_text))
+
+    def _check_width(self, name: str, width: int) -> None:
+        for model, rec in self.study.models.items():
+            if rec.model.dim != width and not self.study.projection:
+                raise UserError(
+                    f"the vectors of {name} have width {width}, the dim of models.{model} is {rec.model.dim}: set"
+                    f" models.{model}.model.dim={width}, or projection=true to learn a map between them"
+                )
 
     def _settings(self, changes: Sequence[str]) -> RecformerSettings:
         content = self.study.recformer.model_dump(mode="json")
@@ -174,10 +184,10 @@ class ElephantRun:
             return
         for other in self.settings:
             before = self._finetuning(other)
-            if before is None or other == name or _first_stage(before) != _first_stage(job):
+            if other == name or _first_stage(before) != _first_stage(job):
                 continue
             source = before.finetune_folder / "FT1"
-            if (source / recformer.FINISHED).exists():
+            if (source / FINISHED).exists():
                 temporary = own.with_name(f"{files.TEMPORARY_PREFIX}FT1")
                 shutil.rmtree(temporary, ignore_errors=True)
                 shutil.copytree(source, temporary)
@@ -187,6 +197,11 @@ class ElephantRun:
     def _speed(self, name: str) -> dict[str, Any]:
         jobs = [job for job in (self._pretraining(name), self._finetuning(name)) if job is not None]
         return {key: value for job in jobs for key, value in recformer.speed_of(RunFolder(job.run)).items()}
+
+    def _recformer_s(self) -> float:
+        """Seconds that the RECFORMERs took, those too that another study trained."""
+        runs = {job.run for name in self.settings for job in (self._pretraining(name), self._finetuning(name)) if job}
+        return sum(RunFolder(run).result()["wall_s"] for run in runs)
 
     def _recformer_ranks(self) -> dict[Cell, dict[str, Metrics]]:
         """The ranks of the test items by the RECFORMERs themselves, after stage-FT2."""
@@ -201,8 +216,18 @@ class ElephantRun:
         return found
 
     def _vectors_path(self, what: str, name: str) -> Path:
-        of_own = what in ("PT", "FT") and name != self.first
-        return self.out / "vectors" / f"{what}{f' {name}' if of_own else ''}.safetensors"
+        owner = self._owner(what, name)
+        return self.out / "vectors" / f"{what}{f' {owner}' if owner != self.first else ''}.safetensors"
+
+    def _owner(self, what: str, name: str) -> str:
+        """The first RECFORMER whose vectors of a kind are those of ``name``."""
+
+        def made_of(other: str) -> Any:
+            if what == "PT":
+                return (before := self._pretraining(other)) and before.run
+            return _first_stage(self._finetuning(other)) if what == "FT" else None
+
+        return next(other for other in self.settings if made_of(other) == made_of(name))
 
     def _source(self, what: str, name: str) -> str | None:
         """What the vectors called ``what`` are made from; None for a variant that has none."""
@@ -241,7 +266,7 @@ class ElephantRun:
     def _users(self) -> dict[str, int]:
         """How many users stage-PT of every RECFORMER saw."""
         jobs = {name: self._pretraining(name) for name in self.settings}
-        facts = {name: job.pretrain_folder / recformer.FINISHED for name, job in jobs.items() if job is not None}
+        facts = {name: job.pretrain_folder / FINISHED for name, job in jobs.items() if job is not None}
         return {name: files.read_json(path)["users"] for name, path in facts.items()}
 
 
@@ -258,8 +283,10 @@ class _Watch:
         self.begin = now
 
 
-def _first_stage(job: RecformerJob) -> str:
-    """A hash of what decides stage-FT1 alone."""
+def _first_stage(job: RecformerJob | None) -> str | None:
+    """A hash of what decides stage-FT1 alone; None where there is none."""
+    if job is None:
+        return None
     content = json.loads(job.settings.model_dump_json(exclude={"processes", "zero_stage"}))
     for key in ("fixed_epochs", "train_table", "table_lr"):
         (content["finetune"] or {}).pop(key, None)

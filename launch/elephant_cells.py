@@ -51,13 +51,15 @@ class Cells:
         self.first = next(iter(study.recformers))
 
     def all(self) -> list[Cell]:
-        """Every cell with its seeds; what needs no RECFORMER's own vectors is run for the first one alone."""
+        """Every cell with its seeds; those that begin with the same vectors are run for the first RECFORMER alone."""
+        found: dict[tuple[str, str, Path], str] = {}
+        for name in self.study.recformers:
+            for model in self.study.models:
+                for variant in self.study.variants:
+                    found.setdefault((model, variant, self.vectors(parts_of(variant)[1], name)), name)
         return [
             Cell(model, variant, name, seed)
-            for name in self.study.recformers
-            for model in self.study.models
-            for variant in self.study.variants
-            if name == self.first or parts_of(variant)[1] in ("PT", "FT")
+            for (model, variant, _), name in found.items()
             for seed in (self.study.seeds if variant in self.study.headline.get(model, ()) else self.study.seeds[:1])
         ]
 

@@ -1,9 +1,9 @@
 """The recipe of the Elephant's study."""
 
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from llm.recformer.config import RecformerSettings
 from rec.config import RecConfig
@@ -45,14 +45,15 @@ class ElephantStudy(Section):
     recformers: dict[str, list[str]] = Field({"RECFORMER": []}, min_length=1)
     """Overrides of that section by a name; variants that need none of them are run for the first one alone."""
     models: dict[str, RecConfig] = Field(default_factory=dict)
-    """The ``rec`` section of every plain recommender, by a name; its items are the variants'."""
+    """The ``rec`` section of every plain recommender, by a name; its items are the variants'. One that is null is left
+    out: ``models.BERT4Rec=null``."""
     variants: list[str] = Field(default_factory=lambda: list(TABLE_3))
     """``random``; ``frozen X``, ``trainable X`` and ``id+X`` for X of vanilla, PT, FT and the names of ``more``;
     ``further all`` and ``further items``, which start from ``frozen FT``."""
     more: dict[str, str] = Field(default_factory=dict)
     """More item vectors: what ``recalign vectors`` takes (an LMRec's run, a sentence encoder), by a name."""
-    item_text: str = "{title}"
-    """Template of an item's text for ``more``."""
+    item_text: str | None = None
+    """Template of an item's text for ``more``. Null: a run's own, a model's is "{title}"; a RECFORMER has none."""
     lrs: list[float] = Field([3e-4, 1e-3, 3e-3, 1e-2], min_length=1)
     """Learning rates. Each model's is chosen by validation NDCG@10 once for every family of variants (random, frozen,
     trainable, id+, further all, further items), with the vectors that the recipe has first of PT, FT and the rest; from
@@ -74,6 +75,11 @@ class ElephantStudy(Section):
     """Held-out items that never occur in training; the paper leaves these instances out."""
     parallel: int = Field(1, ge=1)
     """Recommenders that are trained at a time, each in a process with its share of the cores."""
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _null_is_none_at_all(cls, given: Any) -> Any:
+        return {name: rec for name, rec in given.items() if rec is not None} if isinstance(given, dict) else given
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Self:

@@ -14,7 +14,7 @@ from llm.corpus import ItemTokens
 from llm.curvature import curvature
 from llm.joint import JointModel
 from llm.lmrec_job import TARGET, LMRecJob, RecommendConfig
-from llm.lmrec_run import Inputs, build_decoder, read_inputs, trained
+from llm.lmrec_run import Inputs, build_decoder, fix_statistics, read_inputs, trained
 from llm.recommendation import RecommendationTask
 from rec.data.prepared import Prepared
 from rec.item_encoder import IDTable
@@ -54,19 +54,21 @@ def inference(job: LMRecJob, users: int) -> list[dict[str, Any]]:
     return [row | {"speedup": round(found[0]["seconds"] / row["seconds"], 1)} for row in found]
 
 
-def eigenvalues(job: LMRecJob, batches: int) -> list[float]:
+def eigenvalues(job: LMRecJob, batches: int, settings: RecommendConfig) -> list[float]:
     """Fig. 5: the top eigenvalues of L2's Hessian at a run's weights, over ``batches`` training batches.
 
-    A language model alone has no heads; it gets those that recommendation training would begin with.
+    Args:
+        job: the run. A language model alone has no heads; it gets those that recommendation training would begin with.
+        batches: how many.
+        settings: which L2, the same for all runs that are compared.
     """
     inputs = read_inputs(job, RunFolder(job.run), Ranks())
-    model = _at_the_end(job, inputs)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    settings = job.llm.recommend or RecommendConfig()
     small = settings.model_copy(update={"pairs": 4 * settings.prefixes})
     target, context = inputs.tasks[TARGET], job.llm.lmrec.context
     tokens = ItemTokens(inputs.tokenizer, target.texts, context - 1)
     task = RecommendationTask(TARGET, 0, target.data, tokens, small, context, job.llm.train.seed)
+    model = _at_the_end(job, inputs, settings, task, device)
     chosen = [part.to(device) for step in range(batches) for part in task.parts(step)[0][:1]]
     return curvature(model.to(device), chosen).flatten().tolist()
 
@@ -126,11 +128,19 @@ def density(values: np.ndarray, places: np.ndarray) -> np.ndarray:
     return kernels.sum(1) / (len(values) * width * np.sqrt(2 * np.pi))
 
 
-def _at_the_end(job: LMRecJob, inputs: Inputs) -> JointModel:
+def _at_the_end(
+    job: LMRecJob, inputs: Inputs, settings: RecommendConfig, task: RecommendationTask, device: torch.device
+) -> JointModel:
+    """A run's model with fixed statistics, computing the L2 of ``settings``."""
     if job.llm.recommend is not None:
-        return trained(job, inputs).model
+        model = trained(job, inputs).model
+        model.pairs = settings.loss
+        return model
     after = job.model_copy(update={"llm": job.llm.model_copy(update={"model": str(job.run)})})
-    return JointModel(build_decoder(after, inputs.tokenizer), [TARGET])
+    decoder = build_decoder(after, inputs.tokenizer)
+    model = JointModel(decoder, [TARGET], settings.loss, standardise=settings.standardise)
+    fix_statistics(model.to(device), task, device)
+    return model
 
 
 def _light_gcn(data: Prepared, dim: int) -> Recommender:

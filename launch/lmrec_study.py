@@ -7,6 +7,8 @@ pretrain`` and ``recalign probe`` start; a study that was interrupted goes on wh
 import itertools
 import json
 import logging
+import math
+import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,8 +24,8 @@ from launch.study import means
 from llm import probe
 from llm.lmrec_job import LMRecJob, load_job
 from llm.training import STEP
-from rec.data.prepared import Prepared
 from rec.evaluation import evaluate
+from rec.job import open_data
 from rec.runtime.config import Section, apply_overrides, build, hash_of, read_recipe
 from rec.runtime.errors import UserError
 from rec.runtime.runfolder import RunFolder
@@ -81,9 +83,9 @@ class LMRecStudy(Section):
     sizes: bool = False
     """Draw HR@10 by parameters (Fig. 4)."""
     inference_users: int = Field(0, ge=0)
-    """Compare inference times for one batch of so many users (Table 6), with the first variant."""
+    """Compare inference times for one batch of so many users (Table 6), with the first variant that recommends."""
     curvature_batches: int = Field(0, ge=0)
-    """Hessian eigenvalues of every variant over so many batches (Fig. 5)."""
+    """Hessian eigenvalues of every variant over so many batches (Fig. 5), of the L2 of the first that recommends."""
     paper: dict[str, dict[str, float]] = Field(default_factory=dict)
     """The paper's HR@10 and NDCG@10 by variant, printed beside ours."""
 
@@ -133,7 +135,12 @@ class LMRecStudyRun:
             folder.log("studied", seconds=round(time.monotonic() - begin, 1))
             return folder.write_result(
                 command,
-                hash_of([job.identity for own in self.jobs.values() for job in own]),
+                hash_of(
+                    [
+                        [job.identity for own in self.jobs.values() for job in own],
+                        [own.model_dump(mode="json", exclude={"run"}) for own in self.probes.values()],
+                    ]
+                ),
                 protocol,
                 rows,
                 sum(row["seconds"] for row in folder.events("studied")),
@@ -184,7 +191,7 @@ class LMRecStudyRun:
         return [{**told, **row, **more} for row in found]
 
     def _controls(self, job: LMRecJob) -> list[dict[str, Any]]:
-        data, found = Prepared.load(Path(job.data)), []
+        data, found = open_data(job.data, job.run / "data"), []
         for control in (Popularity(data), Transitions(data)):
             figures = evaluate(control, data, "test", job.rec.evaluate).summary()
             found.append({"variant": control.architecture, "seeds": 1, **figures})
@@ -208,14 +215,16 @@ class LMRecStudyRun:
         study, found = self.study, {}
         if study.sizes:
             lmrec_analysis.draw_sizes(folder.path / "sizes.png", rows)
-        if study.inference_users:
-            found["inference"] = lmrec_analysis.inference(next(iter(self.jobs.values()))[-1], study.inference_users)
+        # Of a language model alone there is no head to time, and no L2 to differentiate.
+        joint = next((own[-1] for own in self.jobs.values() if own[-1].llm.recommend is not None), None)
+        if study.inference_users and joint is not None:
+            found["inference"] = lmrec_analysis.inference(joint, study.inference_users)
             lmrec_analysis.draw_inference(folder.path / "inference.png", found["inference"])
-        if study.curvature_batches:
+        if study.curvature_batches and joint is not None:
             known = {row["variant"]: row["values"] for row in folder.events("eigenvalues")}
             for (seed, name), own in self.jobs.items():
                 if seed == study.seeds[0] and name not in known:
-                    known[name] = lmrec_analysis.eigenvalues(own[-1], study.curvature_batches)
+                    known[name] = lmrec_analysis.eigenvalues(own[-1], study.curvature_batches, joint.llm.recommend)
                     folder.log("eigenvalues", variant=name, values=known[name])
             found["eigenvalues"] = [lmrec_analysis.summary(name, values) for name, values in known.items()]
             lmrec_analysis.draw_eigenvalues(folder.path / "eigenvalues.png", known)
@@ -247,29 +256,54 @@ def claims(
     packing: dict[str, float],
     controls: Sequence[dict[str, Any]] = (),
 ) -> list[dict[str, Any]]:
-    """What the runs are held to: joint training beats L2 alone and the controls, comes near the paper, packing pays."""
-    found = []
+    """What the runs are held to: joint training beats L2 alone and the controls, comes near the paper, packing pays.
 
-    def mean(name: str, metric: str) -> float | None:
-        values = [row[metric] for row in rows if row["variant"] == name]
-        return sum(values) / len(values) if values else None
+    One beats another if their mean difference is more than twice its standard error, ``se``; of a difference that is
+    nearer to 0 than that, ``undecided`` is true.
+    """
+    names = dict.fromkeys(row["variant"] for row in rows)
+    found: list[dict[str, Any]] = []
+
+    def add(name: str, holds: bool, figure: float, **more: Any) -> None:
+        found.append({"id": name, "holds": bool(holds), "figure": round(figure, 4), **more})
+
+    def add_better(one: str, other: str, metric: str) -> None:
+        figure, se = _difference([*rows, *controls], one, other, metric)
+        within = {"undecided": True} if abs(figure) <= 2 * se else {}
+        add(f"{one} beats {other} in {metric}", figure > 2 * se, figure, se=round(se, 5), **within)
 
     for metric in METRICS:
-        joint, alone, agnostic = (mean(name, metric) for name in (JOINT, WITHOUT_LM, AGNOSTIC))
-        if joint is not None and alone is not None:
-            found.append((f"LMRec beats LMRec -lm in {metric}", joint > alone, joint - alone))
-        if joint is not None and agnostic is not None:
-            found.append((f"LMRec +agnostic beats LMRec in {metric}", agnostic > joint, agnostic - joint))
-        for control in controls if joint is not None else ():
-            better = joint - control[metric]
-            found.append((f"LMRec beats {control['variant']} in {metric}", better > 0, better))
+        # "LMRec -lm, …" is what "LMRec, …" is without a language model.
+        for joint in names:
+            alone = f"{WITHOUT_LM}{joint.removeprefix(JOINT)}"
+            if joint.startswith(JOINT) and alone in names:
+                add_better(joint, alone, metric)
+        if JOINT in names:
+            for one, other in [(AGNOSTIC, JOINT), *((JOINT, control["variant"]) for control in controls)]:
+                if one in names:
+                    add_better(one, other, metric)
         for name, figures in paper.items():
-            ours = mean(name, metric)
-            if ours is not None and metric in figures:
-                ratio = ours / figures[metric]
+            if name in names and metric in figures:
+                ratio = _mean([row for row in rows if row["variant"] == name], metric) / figures[metric]
                 near = abs(ratio - 1) <= NEAR
-                found.append((f"{name} is within {NEAR:.0%} of the paper's {metric} (ratio)", near, ratio))
+                add(f"{name} is within {NEAR:.0%} of the paper's {metric} (ratio)", near, ratio)
     if packing:
         ratio = packing["packed"] / packing["padded"]
-        found.append(("packed rows train more useful tokens a second than padded ones (ratio)", ratio > 1, ratio))
-    return [{"id": name, "holds": bool(holds), "figure": round(figure, 4)} for name, holds, figure in found]
+        add("packed rows train more useful tokens a second than padded ones (ratio)", ratio > 1, ratio)
+    return found
+
+
+def _difference(rows: Sequence[dict[str, Any]], one: str, other: str, metric: str) -> tuple[float, float]:
+    """Mean difference of two variants, and its standard error: over seeds that both have, or with one seed over users,
+    as if the two had not the same ones."""
+    ones, others = ([row for row in rows if row["variant"] == name] for name in (one, other))
+    by_seed = {row.get("seed"): row for row in others}
+    paired = [row[metric] - by_seed[row["seed"]][metric] for row in ones if row["seed"] in by_seed]
+    if len(paired) > 1:
+        return statistics.mean(paired), statistics.stdev(paired) / math.sqrt(len(paired))
+    errors = [statistics.mean(row[f"{metric}_se"] for row in own) / math.sqrt(len(own)) for own in (ones, others)]
+    return _mean(ones, metric) - _mean(others, metric), math.hypot(*errors)
+
+
+def _mean(rows: Sequence[dict[str, Any]], metric: str) -> float:
+    return statistics.mean(row[metric] for row in rows)

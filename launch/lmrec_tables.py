@@ -73,8 +73,9 @@ def print_bench(result: dict[str, Any]) -> None:
 
 def _print_claims(claims: Sequence[dict[str, Any]], out: Console) -> None:
     for claim in claims:
-        verdict = "holds" if claim["holds"] else "not held"
-        out.print(f"{verdict}  {claim['id']}: {claim['figure']:.4g}", soft_wrap=True)
+        verdict = "holds" if claim["holds"] else "within noise" if claim.get("undecided") else "not held"
+        error = f" ± {claim['se']:.4g}" if "se" in claim else ""
+        out.print(f"{verdict}  {claim['id']}: {claim['figure']:.4g}{error}", soft_wrap=True)
 
 
 def _number(value: Any) -> str:

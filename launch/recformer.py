@@ -7,7 +7,7 @@ from typing import Any
 
 from launch import pretraining, recformer_tables, supervise
 from launch.commands import delete_run
-from llm.recformer.job import RecformerJob, load_job
+from llm.recformer.job import FINISHED, RecformerJob, load_job
 from rec.runtime import files
 from rec.runtime.checkpoint import Checkpoints
 from rec.runtime.config import hash_of
@@ -16,7 +16,6 @@ from rec.runtime.progress import progress
 from rec.runtime.runfolder import CONFIG, RunFolder
 from rec.runtime.stopping import StopFile
 
-FINISHED = "finished.json"
 EVENTS = {"pretrain": ("pt_step",), "finetune": ("ft1_step", "ft2_step")}
 
 
@@ -32,7 +31,8 @@ def run(job: RecformerJob, command: str) -> dict[str, Any]:
     """Run the stages of the recipe that are not done; the content of ``result.json``.
 
     Raises:
-        UserError: with a job's own message, if that called it a user's mistake; or if the recipe has no stages.
+        UserError: with a job's own message, if that called it a user's mistake; or if the recipe has no stages, or what
+            is finished was trained on other data than there is now.
         RuntimeError: if a job keeps dying; with the end of its log.
     """
     stages = [name for name in ("pretrain", "finetune") if getattr(job.settings, name) is not None]
@@ -41,16 +41,15 @@ def run(job: RecformerJob, command: str) -> dict[str, Any]:
     folder = RunFolder(job.run)
     with folder.lock("launcher"):
         folder.claim(job)
+        done = {stage: _is_finished(job, stage) for stage in stages}
         finished = folder.result()
         if finished is not None:
             return finished
         for stage in stages:
-            begin = time.monotonic()
-            if not _is_finished(job, stage):
+            if not done[stage]:
                 _watch(job, stage)
                 if not _is_finished(job, stage):
                     raise StopFile(job.run).stopped(f"in {stage}")
-                folder.log("stage", title=stage, seconds=round(time.monotonic() - begin, 1))
         wall_s = sum(row["seconds"] for row in folder.events("stage"))
         identity = hash_of([job.identity("finetune"), job.data])
         return folder.write_result(command, identity, {}, rows_of(job), wall_s, speed=speed_of(folder))
@@ -83,14 +82,12 @@ def speed_of(folder: RunFolder) -> dict[str, dict[str, float]]:
 
 
 def _is_finished(job: RecformerJob, stage: str) -> bool:
-    if stage == "pretrain":
-        return (job.pretrain_folder / FINISHED).exists()
-    return all((job.finetune_folder / name / FINISHED).exists() for name in ("FT1", "FT2"))
+    return len(job.finished(stage)) == (1 if stage == "pretrain" else 2)
 
 
 def _watch(job: RecformerJob, stage: str) -> None:
     """Start one stage and watch it to its end."""
-    folder, config = RunFolder(job.run), getattr(job.settings, stage)
+    folder, config, begin = RunFolder(job.run), getattr(job.settings, stage), time.monotonic()
     processes = job.settings.processes
     launched = processes > 1 or job.settings.zero_stage > 0
     child = supervise.Child(
@@ -114,6 +111,7 @@ def _watch(job: RecformerJob, stage: str) -> None:
                 time.sleep(supervise.POLL_S)
     finally:
         child.stop()
+        folder.log("stage", title=stage, seconds=round(time.monotonic() - begin, 1))
 
 
 def _place(job: RecformerJob, stage: str) -> int:

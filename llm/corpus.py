@@ -15,6 +15,7 @@ from llm.order import Order, dealt, mixed_length_order
 from llm.packing import PADDING, Document, Packed, best_fit, pack
 from llm.tokenizer import ARROW, token_ids
 from rec.data.prepared import Prepared
+from rec.runtime.errors import UserError
 
 IGNORED = -100
 
@@ -184,13 +185,16 @@ class ItemTokens:
     """The tokens of every item, at the head of a text and, with a space before it, after an arrow.
 
     Args:
-        tokenizer: with an arrow token.
+        tokenizer: its arrow is one token, or as many as it makes of a text's.
         texts: [items] one text each.
         longest: tokens of an item, at most.
+
+    Raises:
+        UserError: if the tokenizer has no arrow at all.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: list[str], longest: int) -> None:
-        self.arrow, self.eos = tokenizer.convert_tokens_to_ids(ARROW), tokenizer.eos_token_id
+        self.arrow, self.eos = _arrow(tokenizer), tokenizer.eos_token_id
         self.head = [ids[:longest] for ids in token_ids(tokenizer, texts)]
         self.inner = [ids[:longest] for ids in token_ids(tokenizer, [f" {text}" for text in texts])]
         self.head_lengths, self.inner_lengths = (np.array([len(ids) for ids in own]) for own in (self.head, self.inner))
@@ -204,20 +208,30 @@ class ItemTokens:
         ids: list[int] = []
         ends = []
         for item in items.tolist():
-            ids += [self.arrow, *self.inner[item]] if ids else self.head[item]
+            ids += [*self.arrow, *self.inner[item]] if ids else self.head[item]
             ends.append(len(ids))
         return ids, ends
 
     def length(self, items: np.ndarray) -> int:
         """How many tokens ``joined`` makes of ``items`` [n], one at least."""
-        return int(self.head_lengths[items[0]] + (self.inner_lengths[items[1:]] + 1).sum())
+        return int(self.head_lengths[items[0]] + (self.inner_lengths[items[1:]] + len(self.arrow)).sum())
 
     def that_fit(self, items: np.ndarray, room: int) -> np.ndarray:
         """The last of ``items`` [n], as many as ``joined`` makes at most ``room`` tokens of; one at least."""
-        after = np.cumsum((self.inner_lengths[items] + 1)[::-1])[::-1]
+        after = np.cumsum((self.inner_lengths[items] + len(self.arrow))[::-1])[::-1]
         whole = np.append(after[1:], 0) + self.head_lengths[items]
         begin = int(np.argmax(whole <= room)) if (whole <= room).any() else len(items) - 1
         return items[begin:]
+
+
+def _arrow(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    known = tokenizer.convert_tokens_to_ids(ARROW)
+    if known is not None and known != tokenizer.unk_token_id:
+        return [known]
+    [ids] = token_ids(tokenizer, [f" {ARROW}"], special=False)
+    if not ids or {tokenizer.eos_token_id, tokenizer.unk_token_id}.intersection(ids):
+        raise UserError(f"the tokenizer of {tokenizer.name_or_path} cannot write {ARROW!r}, which joins items")
+    return ids
 
 
 class HistoryCorpus(Corpus):
@@ -257,9 +271,9 @@ class HistoryCorpus(Corpus):
         rows: list[list[int]] = []
         for item in history.tolist():
             tokens = self.tokens.inner[item]
-            # One place is kept for the arrow, one for [EOS].
-            if rows and len(rows[-1]) + len(tokens) + 2 <= self.context:
-                rows[-1] += [self.tokens.arrow, *tokens]
+            # Places are kept for the arrow and for [EOS].
+            if rows and len(rows[-1]) + len(self.tokens.arrow) + len(tokens) + 1 <= self.context:
+                rows[-1] += [*self.tokens.arrow, *tokens]
             else:
                 rows.append(list(self.tokens.head[item]))
         return rows

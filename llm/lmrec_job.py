@@ -68,7 +68,8 @@ class RecommendConfig(Section):
     loss: Literal["bce", "softmax"] = "bce"
     """Eq. 5, or the softmax over the positive and the negatives."""
     pairs: int = Field(512, ge=1)
-    """Positive pairs a step and task, over all ranks: Table 9's batch size."""
+    """Positive pairs a step and task, over all ranks: Table 9's batch size. As near as a multiple of pairs / prefixes
+    histories comes to it on average, where many are shorter than ``prefixes``."""
     prefixes: int = Field(8, ge=1)
     """Pairs that one history gives a step, each after a random prefix of it; all are read in one pass."""
     negatives: int = Field(128, ge=1)
@@ -166,6 +167,11 @@ class LMRecTrainConfig(Section):
             raise ValueError(f"zero_stage=0 is one process, processes is {self.processes}")
         if self.zero_stage == 0 and self.precision == "fp16":
             raise ValueError("precision=fp16 needs DeepSpeed's loss scaling: set zero_stage to 1, 2 or 3")
+        if self.patience_from + self.patience < min(self.validate_every, self.steps):
+            raise ValueError(
+                f"patience {self.patience} ends training before its first validation: validate_every is"
+                f" {self.validate_every}"
+            )
         return self
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import logging
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,12 +104,15 @@ def paragraphs(path: Path) -> list[str]:
     """The paragraphs of a text file, or of all text files of a folder.
 
     Raises:
-        UserError: if there is none.
+        UserError: if there is none, or a file cannot be read.
     """
     files = [path] if path.is_file() else sorted([*path.glob("*.txt"), *path.glob("*.txt.gz")])
     found = []
     for file in files:
-        raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+        try:
+            raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"llm.corpus: {file} cannot be read: {error}") from error
         blocks = raw.decode("utf-8", errors="replace").split("\n\n")
         found += [" ".join(block.split()) for block in blocks if block.strip()]
     if not found:

@@ -155,7 +155,7 @@ def hidden_states(model: PreTrainedModel, packed: Packed) -> Tensor:
     if device.type == "cuda" and packed.branches is None and _has_flash(model):
         options |= bounds(packed.bounds(), packed.ids.shape[1])
         _use(model, NAME)
-    elif device.type == "cpu" and packed.ids.shape[1] <= LONGEST_EAGER:
+    elif device.type == "cpu" and packed.ids.shape[1] <= LONGEST_EAGER and torch.is_grad_enabled():
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else model.dtype
         hidden = ~packed.mask()
         mask = torch.zeros(hidden.shape, dtype=dtype)

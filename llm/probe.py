@@ -32,6 +32,7 @@ from llm.recommendation import TextRows
 from llm.tokenizer import load_tokenizer
 from rec.data.prepared import Prepared
 from rec.evaluation import evaluate
+from rec.job import open_data
 from rec.models.base import Recommender
 from rec.runtime import files
 from rec.runtime.config import Section, build, hash_of
@@ -136,7 +137,7 @@ def run(job: ProbeJob, command: str) -> dict[str, Any]:
         done = folder.result()
         if done is not None:
             return done
-        data, begin, rows = Prepared.load(Path(job.data)), time.monotonic(), []
+        data, begin, rows = open_data(job.data, folder.path / "data"), time.monotonic(), []
         reader, protocol = _Reader(job, data), job.rec.evaluate.protocol.of_run(data, "train")
         for kind in job.llm.probe.features:
             found = reader.features(kind, folder.path / "features")
@@ -232,7 +233,7 @@ class _Reader:
         self.path = starting_model(job.llm.model)
         self.tokenizer = load_tokenizer(self.path)
         own, other = item_texts(data.items, job.llm.item_text), job.llm.agnostic
-        self.agnostic = None if other is None else Prepared.load(Path(other.data))
+        self.agnostic = None if other is None else open_data(other.data, job.run / "data")
         texts = own if other is None else own + item_texts(self.agnostic.items, other.item_text)
         self.others = None if other is None else _matched(data, self.agnostic)
         self.times = None if other is None else data.timestamps.numpy()

@@ -15,7 +15,12 @@ from rec.runtime.errors import UserError
 ITEM_ROW, HISTORY_ROW = 128, 512
 """Tokens of a row, unless a text is longer: in rows of a long context most of the attention would be between texts that
 do not see each other."""
-VALIDATION = 2**31 - 1
+LENGTH_MULTIPLE = 32
+"""Rows are as long as their texts, rounded up: oneDNN keeps kernels of every shape that it has met."""
+SAMPLE = 1024
+"""Histories by which it is estimated how many pairs one gives."""
+VALIDATION, VALIDATION_NEGATIVES, VALIDATION_HISTORIES = 2**31 - 1, 512, 64
+"""A validation's seed, its random items, and the histories of a pass: as many whatever the recipe trains with."""
 
 
 class TextRows:
@@ -54,7 +59,9 @@ class TextRows:
     def _rows(self, documents: list[Document], length: int) -> tuple[Packed, Tensor]:
         lengths = [len(document) for document in documents]
         rows = best_fit(lengths, max(min(length, self.context), *lengths))
-        packed = pack(documents, rows, self.tokens.eos)
+        longest = max(sum(lengths[number] for number in row) for row in rows)
+        padded = min(longest + -longest % LENGTH_MULTIPLE, max(longest, self.context))
+        packed = pack(documents, rows, self.tokens.eos, padded)
         return packed, places_of_branches(documents, rows, packed.ids.shape[1])
 
 
@@ -94,7 +101,7 @@ class RecommendationTask:
         # How often each item is a target, as a share of all of them.
         targets = np.concatenate([self.items[begin + 1 : end] for begin, end in self.spans.tolist()])
         self.shares = np.bincount(targets, minlength=data.n_items) / len(targets)
-        self.order = Order(len(users), config.pairs // config.prefixes, seed + number)
+        self.order = Order(len(users), self._histories(), seed + number)
 
     def parts(self, step: int) -> tuple[list[PairBatch], int]:
         """This rank's share of step ``step``, a batch a forward pass, and the step's pairs over all ranks.
@@ -104,7 +111,7 @@ class RecommendationTask:
         rng = np.random.default_rng([self.seed, self.number, step])
         chosen = self.order.samples(step)
         spans, cuts = zip(*(self._window(history, rng) for history in chosen.tolist()), strict=True)
-        negatives = self._negatives(rng)
+        negatives = self._negatives(rng, self.config.negatives)
         mine, size = dealt(np.arange(len(chosen)), self.rank, self.world), self.config.micro_histories
         parts = [
             self._batch([spans[nth] for nth in own], [cuts[nth] for nth in own], negatives)
@@ -122,7 +129,7 @@ class RecommendationTask:
         chosen = np.sort(rng.permutation(len(ends))[:most])
         if not len(chosen):
             raise UserError(f"{self.data.folder} has no validation items to stop by")
-        negatives, size = self._negatives(rng), self.config.micro_histories
+        negatives, size = self._negatives(rng, VALIDATION_NEGATIVES), VALIDATION_HISTORIES
         groups = [chosen[begin : begin + size] for begin in range(0, len(chosen), size)]
         shares = [len(group) / len(chosen) for group in groups]
         short = -len(groups) % self.world
@@ -135,6 +142,13 @@ class RecommendationTask:
             targets = [self.items[end : end + 1] for _, end in own]
             found.append((self._pairs(histories, places, targets, known, negatives, in_batch=False), share))
         return found
+
+    def _histories(self) -> int:
+        """A step's: a multiple of ``pairs / prefixes``, so that ranks share them evenly, that gives about ``pairs``."""
+        rng, prefixes = np.random.default_rng([self.seed, self.number]), self.config.prefixes
+        some = range(0, len(self.spans), -(-len(self.spans) // SAMPLE))
+        given = np.mean([len(self._window(history, rng)[1]) for history in some])
+        return self.config.pairs // prefixes * max(1, round(prefixes / given))
 
     def _window(self, history: int, rng: np.random.Generator) -> tuple[tuple[int, int], np.ndarray]:
         """A stretch of a training history that the model can read, and after how many of its items pairs are taken."""
@@ -186,6 +200,5 @@ class RecommendationTask:
             self.name, histories, places, items, vectors, positives, others, torch.from_numpy(allowed), presence
         )
 
-    def _negatives(self, rng: np.random.Generator) -> np.ndarray:
-        count = min(self.config.negatives, self.data.n_items)
-        return rng.choice(self.data.n_items, size=count, replace=False)
+    def _negatives(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        return rng.choice(self.data.n_items, size=min(count, self.data.n_items), replace=False)

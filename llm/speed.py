@@ -21,15 +21,16 @@ def flops_per_token(config: PretrainedConfig, parameters: int, length: int, outp
     """Of a training step: 6 N + 12 L d T, attention counted as if it saw the whole row, as nanoGPT and others count it.
 
     Args:
-        config: of a GPT-2.
-        parameters: all of them; positions, which are looked up alone, are taken away.
+        config: of a causal LM.
+        parameters: all of them; learned positions, which are looked up alone, are taken away.
         length: T, tokens in a row.
         output: whether the next token is predicted; its table of vectors is the tied input's.
     """
-    used = parameters - config.n_positions * config.n_embd
+    width = config.hidden_size
+    used = parameters - getattr(config, "n_positions", 0) * width
     if not output:
-        used -= config.vocab_size * config.n_embd
-    return 6 * used + 12 * config.n_layer * config.n_embd * length
+        used -= config.vocab_size * width
+    return 6 * used + 12 * config.num_hidden_layers * width * length
 
 
 def peak_flops(device: torch.device) -> float:

@@ -130,7 +130,7 @@ class Training:
 
     def _update(self, step: int) -> dict[str, Any]:
         begin, lr, weight = time.monotonic(), self.plan.learning_rate(step), self.plan.weight(step)
-        terms, tokens, flops = self._terms(step, weight)
+        terms, tokens, pairs, flops = self._terms(step, weight)
         losses = self.engine.step([part for _, part, _ in terms], lr)
         totals = dict.fromkeys(name for name, _, _ in terms)
         for (name, _, share), loss in zip(terms, losses, strict=True):
@@ -149,11 +149,12 @@ class Training:
         mfu = flops / seconds / self.ranks.size / self.plan.peak_flops
         row = {"tokens": tokens, "seconds": seconds, "tokens_per_s": round(rate, 1), "mfu": round(mfu, 4), "lr": lr}
         row["gradient_norm"] = norm
-        return {**_named(found), **row, **({"weight": weight} if self.plan.tasks else {})}
+        return {**_named(found), **row, **({"weight": weight, "pairs": pairs} if self.plan.tasks else {})}
 
-    def _terms(self, step: int, weight: float) -> tuple[list[tuple[str, Part, float]], int, float]:
-        """(name, part, share of the named loss's mean that this part is) of this rank's step; its tokens and FLOPs."""
-        terms, tokens, flops, world = [], 0, 0.0, self.ranks.size
+    def _terms(self, step: int, weight: float) -> tuple[list[tuple[str, Part, float]], int, int, float]:
+        """(name, part, share of the named loss's mean that this part is) of this rank's step; its tokens, the pairs of
+        all ranks, and its FLOPs."""
+        terms, tokens, found, flops, world = [], 0, 0, 0.0, self.ranks.size
         if self.plan.language is not None:
             batches = self.plan.language.parts(step)
             counts = [batch.tokens for batch in batches]
@@ -166,12 +167,13 @@ class Training:
             flops += sum(counts) * self.plan.flops_per_token
         for task in self.plan.tasks:
             batches, pairs = task.parts(step)
+            found += pairs
             for batch in batches:
                 share = len(batch.positives) / pairs
                 terms.append((task.name, Part(batch, weight * task.config.terms(pairs) * world * share), share))
                 tokens += batch.tokens
                 flops += batch.tokens * self.plan.flops_per_pair_token
-        return terms, tokens, flops
+        return terms, tokens, found, flops
 
     def _validate(self, step: int) -> dict[str, float]:
         """Losses on the validation pairs, and their sum, which patience goes by; keeps the weights of the best."""

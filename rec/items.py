@@ -83,7 +83,7 @@ def make_items(config: ItemsConfig, data: Prepared, dim: int) -> ItemEncoder:
             f" rec.model.dim={vectors.shape[1]}, or rec.items.projection=true to learn a map between them"
         )
     if config.std is not None:
-        deviation = (vectors - vectors.mean(0)).square().mean().sqrt()
+        deviation = deviation_of(vectors)
         if deviation <= 1e-6 * vectors.abs().mean():
             raise UserError(f"{config.file}: the vectors of all items are the same: there is nothing to scale to std")
         vectors = vectors * (config.std / deviation)
@@ -93,6 +93,11 @@ def make_items(config: ItemsConfig, data: Prepared, dim: int) -> ItemEncoder:
         items = IDPlusVectors(data.n_items, dim, vectors.shape[1], config.projection)
     items.set_vectors(vectors)
     return items
+
+
+def deviation_of(vectors: Tensor) -> Tensor:
+    """How far vectors [N, K] are from their mean, root mean square of all entries."""
+    return (vectors - vectors.mean(0)).square().mean().sqrt()
 
 
 def save_vectors(path: Path, item_ids: list[str], vectors: Tensor, source: dict[str, str]) -> None:

@@ -81,7 +81,10 @@ class Engine:
                 groups.setdefault((own_rates or {}).get(name, stage.lr), []).append(parameter)
         self.scales = [rate / stage.lr for rate in groups]
         optimizer = torch.optim.AdamW(
-            [{"params": parameters} for parameters in groups.values()], lr=stage.lr, weight_decay=stage.weight_decay
+            [{"params": parameters} for parameters in groups.values()],
+            lr=stage.lr,
+            weight_decay=stage.weight_decay,
+            fused=True,
         )
         self.engine, self.optimizer = accelerator.prepare(module, optimizer)
         self.sharded = settings.zero_stage > 0

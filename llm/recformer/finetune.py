@@ -26,7 +26,7 @@ from llm.recformer.batches import SequenceMaker, TokenSequences
 from llm.recformer.config import RecformerFinetuneConfig
 from llm.recformer.encode import encode_items
 from llm.recformer.engine import Engine, make_accelerator, mean_over_ranks
-from llm.recformer.job import RecformerJob
+from llm.recformer.job import FINISHED, RecformerJob
 from llm.recformer.model import RecformerModel, load_recformer
 from llm.recformer.objective import Parts, encode
 from llm.recformer.recommender import VECTORS, RecformerRecommender, evaluate_on_all_ranks
@@ -50,7 +50,7 @@ from rec.runtime.stopping import StopFile
 
 log = logging.getLogger(__name__)
 
-MODEL, FINISHED, STOP_METRIC = "model", "finished.json", "NDCG@10"
+MODEL, STOP_METRIC = "model", "NDCG@10"
 StageName = Literal["FT1", "FT2"]
 
 
@@ -158,7 +158,7 @@ class Stage:
         keep = self.stage.keep_checkpoints, self.stage.keep_checkpoint_every
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.ranks, *keep)
         self.stop = StopFile(job.run, self.ranks)
-        self.meta = {"config_hash": job.identity("finetune"), "data_hash": data.meta["content_hash"]}
+        self.meta = {"config_hash": job.identity("finetune"), "data_hash": job.data_hash("finetune")}
         self.best, self.best_epoch, self.waited = -1.0, -1, 0
         self.best_weights: dict[str, Tensor] = {}
         self.valid_rows = some_instances(data, "valid", self.stage.valid_users)
@@ -283,8 +283,9 @@ def finetune(job: RecformerJob) -> dict[str, Any]:
         accelerator = make_accelerator(settings, settings.finetune)
         data = job.open(job.data)
         _check(job, data)
+        done = job.finished("finetune")
         for name, folder in folders.items():
-            if not (folder / FINISHED).exists():
+            if folder not in done:
                 begin = folders["FT1"] if name == "FT2" else job.pretrain_folder
                 Stage(name, job, data, *_beginning(job, begin, data), accelerator).loop()
     return {name: files.read_json(folder / FINISHED) for name, folder in folders.items()}

@@ -10,11 +10,14 @@ from llm.config import LLMConfig
 from llm.recformer.config import RecformerSettings
 from rec.data.builtin import BUILTIN, prepare_builtin
 from rec.data.prepared import Prepared
+from rec.runtime import files
 from rec.runtime.config import Section, hash_of, load
+from rec.runtime.errors import UserError
 from rec.runtime.ranks import Ranks
 from rec.runtime.runfolder import is_run_config
 
 Stage = Literal["vanilla", "PT", "FT"]
+FINISHED = "finished.json"
 
 
 class RecformerJob(Section):
@@ -60,6 +63,27 @@ class RecformerJob(Section):
         if stage == "pretrain":
             content.pop("finetune")
         return hash_of(content)
+
+    def finished(self, stage: Literal["pretrain", "finetune"]) -> list[Path]:
+        """The folders of a stage that are finished: one of stage-PT, FT1's and FT2's. Every rank calls this.
+
+        Raises:
+            UserError: if one was trained on other data than there is now.
+        """
+        folders = [self.pretrain_folder]
+        if stage == "finetune":
+            folders = [self.finetune_folder / name for name in ("FT1", "FT2")]
+        found = [folder for folder in folders if (folder / FINISHED).exists()]
+        now = self.data_hash(stage) if found else ""
+        for folder in found:
+            if files.read_json(folder / FINISHED)["data_hash"] != now:
+                raise UserError(f"{folder} was trained on other data than there is now: delete it and all made of it")
+        return found
+
+    def data_hash(self, stage: Literal["pretrain", "finetune"]) -> str:
+        """A hash of all data that a stage is trained on."""
+        sources = self.settings.pretrain.sources if stage == "pretrain" else []
+        return " ".join(self.open(name).meta["content_hash"] for name in sources or [self.data])
 
     def open(self, name: str) -> Prepared:
         """A prepared folder; a built-in data set is prepared in the run folder first. Every rank calls this."""

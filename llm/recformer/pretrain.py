@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from llm.recformer.batches import SequenceMaker
 from llm.recformer.contrastive import item_contrast
 from llm.recformer.engine import Engine, make_accelerator, mean_over_ranks
-from llm.recformer.job import RecformerJob
+from llm.recformer.job import FINISHED, RecformerJob
 from llm.recformer.mlm import MaskedLMHead
 from llm.recformer.model import RecformerModel, load_recformer, resolve
 from llm.recformer.objective import Objective, Parts, encode
@@ -39,7 +39,7 @@ from rec.runtime.stopping import StopFile
 
 log = logging.getLogger(__name__)
 
-MODEL, FINISHED = "model", "finished.json"
+MODEL = "model"
 
 
 class Pretraining:
@@ -74,8 +74,7 @@ class Pretraining:
         keep = self.stage.keep_checkpoints, self.stage.keep_checkpoint_every
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.ranks, *keep)
         self.stop = StopFile(job.run, self.ranks)
-        hashes = [own.meta["content_hash"] for own in data]
-        self.meta = {"config_hash": job.identity("pretrain"), "data_hash": " ".join(hashes)}
+        self.meta = {"config_hash": job.identity("pretrain"), "data_hash": job.data_hash("pretrain")}
         self.best, self.best_step, self.best_weights = -1.0, 0, self.engine.weights()
 
     def loop(self) -> Path:

@@ -48,7 +48,7 @@ class Sources:
         stage: how many users, and the seed that draws them.
 
     Raises:
-        UserError: if no user has two training interactions.
+        UserError: if no two users have two training interactions, or there are more ranks than users.
     """
 
     def __init__(self, folders: Sequence[Prepared], stage: RecformerPretrainConfig) -> None:
@@ -74,6 +74,8 @@ class Sources:
         rng = np.random.default_rng(stage.seed)
         order = rng.permutation(len(self.sequences))[: stage.users]
         self.users = order[: max(2, round(stage.share * len(order)))]
+        if len(self.users) < (size := Ranks.current().size):
+            raise UserError(f"stage-PT has {len(self.users)} users for {size} processes: take fewer processes")
         chosen = rng.permutation(len(valid_histories))[: stage.valid_users]
         self.valid = Pairs(valid_histories, np.array(valid_items, dtype=np.int64)).take(chosen)
 

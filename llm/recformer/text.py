@@ -24,7 +24,7 @@ from rec.runtime.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 CLS, KEY, VALUE, PADDING = range(4)  # the token types
 
 
@@ -72,7 +72,7 @@ def item_tokens(
         UserError: if the catalog has none of the attributes, or an item has no text at all.
     """
     ranks = ranks or Ranks.current()
-    columns = _columns(data, config)
+    columns = text_columns(data, config)
     path = folder / f"items-{_content_hash(data.items, columns, config, tokenizer)}.safetensors"
     if ranks.is_first and not _is_whole(path):
         tokens = tokenise(data.items, columns, config.attribute_tokens, tokenizer)
@@ -130,7 +130,12 @@ def _flat(rows: list[list[int]], kind: type) -> np.ndarray:
     return np.fromiter((value for row in rows for value in row), dtype=kind, count=sum(map(len, rows)))
 
 
-def _columns(data: Prepared, config: TextConfig) -> list[str]:
+def text_columns(data: Prepared, config: TextConfig) -> list[str]:
+    """The attributes of the recipe that the catalog has.
+
+    Raises:
+        UserError: if it has none of them, or an item has no text at all.
+    """
     columns = [name for name in config.attributes if name in data.items.column_names]
     if not columns:
         raise UserError(
@@ -153,7 +158,7 @@ def _columns(data: Prepared, config: TextConfig) -> list[str]:
 def _content_hash(
     items: pa.Table, columns: Sequence[str], config: TextConfig, tokenizer: PreTrainedTokenizerBase
 ) -> str:
-    texts = {name: items[name].to_pylist() for name in columns}
+    texts = [[name, items[name].to_pylist()] for name in columns]  # in their order
     return hash_of([SCHEMA_VERSION, texts, config.attribute_tokens, tokenizer.backend_tokenizer.to_str()])
 
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from rec.attention import HeadsSection, attention
 from rec.dropout import dropout
 from rec.item_encoder import ItemEncoder
+from rec.linear_cross_entropy import ROW_MULTIPLE
 from rec.models.base import SequenceRecommender
 
 
@@ -47,13 +48,18 @@ class Block(nn.Module):
         self.ffn_in, self.ffn_out = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
         self.norm_attention, self.norm_ffn = nn.LayerNorm(dim), nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor, inside: Tensor) -> Tensor:
-        """[B, L, D] → [B, L, D]; ``inside`` [B, L] marks the places that are read."""
+    def forward(self, x: Tensor, inside: Tensor, rows: Tensor | None = None) -> Tensor:
+        """[B, L, D] → [B, L, D], or with ``rows`` [M] → [M, D], the outputs at these of the B L places alone.
+
+        ``inside`` [B, L] marks the places that are read.
+        """
         p = self.dropout if self.training else 0.0
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, H, L, D / H]
         attended = attention(q, k, v, inside[:, None, None], p)
-        attended = self.out(attended.transpose(1, 2).flatten(-2))
-        x = self.norm_attention(x + dropout(attended, p, self.training))
+        attended = attended.transpose(1, 2).flatten(-2)
+        if rows is not None:
+            attended, x = attended.flatten(0, 1)[rows], x.flatten(0, 1)[rows]
+        x = self.norm_attention(x + dropout(self.out(attended), p, self.training))
         hidden = self.ffn_out(F.gelu(self.ffn_in(x)))
         return self.norm_ffn(x + dropout(hidden, p, self.training))
 
@@ -81,19 +87,26 @@ class BERT4Rec(SequenceRecommender):
 
     def forward(self, items: Tensor, knowledge: Tensor | None = None) -> Tensor:
         """h^L [B, L, D] of items and masks [B, L], without the output head; a mask has no knowledge."""
+        return self._encode(items, knowledge)
+
+    def _encode(self, items: Tensor, knowledge: Tensor | None, rows: Tensor | None = None) -> Tensor:
+        """``forward``, or with ``rows`` [M] its states [M, D] at these of the B L places: the last block is theirs."""
         self.check_length(items)
         masked = items > self.items.n_items
         vectors = self.items(items.masked_fill(masked, 0), knowledge)  # [B, L, D]
         x = torch.where(masked[..., None], self.mask.to(vectors.dtype), vectors)
         x = x + self.positions(torch.arange(items.shape[1], device=items.device))
         x = dropout(self.norm(x), self.config.dropout, self.training)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x, items > 0)
-        return x
+        return self.blocks[-1](x, items > 0, rows)
 
     def states_at(self, items: Tensor, where: Tensor, knowledge: Tensor | None = None) -> Tensor:
         # The head is for the M masked places alone (Eq. 7).
-        return self.head(self(items, knowledge)[where])
+        rows = where.flatten().nonzero().squeeze(1)
+        # oneDNN makes kernels for every new number of rows.
+        padded = F.pad(rows, (0, -len(rows) % ROW_MULTIPLE)) if self.training else rows
+        return self.head(self._encode(items, knowledge, padded))[: len(rows)]
 
     def last_states(self, items: Tensor, lengths: Tensor, knowledge: Tensor | None = None) -> Tensor:
         """[B, D] states of a mask that follows each history; where there is no room for it, the oldest item goes."""

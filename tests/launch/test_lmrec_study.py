@@ -65,6 +65,7 @@ def test_a_study_runs_its_variants_once_and_says_what_holds(tmp_path, recipe):
     assert (by_name["BST"]["seeds"], by_name["BST"]["paper"]) == (0, STUDY["paper"]["BST"])
     assert result["packing"]["packed"] > 0 < result["packing"]["padded"]
     assert result["claims"][0]["id"] == "LMRec beats LMRec -lm in HR@10"
+    assert len({claim["id"] for claim in result["claims"]}) == len(result["claims"])
     for name in ("lmrec", "sizes", "inference", "eigenvalues"):
         assert (tmp_path / "study" / f"{name}.png").stat().st_size > 5_000
     assert [row["model"] for row in result["inference"]][1:] == ["LightGCN", "LMRec^TL on user features"]
@@ -111,19 +112,36 @@ def test_every_shipped_study_is_possible_and_begins_with_its_command(path):
 
 def test_claims_are_held_to_means_over_seeds():
     rows = [
-        {"variant": "LMRec", "HR@10": 0.15, "NDCG@10": 0.05}, {"variant": "LMRec", "HR@10": 0.17, "NDCG@10": 0.07},
-        {"variant": "LMRec -lm", "HR@10": 0.14, "NDCG@10": 0.08},
+        row_of("LMRec", 1, 0.15, 0.05), row_of("LMRec", 2, 0.17, 0.07),
+        row_of("LMRec -lm", 1, 0.13, 0.08), row_of("LMRec -lm", 2, 0.15, 0.07),
     ]  # fmt: skip
     found = {claim["id"]: claim for claim in claims(rows, {"LMRec": {"HR@10": 0.2}}, {"packed": 3.0, "padded": 2.0})}
     assert found["LMRec beats LMRec -lm in HR@10"] == {
         "id": "LMRec beats LMRec -lm in HR@10",
         "holds": True,
         "figure": 0.02,
+        "se": 0.0,
     }
-    assert not found["LMRec beats LMRec -lm in NDCG@10"]["holds"]
+    within = found["LMRec beats LMRec -lm in NDCG@10"]
+    assert (within["holds"], within["undecided"], within["figure"], within["se"]) == (False, True, -0.015, 0.015)
     near = found["LMRec is within 10% of the paper's HR@10 (ratio)"]
     assert (near["holds"], near["figure"]) == (False, 0.8)
     assert found["packed rows train more useful tokens a second than padded ones (ratio)"]["figure"] == 1.5
+
+
+@pytest.mark.parametrize(
+    ("difference", "holds", "undecided"), [(0.007, True, None), (0.005, False, True), (-0.007, False, None)]
+)
+def test_one_seeds_difference_is_held_against_the_error_over_users(difference, holds, undecided):
+    rows = [row_of("LMRec, Eq. 5", 0, 0.1 + difference, 0.1), row_of("LMRec -lm, Eq. 5", 0, 0.1, 0.1)]
+    claim = claims(rows, {}, {})[0]
+    assert claim["id"] == "LMRec, Eq. 5 beats LMRec -lm, Eq. 5 in HR@10"
+    assert claim["se"] == pytest.approx(0.002 * 2**0.5, rel=0.01)
+    assert (claim["holds"], claim.get("undecided")) == (holds, undecided)
+
+
+def row_of(variant: str, seed: int, hits: float, gain: float) -> dict:
+    return {"variant": variant, "seed": seed, "HR@10": hits, "NDCG@10": gain, "HR@10_se": 0.002, "NDCG@10_se": 0.002}
 
 
 def test_controls_score_what_they_say(small_data):

@@ -204,7 +204,8 @@ def test_a_step_s_loss_is_eq_6_over_the_sum_of_its_pairs_or_their_mean(small_dat
     assert row["pairs_target"] == pytest.approx(sum(each) / pairs)
     assert found["mean"] == pytest.approx(0.25 * sum(each) / pairs)
     assert found["sum"] == pytest.approx(found["mean"] * pairs)
-    assert pairs < task.config.pairs  # or it would not show which of them counts
+    assert pairs != task.config.pairs  # or it would not show which of them counts
+    assert row["pairs"] == pairs
 
 
 @torch.no_grad()
@@ -232,6 +233,24 @@ def test_in_batch_negatives_are_a_softmax_over_the_pass_s_items_corrected_for_be
         expected += math.log(sum(map(math.exp, logits))) - logits[positive]
     assert joint(part).item() == pytest.approx(expected / pairs, rel=1e-4)
     assert not any(bool(batch.presence.any()) for batch, _ in task.validation(9))  # comparable from recipe to recipe
+
+
+@pytest.mark.parametrize("prefixes", [1, 4, 16, 32])
+def test_a_step_has_about_as_many_pairs_as_the_recipe_says_however_short_histories_are(small_data, tokens, prefixes):
+    task = make_task(small_data, tokens, settings={"pairs": 128, "prefixes": prefixes})
+    counts = [task.parts(step)[1] for step in range(20)]
+    assert task.order.batch % (128 // prefixes) == 0
+    one_less, one_more = (np.mean(counts) * (1 + sign * (128 // prefixes) / task.order.batch) for sign in (-1, 1))
+    assert one_less < 128 < one_more
+
+
+def test_validation_has_the_same_random_items_whatever_is_trained_with(small_data, tokens):
+    def items_of(negatives):
+        task = make_task(small_data, tokens, settings={"negatives": negatives})
+        return [(batch.items.ids.tolist(), batch.negatives.tolist()) for batch, _ in task.validation(9)]
+
+    assert items_of(4) == items_of(20)
+    assert len(items_of(4)[0][1]) == small_data.n_items  # all of them, where there are fewer than 512
 
 
 def test_items_of_one_text_are_no_negatives_of_each_other(small_data, texts, tokenizer):

@@ -64,14 +64,16 @@ def separately(model, ids):
     return GPT2LMHeadModel.forward(model, torch.tensor([ids])).logits[0]
 
 
-@pytest.mark.parametrize("path", ["eager", "sdpa"])
-def test_packed_logits_are_separate_logits(model, path, monkeypatch):
-    monkeypatch.setattr("llm.packing.LONGEST_EAGER", 1024 if path == "eager" else 0)
+@pytest.mark.parametrize(
+    ("path", "longest", "trained"), [("eager", 1024, True), ("sdpa", 0, True), ("sdpa", 1024, False)]
+)
+def test_packed_logits_are_separate_logits(model, path, longest, trained, monkeypatch):
+    monkeypatch.setattr("llm.packing.LONGEST_EAGER", longest)
     own = documents()
     rows = best_fit([len(document) for document in own], 40)
     packed = pack(own, rows, EOS, 48)
-    with torch.no_grad():
-        logits = model.lm_head(hidden_states(model, packed))
+    with torch.set_grad_enabled(trained):
+        logits = model.lm_head(hidden_states(model, packed)).detach()
     assert model.config._attn_implementation == path
     for row, numbers in enumerate(rows):
         place = 0

@@ -1,5 +1,6 @@
 """The LMRec job as users start it: accelerate, DeepSpeed, two ranks; and its recipe."""
 
+import gzip
 import itertools
 import math
 import os
@@ -8,16 +9,25 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from pretraining import LLM, STEPS, final, finish, recipe, start
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from worlds import make_raw
 
 from llm import joint
+from llm.corpus import ItemTokens
 from llm.lmrec_job import LMRecEvaluation, LMRecJob, LMRecLLM, LMRecTrainConfig, load_job
 from llm.lmrec_run import _tasks, read_inputs, run
-from llm.tokenizer import train_tokenizer
+from llm.tokenizer import ARROW, load_tokenizer, train_tokenizer
 from llm.training import STEP
 from rec.data.prepare import Filters, prepare
 from rec.data.prepared import Prepared
@@ -185,6 +195,48 @@ def test_self_pretraining_starts_from_the_other_runs_weights(tmp_path, small_dat
         run(longer, "test")
 
 
+@pytest.mark.parametrize("unknown", ["<|unk|>", None])
+def test_any_causal_lm_whose_tokenizer_has_no_arrow_of_its_own_is_trained_on(tmp_path, small_data, unknown):
+    tokenizer = foreign_tokenizer(unknown)
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **size))
+    llama.save_pretrained(tmp_path / "llama")
+    tokenizer.save_pretrained(tmp_path / "llama")
+    own = job(tmp_path, small_data, model=str(tmp_path / "llama"))
+    assert run(own, "test")["rows"][0]["HR@10"] > 0
+    arrow = tokenizer(f" {ARROW}", add_special_tokens=False)["input_ids"]
+    assert len(arrow) > 1
+    tokens = ItemTokens(load_tokenizer(tmp_path / "llama"), ["one", "two", "three"], 40)
+    ids, ends = tokens.joined(np.array([0, 1, 2]))
+    assert ids == tokenizer(f"one {ARROW} two {ARROW} three")["input_ids"]
+    assert ends == [
+        len(tokenizer(text)["input_ids"]) for text in ("one", f"one {ARROW} two", f"one {ARROW} two {ARROW} three")
+    ]
+    assert tokens.length(np.array([0, 1, 2])) == len(ids)
+    assert tokens.that_fit(np.array([0, 1, 2]), len(ids)).tolist() == [0, 1, 2]
+    assert tokens.that_fit(np.array([0, 1, 2]), len(ids) - 1).tolist() == [1, 2]
+
+
+def test_a_tokenizer_that_cannot_write_the_arrow_would_join_items_by_nothing():
+    words = Tokenizer(models.WordLevel({"<|eos|>": 0, "one": 1, "two": 2}, unk_token="<|eos|>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|eos|>", unk_token="<|eos|>")
+    with pytest.raises(UserError, match="cannot write '→', which joins items"):
+        ItemTokens(tokenizer, ["one", "two"], 40)
+
+
+def foreign_tokenizer(unknown: str | None) -> PreTrainedTokenizerFast:
+    """A byte-level one that has never seen an arrow."""
+    own = Tokenizer(models.BPE())
+    own.pre_tokenizer, own.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|end|>", *([unknown] if unknown else [])]
+    own.train_from_iterator(
+        ["one two three"], trainers.BpeTrainer(vocab_size=280, special_tokens=special, initial_alphabet=alphabet)
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=own, eos_token="<|end|>", unk_token=unknown)
+
+
 def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_checkpoint(tmp_path, small_data, monkeypatch):
     real, calls = joint.language_loss, itertools.count()
     # Four parts a step: from the sixth step on.
@@ -211,6 +263,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_checkpoint(tmp
         ({"train": {"rows": 7, "processes": 2}}, "rows 7 is not divisible by processes 2"),
         ({"train": {"zero_stage": 0, "processes": 2}}, "zero_stage=0 is one process"),
         ({"train": {"zero_stage": 0, "precision": "fp16"}}, "loss scaling"),
+        ({"train": {"patience": 5, "validate_every": 20}}, "patience 5 ends training before its first validation"),
         ({"tasks": {"target": {"data": "x"}}}, "names of tasks"),
         ({"corpus": {"agnostic": [{"share": 0.3}]}}, "exactly one of"),
     ],
@@ -225,6 +278,9 @@ def test_what_the_data_makes_impossible_is_one_line_too(tmp_path, small_data):
     empty.mkdir()
     with pytest.raises(UserError, match="holds no text"):
         run(job(tmp_path, small_data, corpus={"agnostic": [{"text": str(empty)}]}), "test")
+    (empty / "cut.txt.gz").write_bytes(gzip.compress(b"Some text. " * 50)[:20])
+    with pytest.raises(UserError, match=r"cut.txt.gz cannot be read"):
+        run(job(tmp_path / "e", small_data, corpus={"agnostic": [{"text": str(empty)}]}), "test")
     with pytest.raises(UserError, match="the corpus is empty"):
         run(job(tmp_path / "b", small_data, corpus={"specific": 0.0}), "test")
     words = " ".join(f"{first}{second}" for first in "abcdefghij" for second in "klmnopqrst")

@@ -75,7 +75,8 @@ def test_vectors_are_scaled_by_how_far_they_are_from_their_mean(small_data, vect
 
 
 def test_vectors_that_are_all_the_same_cannot_be_scaled(small_data, tmp_path):
-    save_vectors(tmp_path / "same", small_data.items["item_id"].to_pylist(), torch.full((small_data.n_items, 6), 0.1), {})
+    ids = small_data.items["item_id"].to_pylist()
+    save_vectors(tmp_path / "same", ids, torch.full((len(ids), 6), 0.1), {})
     with pytest.raises(UserError, match="same: the vectors of all items are the same"):
         items_of(small_data, kind="vectors", file=str(tmp_path / "same"), std=0.02)
 

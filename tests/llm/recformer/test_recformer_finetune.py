@@ -1,6 +1,8 @@
 """stage-FT1 and FT2's loss and table, scoring, and evaluation on several ranks."""
 
+import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from llm.recformer.job import RecformerJob
 from llm.recformer.model import load_recformer
 from llm.recformer.objective import Parts
 from llm.recformer.recommender import RecformerRecommender, evaluate_on_all_ranks
-from rec.data.prepared import Prepared
+from rec.data.prepared import META, Prepared
 from rec.evaluation import evaluate_many, load_ranks
 from rec.protocol import Protocol
 from rec.runtime.checkpoint import Checkpoints
@@ -225,3 +227,16 @@ def test_what_would_only_fail_at_the_end_is_said_at_once(bert, small_data, tmp_p
     with pytest.raises(UserError, match="unknown protocol 'elephant'"):
         make_job(bert, small_data, tmp_path / "c", protocols=["elephant"])
     assert not (tmp_path / "a" / "finetune").exists()
+
+
+def test_what_was_trained_on_other_data_is_not_taken_for_this(bert, small_data, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(small_data.folder, data)
+    job = make_job(bert, Prepared.load(data), tmp_path / "run", tune_layers="none")
+    finetune(job)
+    assert len(job.finished("finetune")) == 2
+    shutil.rmtree(job.finetune_folder / "FT2")
+    meta = json.loads((data / META).read_text())
+    (data / META).write_text(json.dumps(meta | {"content_hash": "another"}))
+    with pytest.raises(UserError, match=r"FT1 was trained on other data than there is now"):
+        finetune(job)

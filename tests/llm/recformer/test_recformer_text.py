@@ -129,6 +129,9 @@ def test_tokens_are_made_once_for_what_decides_them(small_data, tokenizer, tmp_p
     item_tokens(small_data, TextConfig(attributes=["kind"]), tokenizer, tmp_path)
     [kept] = [path for path in tmp_path.iterdir() if len(ItemTokens(**text.load_file(path)).ids) == len(made.ids)]
     assert len(list(tmp_path.iterdir())) == 2
+    swapped = item_tokens(small_data, TextConfig(attributes=["kind", "title"]), tokenizer, tmp_path)
+    assert sorted(swapped.ids) == sorted(made.ids)
+    assert swapped.ids.tolist() != made.ids.tolist()
     kept.write_bytes(kept.read_bytes()[:50])  # as a kill of another program might leave it
     np.testing.assert_array_equal(item_tokens(small_data, config, tokenizer, tmp_path).ids, made.ids)
 
