@@ -146,7 +146,7 @@ class AlignConfig(Section):
     """Text columns of the item table. Of each, the log says how many texts are an item's entry there, and how much
     more reward those got than the others for the same pair."""
     standardise_knowledge: bool = True
-    """Each entry of the text vectors to mean 0 and variance 1 over the not-aligned texts of the catalog."""
+    """Each entry of the text vectors to mean 0 and variance 1 over the texts that the recommender begins with."""
     finish: TrainConfig = TrainConfig()
     """Training of the recommender on the aligned LLM's knowledge, after alignment."""
     finish_from: Literal["aligned", "scratch"] = "aligned"
@@ -225,6 +225,18 @@ class MainJob(Section):
     def _calibrates_by_what_is_not_trained_on(self) -> Self:
         if self.align.objective.temperature == "calibrated" and self.rec.train.on != "train":
             raise ValueError("align.objective.temperature=calibrated needs validation items: set rec.train.on=train")
+        return self
+
+    @model_validator(mode="after")
+    def _last_training_is_on_what_the_others_had(self) -> Self:
+        rec, align = self.rec.train, self.align
+        if align.finish.on != rec.on:
+            raise ValueError(
+                f"align.finish.on is {align.finish.on}, rec.train.on is {rec.on}: Base+SeRALM would be trained on other"
+                " items than the rows beside it"
+            )
+        if align.finish_from == "aligned" and (align.finish.start is not None or align.finish.tune != "all"):
+            raise ValueError("align.finish.start and tune have no meaning with finish_from=aligned")
         return self
 
     @property

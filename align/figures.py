@@ -15,18 +15,21 @@ class Arrivals:
     """Since which step each batch lay ready, as the trainer sees it: the lag in the queue, not in flight."""
 
     def __init__(self) -> None:
-        self._until = 0
-        self._since: dict[int, int] = {}
+        self._until: int | None = None
+        self._since: dict[int, int | None] = {}
 
     def see(self, step: int, queued: int) -> None:
         """At ``step`` its batch is there, and the ``queued`` ones after it."""
-        for batch in range(max(step, self._until), step + 1 + queued):
-            self._since[batch] = step
-        self._until = max(self._until, step + 1 + queued)
+        # Of what lies there when a run goes on nobody knows since when.
+        since = step if self._until is not None or step == 0 else None
+        for batch in range(max(step, self._until or 0), step + 1 + queued):
+            self._since[batch] = since
+        self._until = max(self._until or 0, step + 1 + queued)
 
-    def steps_in_queue(self, step: int) -> int:
-        """How many steps the batch of ``step``, which is taken now, has lain ready."""
-        return step - self._since.pop(step)
+    def steps_in_queue(self, step: int) -> int | None:
+        """How many steps the batch of ``step``, which is taken now, has lain ready; None if that is not known."""
+        since = self._since.pop(step)
+        return None if since is None else step - since
 
 
 def lag_figures(samples: Sequence[Sample], step: int, refresh_every: int) -> dict[str, float | list[int]]:

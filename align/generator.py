@@ -124,6 +124,7 @@ class Generator:
     def _refresh(self, step: int) -> float:
         """Load the newest snapshot if there is a newer one, waiting where ``step`` needs it; seconds waited."""
         begin, loading, align = time.monotonic(), 0.0, self.job.align
+        seen, alive = self.run.last_logged(), begin
         while True:
             self._stop_if_asked(step)
             if (newer := self._newer()) is not None:
@@ -136,9 +137,11 @@ class Generator:
             waited = time.monotonic() - begin - loading
             if self.snapshot and step <= last_step_allowed(self.snapshot.step, align.max_lag_steps):
                 return waited
-            if waited > align.wait_timeout_s:
+            if (logged := self.run.last_logged()) != seen:  # the trainer gets on, however slow its steps are
+                seen, alive = logged, time.monotonic()
+            if time.monotonic() - alive > align.wait_timeout_s:
                 raise TimeoutError(
-                    f"waited {align.wait_timeout_s:.0f} s for a snapshot of step"
+                    f"waited {align.wait_timeout_s:.0f} s, in which the trainer logged nothing, for a snapshot of step"
                     f" {max(0, step - align.max_lag_steps)} or later in {self.store.folder}"
                 )
             time.sleep(0.02)
@@ -157,13 +160,17 @@ class Generator:
             raise self.stop.stopped(f"before the batch of step {step}")
 
     def _load(self, snapshot: Snapshot) -> float:
-        """Swap both models, then prove by the canary that vLLM computes what the trainer computed; seconds it took."""
+        """Swap both models, then prove by the canary that vLLM computes what the trainer computed.
+
+        Returns:
+            Seconds it took; 0 if the weights did not come.
+        """
         begin = time.monotonic()
         try:
             snapshot = self._load_llm(snapshot)
         except TransferFailed as error:
             log.warning("%s", error)
-            return time.monotonic() - begin
+            return 0.0
         self.recommender = SequenceRecommender.from_pretrained(snapshot.recommender).to(self.device)
         self.snapshot, self.newest = snapshot, {}
         if self.job.align.others == "newest":

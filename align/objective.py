@@ -56,7 +56,9 @@ def reward_weights(
         return ratio - 1
     if baseline == "leave-one-out":
         group = 1 if ratio.shape[1] > 1 else 0
-        return ratio - (ratio.sum(group, keepdim=True) - ratio) / (ratio.shape[group] - 1)
+        weights = ratio - (ratio.sum(group, keepdim=True) - ratio) / (ratio.shape[group] - 1)
+        # Of equal rewards rounding alone is left, which ``scaled`` would make as large as any reward.
+        return weights.masked_fill(weights.abs() < 1e-6 * ratio, 0.0)
     return ratio
 
 

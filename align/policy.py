@@ -292,7 +292,12 @@ def _with_adapters(model: PreTrainedModel, lora: LoRAConfig) -> PeftModel:
 
 
 def _load(model: str) -> PreTrainedModel:
+    """A causal LM without dropout, whatever it was trained with: what samples is to be what is scored and trained."""
     try:
-        return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        config = AutoConfig.from_pretrained(model)
+        for own in (config, config.get_text_config()):
+            for name in [name for name, value in vars(own).items() if "drop" in name and isinstance(value, float)]:
+                setattr(own, name, 0.0)
+        return AutoModelForCausalLM.from_pretrained(model, config=config, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise UserError(f"{model} is no causal LM: {str(error).strip().splitlines()[0]}") from error

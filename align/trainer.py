@@ -50,7 +50,7 @@ from rec.runtime.config import hash_of
 from rec.runtime.errors import UserError
 from rec.runtime.logs import run_main
 from rec.runtime.progress import progress
-from rec.runtime.ranks import Ranks, left_together, lost_contact_is_named
+from rec.runtime.ranks import Ranks, left_together, lost_contact_is_named, use_own_gpu
 from rec.runtime.runfolder import RunFolder
 from rec.runtime.stopping import StopFile
 from rec.trainer import MODEL
@@ -100,6 +100,7 @@ class Trainer:
         own = Stages(into or job.run)
         self.run = RunFolder(own.run)
         align, original = job.align, self.stages.llm_model(job.llm)
+        use_own_gpu()
         # Before the accelerator: under ZeRO-3 it makes transformers shard whatever is loaded from then on.
         encoder = TextEncoder(self.stages.encoder_model(job.llm), job.llm.encoder)
         _, reading = self.stages.aligning(align)

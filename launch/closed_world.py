@@ -54,7 +54,7 @@ def figures(job: MainJob) -> dict[str, Any]:
         "aligned": aligned,
         "oracle": oracle[METRIC],
         "oracle_se": oracle[f"{METRIC}_se"],
-        "gap_closed": (aligned - na) / (oracle[METRIC] - na) if oracle[METRIC] != na else math.nan,
+        "gap_closed": gap_closed(na, aligned, oracle[METRIC]),
         "steps_to_relevant": steps_to(run.steps("train"), f"said_{driving}", RELEVANT),
         # As it was measured before the first step.
         "precondition": next(iter(run.events(PRECONDITION)), None) or precondition(job, data),
@@ -69,6 +69,11 @@ def shares(data: Prepared, texts: Path) -> dict[str, float]:
         / data.n_items
         for attribute in ATTRIBUTES
     }
+
+
+def gap_closed(na: float, aligned: float, oracle: float) -> float:
+    """Share of the way from the not-aligned system to the oracle; no number where there is no way to go."""
+    return (aligned - na) / (oracle - na) if oracle > na else math.nan
 
 
 def steps_to(rows: Sequence[dict[str, Any]], name: str, level: float) -> int | None:

@@ -166,8 +166,9 @@ class MainJobRun:
         newest = SnapshotStore(self.stages.snapshots).newest()
         model = SequenceRecommender.from_pretrained(newest.recommender)
         self._finish(model, self.stages.final_knowledge, self.stages.final, "Base+SeRALM")
-        # The control: the same further training, from the same recommender, on the texts it already had.
-        control = SequenceRecommender.from_pretrained(self.stages.na / "model")
+        # The control: the same last training, from what alignment began with, on the texts that it already had.
+        _, before = self.stages.aligning(self.job.align)
+        control = SequenceRecommender.from_pretrained(before / MODEL)
         self._finish(control, self.stages.na_knowledge, self.stages.control, "Control")
 
     def _finish(self, model: SequenceRecommender, texts: Path, folder: Path, title: str) -> None:

@@ -110,7 +110,7 @@ class StudyRun:
             self.jobs[seed, name] = job
 
     def _run(self, seed: int, name: str) -> dict[str, Any]:
-        job, begin = self.jobs[seed, name], time.monotonic()
+        job = self.jobs[seed, name]
         done = job.run / STUDIED
         if done.exists() and RunFolder(job.run).result() is not None:
             return files.read_json(done)
@@ -118,13 +118,15 @@ class StudyRun:
         is_world = (seed, name) in self.worlds
         if is_world:
             prepare(WORLD, world.read(world_seed=seed), Path(job.data), Filters(**world.FILTERS))
-        before = share_what_comes_before(job)
-        result = MainJobRun(job).execute(f"recalign align {job.run}/config.yaml")
+        before, folder = share_what_comes_before(job), RunFolder(job.run)
+        begin = time.monotonic()
+        try:
+            result = MainJobRun(job).execute(f"recalign align {job.run}/config.yaml")
+            figures = closed_world.figures(job) if is_world else {}
+        finally:
+            folder.log("studied", seconds=round(time.monotonic() - begin, 1))
         told = {"seed": seed, "variant": name}
-        figures = closed_world.figures(job) if is_world else {}
-        own, folder = time.monotonic() - begin, RunFolder(job.run)
-        folder.log("studied", seconds=round(own, 1))
-        # Every attempt that came this far, and what was done before for all variants, whoever did it.
+        # Every attempt, and what was done before for all variants, whoever did it.
         wall_s = sum(row["seconds"] for row in folder.events("studied"))
         shared_s = sum(row["seconds"] for row in before.events("stage"))
         content = {

@@ -54,8 +54,7 @@ def asynchronous(run: RunFolder) -> dict[str, Any]:
         "lag_versions_max": max(row["lag_versions"] for row in train),
         "queued_mean": _mean(train, "queued"),
         # Of the lag, so many steps the batch lay ready; the others passed before it was written.
-        "lag_in_queue_mean": _mean(train, "lag_in_queue"),
-        "lag_in_flight_mean": _round(sum(row["lag_steps_mean"] - row["lag_in_queue"] for row in train) / len(train)),
+        **_lags(train),
         "engine": started[-1]["engine"],
         "zero_stage": started[-1]["zero_stage"],
         "trainer_ranks": started[-1]["world_size"],
@@ -181,6 +180,15 @@ def moving_mean(values: list[float], width: int) -> list[float]:
 def _waiting_share(rows: list[dict[str, Any]], besides_s: float = 0.0) -> float:
     waited, busy = (sum(row[name] for row in rows) for name in ("waited_s", "busy_s"))
     return _round(waited / max(waited + busy + besides_s, 1e-9))
+
+
+def _lags(train: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Of the batches whose time in the queue is known: of none after a resume until what lay there is used up."""
+    known = [row for row in train if row["lag_in_queue"] is not None]
+    if not known:
+        return {"lag_in_queue_mean": None, "lag_in_flight_mean": None}
+    in_flight = sum(row["lag_steps_mean"] - row["lag_in_queue"] for row in known) / len(known)
+    return {"lag_in_queue_mean": _mean(known, "lag_in_queue"), "lag_in_flight_mean": _round(in_flight)}
 
 
 def _mean(rows: list[dict[str, Any]], name: str) -> float:

@@ -84,7 +84,9 @@ class KnowledgeFile:
     def keep(self, keys: Sequence[str], texts: Sequence[Said], shard: int = 0) -> None:
         """Store finished texts until the file is whole; those of one ``shard`` are written by one process."""
         name = f"part-{shard:04d}"
-        number = len(list(self.parts.glob(f"{name}-*.parquet")))
+        # After the highest: a damaged one in between may have been deleted.
+        numbers = [int(path.stem.rpartition("-")[2]) for path in self.parts.glob(f"{name}-*.parquet")]
+        number = max(numbers, default=-1) + 1
         table = pa.table(
             {"key": list(keys), "text": [said.text for said in texts], "cut": [said.cut for said in texts]}
         )

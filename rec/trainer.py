@@ -393,4 +393,4 @@ def device() -> torch.device:
     """Where models are trained and evaluated here: this process's GPU if there is one."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.currentdevice())
+    return torch.device("cuda", torch.cuda.current_device())

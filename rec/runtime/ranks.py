@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 
 from rec.runtime.errors import LostContact, Stopped, UserError
@@ -58,6 +59,12 @@ def lost_contact_is_named() -> Iterator[None]:
             f"lost contact with other processes of this job ({reason}): one of them, its node or the link to it is"
             " gone. Start the same command again, and it goes on from its last checkpoint"
         ) from error
+
+
+def use_own_gpu() -> None:
+    """From now on "cuda" is this process's own GPU, as its launcher counts them; does nothing without one."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 @contextlib.contextmanager

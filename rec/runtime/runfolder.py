@@ -141,6 +141,13 @@ class RunFolder:
         files.write_json(self.path / RESULT, result)
         return result
 
+    def last_logged(self) -> int:
+        """When the metrics file was last written, in nanoseconds of whatever clock its file system has; 0 if never."""
+        try:
+            return (self.path / METRICS).stat().st_mtime_ns
+        except FileNotFoundError:
+            return 0
+
     def result(self) -> dict[str, Any] | None:
         """The final figures, or None while the run is not finished."""
         path = self.path / RESULT

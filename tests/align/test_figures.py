@@ -31,9 +31,13 @@ def test_the_lag_in_the_queue_begins_when_the_trainer_sees_the_batch():
     assert arrivals.steps_in_queue(3) == 1
     resumed = Arrivals()
     resumed.see(7, 1)  # what was before is not known
-    assert resumed.steps_in_queue(7) == 0
+    assert resumed.steps_in_queue(7) is None
     resumed.see(8, 0)
-    assert resumed.steps_in_queue(8) == 1
+    assert resumed.steps_in_queue(8) is None
+    resumed.see(9, 1)
+    assert resumed.steps_in_queue(9) == 0
+    resumed.see(10, 0)
+    assert resumed.steps_in_queue(10) == 1
 
 
 def test_ratios_of_texts_and_draws_before_truncation():

@@ -248,6 +248,15 @@ def test_weights_of_groups_by_hand():
     torch.testing.assert_close(found, torch.tensor([[0.5, 1.5], [1.5, 0.5]]))
 
 
+@pytest.mark.parametrize("samples", range(2, 9))
+def test_equal_rewards_weigh_nothing_and_rounding_is_no_reward(samples):
+    torch.manual_seed(samples)
+    with_text = torch.randn(50, 1).expand(-1, samples)
+    found = reward_weights(with_text, torch.randn(50), "leave-one-out")
+    assert not found.any()
+    assert not scaled(found).any()
+
+
 def test_importance_weights_are_of_all_texts_of_a_sample_and_capped():
     """The second text is in two samples."""
     ratios, texts, samples = torch.tensor([2.0, 1.5, 0.5]), torch.tensor([0, 1, 1, 2]), torch.tensor([0, 0, 1, 2])

@@ -12,13 +12,14 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM, OPTConfig
 
 from align.config import LoRAConfig, MainJob, ObjectiveConfig, TrainerConfig
-from align.policy import Rows, deepspeed_config, layers_to_adapt
+from align.policy import Rows, _load, deepspeed_config, layers_to_adapt
 from align.samples import Sample, SampleLog, Text
 from align.trainer import make_accelerator
 from llm.config import LMRecConfig
+from llm.end_to_end import EndToEnd, logits_at, use_end_to_end
 from llm.lmrec import build_lmrec
 from rec.runtime.errors import UserError
 
@@ -240,6 +241,27 @@ def test_a_text_in_two_histories_is_one_row_and_equal_texts_of_two_draws_are_two
 def test_a_text_that_a_history_holds_twice_counts_once():
     twice = replace(make_sample(0, [[5], [5]], []), draws=[[Text(1, [8], [-0.5], "x")] * 2])
     assert Rows.of([twice], torch.device("cpu")).texts.tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2Config(vocab_size=40, n_positions=16, n_embd=32, n_layer=2, n_head=2),
+        OPTConfig(vocab_size=40, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2,
+                  max_position_embeddings=16, word_embed_proj_dim=32),
+    ],
+    ids=["GPT-2", "OPT"],
+)  # fmt: skip
+def test_a_model_that_was_trained_with_dropout_is_the_same_while_it_trains(tmp_path, config):
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    whole = _load(str(tmp_path))
+    end_to_end = use_end_to_end(whole)
+    laid = EndToEnd.of([[5, 6, 7, 8], [9, 10]])
+    places = torch.tensor([0, 2, 4])
+    found = [logits_at(model, laid, places, end_to_end) for model in (whole.train(), whole.train(), whole.eval())]
+    assert torch.equal(found[0], found[1])
+    torch.testing.assert_close(found[0], found[2])
 
 
 def test_layers_to_adapt_are_named_without_weights_or_refused(llama):

@@ -1,5 +1,7 @@
 """What neither job goes on with: samples of a wrong age, rewards that are no numbers, snapshots that do not come."""
 
+import itertools
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +14,11 @@ from align.order import Turns
 from align.samples import Sample, SampleLog, Text
 from align.snapshots import Snapshot, SnapshotStore
 from align.trainer import Trainer
+from align.transfer import TransferFailed
 from rec.runtime.config import build
 from rec.runtime.errors import UserError
 from rec.runtime.ranks import Ranks
+from rec.runtime.runfolder import RunFolder
 from rec.runtime.stopping import StopFile
 
 SAMPLE = Sample(
@@ -24,6 +28,18 @@ SAMPLE = Sample(
 
 def job(run: Path, **align: object) -> MainJob:
     return build(MainJob, {"data": "x", "run": str(run), "align": {"refresh_every": 10, "max_lag_steps": 20, **align}})
+
+
+@pytest.mark.parametrize(
+    ("align", "message"),
+    [
+        ({"finish": {"on": "train+valid"}}, "align.finish.on is train\\+valid, rec.train.on is train"),
+        ({"finish": {"tune": "items"}}, "finish.start and tune have no meaning with finish_from=aligned"),
+    ],
+)
+def test_a_last_training_that_would_not_be_what_it_says_is_refused(tmp_path, align, message):
+    with pytest.raises(UserError, match=message):
+        job(tmp_path, **align)
 
 
 @pytest.fixture
@@ -60,17 +76,37 @@ def generator(tmp_path) -> Generator:
     generator = Generator.__new__(Generator)
     generator.job, generator.turns = job(tmp_path, wait_timeout_s=0.05), Turns(0, 1, 4)
     generator.store, generator.log = SnapshotStore(tmp_path / "snapshots"), SampleLog(tmp_path / "samples")
-    generator.stop, generator.snapshot = StopFile(tmp_path), None
+    generator.stop, generator.snapshot, generator.run = StopFile(tmp_path), None, RunFolder(tmp_path)
     return generator
 
 
 def test_waiting_for_a_snapshot_ends_and_says_which_would_do(generator):
-    with pytest.raises(TimeoutError, match=r"waited 0 s for a snapshot of step 0 or later in .*snapshots"):
+    with pytest.raises(TimeoutError, match=r"waited 0 s, .* nothing, for a snapshot of step 0 or later in .*snapshots"):
         generator._refresh(3)
     generator.snapshot = Snapshot(Path("v1"), 1, 10, [], [])
     assert generator._refresh(30) >= 0
-    with pytest.raises(TimeoutError, match=r"waited 0 s for a snapshot of step 11 or later"):
+    with pytest.raises(TimeoutError, match=r"waited 0 s, .*, for a snapshot of step 11 or later"):
         generator._refresh(31)
+
+
+def test_a_trainer_that_gets_on_is_waited_for_however_slow_it_is(generator, monkeypatch):
+    looks = itertools.count()
+    monkeypatch.setattr(generator.run, "last_logged", lambda: min(next(looks), 20))
+    begin = time.monotonic()
+    with pytest.raises(TimeoutError, match="in which the trainer logged nothing"):
+        generator._refresh(3)
+    assert time.monotonic() - begin > 0.3  # several times the timeout
+
+
+def test_weights_that_do_not_come_are_no_progress(generator, monkeypatch):
+    def fail(snapshot):
+        time.sleep(0.02)
+        raise TransferFailed("the trainer did not come")
+
+    monkeypatch.setattr(generator, "_load_llm", fail)
+    monkeypatch.setattr(generator, "_newer", lambda: Snapshot(Path("v1"), 1, 10, [], []))
+    with pytest.raises(TimeoutError, match="for a snapshot of step 0 or later"):
+        generator._refresh(3)
 
 
 def test_a_batch_that_is_gone_is_not_written_again_by_newer_weights(generator):

@@ -171,6 +171,12 @@ GOOD = {"oracle": 0.3, "na": 0.1, "relevant_before": 0.26, "relevant_after": 0.9
         "shared_s": 60.0, "wall_s": 240.0}  # fmt: skip
 
 
+def test_where_the_oracle_is_no_better_there_is_no_gap_to_close():
+    assert closed_world.gap_closed(0.1, 0.25, 0.3) == pytest.approx(0.75)
+    assert math.isnan(closed_world.gap_closed(0.1, 0.08, 0.09))
+    assert math.isnan(closed_world.gap_closed(0.1, 0.1, 0.1))
+
+
 def test_claims_are_about_the_worst_seed():
     assert [claim["holds"] for claim in closed_world.claims([GOOD, GOOD])] == [True] * 5
     bad = {"oracle": 0.19, "na": 0.1, "relevant_before": 0.1, "relevant_after": 0.89, "gap_closed": 0.79,

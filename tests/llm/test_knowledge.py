@@ -10,7 +10,7 @@ from worlds import make_raw
 from llm import knowledge
 from llm.config import EngineConfig, LLMConfig, LMRecConfig
 from llm.engine import Engine
-from llm.knowledge import KnowledgeFile, fingerprint, generate_knowledge, text_keys
+from llm.knowledge import KnowledgeFile, Said, fingerprint, generate_knowledge, text_keys
 from llm.lmrec import build_lmrec
 from llm.tokenizer import train_tokenizer
 from rec.data.prepare import Filters, prepare
@@ -166,6 +166,18 @@ def test_a_damaged_file_is_named(small_data, model, tmp_path):
     (tmp_path / "k.parquet").write_bytes(b"no parquet")
     with pytest.raises(UserError, match=r"k\.parquet is damaged .*; delete it"):
         generate_knowledge(small_data, model, SETTINGS, tmp_path / "k.parquet", "v1")
+
+
+def test_a_damaged_part_can_be_deleted_and_no_other_is_lost(tmp_path):
+    file = KnowledgeFile(tmp_path / "k.parquet")
+    for key in "abc":
+        file.keep([key], [Said(key, False)])
+    sorted(file.parts.iterdir())[1].write_bytes(b"no parquet")
+    with pytest.raises(UserError, match=r"part-0000-000001\.parquet is damaged"):
+        file.texts()
+    (file.parts / "part-0000-000001.parquet").unlink()
+    file.keep(["b"], [Said("b", False)])
+    assert sorted(file.texts()) == ["a", "b", "c"]
 
 
 def test_a_model_that_is_not_there_is_named(tmp_path):
