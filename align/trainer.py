@@ -211,6 +211,8 @@ class Trainer:
         outcome = self.ranks.broadcast(outcome)
         if isinstance(outcome, str):
             raise TimeoutError(outcome)
+        if outcome is not None and not self.ranks.is_first:
+            self.log.wait(step, self.job.align.wait_timeout_s)  # another node may see it later
         return outcome
 
     def _give_and_look(self) -> bool:
