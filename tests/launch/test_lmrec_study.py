@@ -7,13 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
 from launch import lmrec_study
+from launch.bench.lmrec import padded_batches
 from launch.controls import Popularity, Transitions
 from launch.lmrec_study import LMRecStudyRun, claims
+from llm.corpus import IGNORED
 from rec.config import EvaluateConfig
 from rec.evaluation import evaluate
 from rec.runtime.errors import UserError
@@ -163,16 +166,30 @@ def test_controls_score_what_they_say(small_data):
     assert found > 0.7 > evaluate(popular, small_data, "test", EvaluateConfig())["HR@10"]
 
 
+@pytest.mark.parametrize("by_length", [False, True])
+def test_padded_batches_hold_every_document_once_and_keep_to_their_places(by_length):
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(1, 90, size=rng.integers(2, 40)).tolist() for _ in range(200)]
+    batches = padded_batches(documents, 120, 0, 7, by_length)
+    assert all(batch.ids.numel() <= 120 for batch in batches)
+    found = [row[row != IGNORED].tolist() for batch in batches for row in batch.labels]
+    assert sorted(found) == sorted(documents)
+    padding = sum(batch.ids.numel() for batch in batches) / sum(map(len, documents))
+    assert (padding < 1.15) == by_length
+    lengths = [batch.ids.shape[1] for batch in batches]
+    assert lengths != sorted(lengths)
+
+
 @pytest.mark.slow
 def test_the_bench_measures_each_thing_once(tmp_path, recipe):
     words = ("bench", "lmrec", tmp_path / "job.yaml", "--steps", "1", "--out", tmp_path / "bench", "--only")
-    done = recalign(*words, "packed,padded,trainer,matmul,gpu")
+    done = recalign(*words, "packed,padded,padded-by-length,trainer,matmul,gpu")
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "bench" / "result.json").read_text())
     rows = {row["name"]: row for row in result["rows"]}
-    assert all(rows[name]["tokens_per_s"] > 0 for name in ("packed", "padded", "trainer"))
+    assert all(rows[name]["tokens_per_s"] > 0 for name in ("packed", "padded", "padded-by-length", "trainer"))
     assert rows["gpu"] == {"name": "gpu", "steps": 1, "not_measured": "no NVIDIA GPU here"}
-    assert len(result["claims"]) == 2
+    assert len(result["claims"]) == 3
     before = (tmp_path / "bench" / "metrics.jsonl").read_bytes()
     assert recalign(*words, "packed,trainer").returncode == 0
     assert (tmp_path / "bench" / "metrics.jsonl").read_bytes() == before
