@@ -26,7 +26,7 @@ from llm.recformer.batches import SequenceMaker, TokenSequences
 from llm.recformer.config import RecformerFinetuneConfig
 from llm.recformer.encode import encode_items
 from llm.recformer.engine import Engine, make_accelerator, mean_over_ranks
-from llm.recformer.job import FINISHED, RecformerJob
+from llm.recformer.job import FINISHED, RecformerJob, hash_of_data
 from llm.recformer.model import RecformerModel, load_recformer
 from llm.recformer.objective import Parts, encode
 from llm.recformer.recommender import VECTORS, RecformerRecommender, evaluate_on_all_ranks
@@ -158,7 +158,7 @@ class Stage:
         keep = self.stage.keep_checkpoints, self.stage.keep_checkpoint_every
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.ranks, *keep)
         self.stop = StopFile(job.run, self.ranks)
-        self.meta = {"config_hash": job.identity("finetune"), "data_hash": job.data_hash("finetune")}
+        self.meta = {"config_hash": job.identity("finetune"), "data_hash": hash_of_data([data])}
         self.best, self.best_epoch, self.waited = -1.0, -1, 0
         self.best_weights: dict[str, Tensor] = {}
         self.valid_rows = some_instances(data, "valid", self.stage.valid_users)

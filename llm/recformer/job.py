@@ -83,7 +83,7 @@ class RecformerJob(Section):
     def data_hash(self, stage: Literal["pretrain", "finetune"]) -> str:
         """A hash of all data that a stage is trained on."""
         sources = self.settings.pretrain.sources if stage == "pretrain" else []
-        return " ".join(self.open(name).meta["content_hash"] for name in sources or [self.data])
+        return hash_of_data([self.open(name) for name in sources or [self.data]])
 
     def open(self, name: str) -> Prepared:
         """A prepared folder; a built-in data set is prepared in the run folder first. Every rank calls this."""
@@ -94,6 +94,11 @@ class RecformerJob(Section):
             prepare_builtin(name, folder)
         ranks.barrier()
         return Prepared.load(folder)
+
+
+def hash_of_data(data: Sequence[Prepared]) -> str:
+    """A hash of prepared folders, in their order."""
+    return " ".join(own.meta["content_hash"] for own in data)
 
 
 def load_job(path: Path, overrides: Sequence[str] = ()) -> RecformerJob:

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from llm.recformer.batches import SequenceMaker
 from llm.recformer.contrastive import item_contrast
 from llm.recformer.engine import Engine, make_accelerator, mean_over_ranks
-from llm.recformer.job import FINISHED, RecformerJob
+from llm.recformer.job import FINISHED, RecformerJob, hash_of_data
 from llm.recformer.mlm import MaskedLMHead
 from llm.recformer.model import RecformerModel, load_recformer, resolve
 from llm.recformer.objective import Objective, Parts, encode
@@ -74,7 +74,7 @@ class Pretraining:
         keep = self.stage.keep_checkpoints, self.stage.keep_checkpoint_every
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.ranks, *keep)
         self.stop = StopFile(job.run, self.ranks)
-        self.meta = {"config_hash": job.identity("pretrain"), "data_hash": job.data_hash("pretrain")}
+        self.meta = {"config_hash": job.identity("pretrain"), "data_hash": hash_of_data(data)}
         self.best, self.best_step, self.best_weights = -1.0, 0, self.engine.weights()
 
     def loop(self) -> Path:
