@@ -41,7 +41,7 @@ class ObjectiveConfig(Section):
     """p(y|x): of the frozen recommender without knowledge (the paper), or the mean of p(y|x,s) over the k texts."""
     kl: Literal["sampled", "exact"] = "sampled"
     """The penalty from the sampled tokens alone (the paper), or exact over the vocabulary at each of their places."""
-    max_importance: float | None = Field(None, gt=0)
+    max_importance: float | None = Field(None, ge=1)
     """Correct for samples of an older policy by p_now(s|x)/p_then(s|x), truncated here; null for none (the paper)."""
 
     @model_validator(mode="after")
@@ -87,8 +87,9 @@ class TrainerConfig(Section):
     keep_checkpoints: int = Field(2, ge=1)
     """Newest checkpoints that are kept."""
     keep_checkpoint_every: int | None = Field(None, ge=1)
-    """Checkpoints of every so many steps are kept for good; null for none."""
-    keep_snapshots: int = Field(4, ge=2)
+    """The first checkpoint of every so many steps is kept for good; null for none."""
+    keep_snapshots: int | None = Field(None, ge=2)
+    """Newest snapshots that are kept; null for as many as generators may be loading."""
     seed: int = 42
 
     @model_validator(mode="after")
@@ -157,6 +158,13 @@ class AlignConfig(Section):
     max_restarts: int = Field(3, ge=0)
     """Restarts of a job that dies without having got any further."""
 
+    @property
+    def snapshots_in_use(self) -> int:
+        """How many are published at most while a generator loads one, and that one."""
+        # The trainer then gets as far as what is written already, and the turns of the other generators, reach.
+        turns = (self.generator.processes - 1) * self.generator.batches_per_call
+        return -(-(self.max_lag_steps + turns) // self.refresh_every) + 2
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.fresh == "all" and self.fresh_items != 1:
@@ -175,11 +183,10 @@ class AlignConfig(Section):
                 f"max_lag_steps {self.max_lag_steps} is below refresh_every {self.refresh_every} - 1:"
                 " the generator would wait for a snapshot that the trainer publishes only with more samples"
             )
-        needed = -(-self.max_lag_steps // self.refresh_every) + 2
-        if self.trainer.keep_snapshots < needed:
+        if self.trainer.keep_snapshots is not None and self.trainer.keep_snapshots < self.snapshots_in_use:
             raise ValueError(
-                f"trainer.keep_snapshots {self.trainer.keep_snapshots} is below {needed}: the trainer could delete"
-                " the snapshot that the generator is loading"
+                f"trainer.keep_snapshots {self.trainer.keep_snapshots} is below {self.snapshots_in_use}: the trainer"
+                " could delete the snapshot that the generator is loading"
             )
         if self.trainer.batch_size % self.trainer.processes:
             raise ValueError(

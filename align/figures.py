@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from align.objective import effective_sample_fraction, mean_ratio
+from align.objective import effective_sample_fraction, mean_ratio, sampled_kl
 from align.samples import Sample
 from rec.runtime.runfolder import RunFolder
 
@@ -15,16 +15,20 @@ class Arrivals:
     """Since which step each batch lay ready, as the trainer sees it: the lag in the queue, not in flight."""
 
     def __init__(self) -> None:
-        self._until: int | None = None
+        self._until: int | None = None  # the first batch that was not there yet
         self._since: dict[int, int | None] = {}
+
+    def known_until(self, step: int) -> int:
+        """The first batch, ``step``'s or a later one, that was not there yet when it was last looked for."""
+        return max(step, self._until or 0)
 
     def see(self, step: int, queued: int) -> None:
         """At ``step`` its batch is there, and the ``queued`` ones after it."""
         # Of what lies there when a run goes on nobody knows since when.
         since = step if self._until is not None or step == 0 else None
-        for batch in range(max(step, self._until or 0), step + 1 + queued):
+        for batch in range(self.known_until(step), step + 1 + queued):
             self._since[batch] = since
-        self._until = max(self._until or 0, step + 1 + queued)
+        self._until = self.known_until(step + 1 + queued)
 
     def steps_in_queue(self, step: int) -> int | None:
         """How many steps the batch of ``step``, which is taken now, has lain ready; None if that is not known."""
@@ -47,6 +51,23 @@ def text_figures(samples: Sequence[Sample]) -> dict[str, float]:
     """How many texts they hold, and tokens a text."""
     lengths = [len(text.token_ids) for sample in samples for draw in sample.draws for text in draw]
     return {"texts": len(lengths), "text_tokens": sum(lengths) / len(lengths)}
+
+
+def policy_figures(shares: Sequence[dict[str, Tensor]], of_draws: Sequence[Tensor]) -> dict[str, float]:
+    """Of all texts of a step, whichever rank had them.
+
+    Args:
+        shares: of each rank, of each of its texts [M]: ``logprob``, log p(s|x); ``from_original``, log p(s|x) less the
+            original's; ``log_ratio``, of p_now / p_then; ``mismatch``, from ``mismatch_kl``; ``tokens``.
+        of_draws: of each rank, logs [S] of p_now / p_then of its draws.
+    """
+    texts = {name: torch.cat([share[name] for share in shares]) for name in shares[0]}
+    return {
+        "kl": sampled_kl(texts["from_original"], texts["log_ratio"]).item(),
+        "text_logprob": texts["logprob"].mean().item(),
+        "mismatch_kl": (texts["mismatch"].sum() / texts["tokens"].sum()).item(),
+        **ratio_figures(texts["log_ratio"], torch.cat(list(of_draws))),
+    }
 
 
 def ratio_figures(texts: Tensor, draws: Tensor) -> dict[str, float]:

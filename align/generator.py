@@ -81,7 +81,7 @@ class Generator:
         self.sources = Sources(
             data,
             prompts,
-            StepOrder(data, job.align.reward_users, base.config.max_length, trainer.batch_size, trainer.seed),
+            StepOrder(data, job.align.reward_users, base.reach, trainer.batch_size, trainer.seed),
             base,
             TextEncoder(stages.encoder_model(llm), llm.encoder),
             stages.temperatures(job.align),
@@ -153,7 +153,7 @@ class Generator:
         if found is None or found.whole:
             return found
         held = -1 if self.taker is None else self.taker.held()
-        return self.store.get(held) if held > own else None
+        return self.store.get(held) if held > own else self.store.newest(after=own, whole=True)
 
     def _stop_if_asked(self, step: int) -> None:
         if self.stop.seen():
@@ -172,11 +172,10 @@ class Generator:
             log.warning("%s", error)
             return 0.0
         self.recommender = SequenceRecommender.from_pretrained(snapshot.recommender).to(self.device)
+        started_anew = self.snapshot is None
         self.snapshot, self.newest = snapshot, {}
-        if self.job.align.others == "newest":
-            # After a restart: what this version has said already.
-            for step in range(snapshot.step, self.log.next_step()):
-                self._remember([one for one in self.log.read(step) if one.version == snapshot.version])
+        if started_anew and self.job.align.others == "newest":
+            self._remember_what_was_said()
         load_s = time.monotonic() - begin
         scored = self.engine.logprobs_of(snapshot.canary_tokens)
         differences = [abs(ours - theirs) for ours, theirs in zip(scored, snapshot.canary_logprobs, strict=True)]
@@ -196,6 +195,12 @@ class Generator:
                 f" {snapshot.folder} (allowed: {self.job.llm.engine.canary_tolerance:g})"
             )
         return time.monotonic() - begin
+
+    def _remember_what_was_said(self) -> None:
+        """What a predecessor has written under the same weights."""
+        by = self.snapshot.version, self.snapshot.step
+        for step in range(self.snapshot.step, self.log.next_step()):
+            self._remember([one for one in self.log.read(step) if (one.version, one.version_step) == by])
 
     def _load_llm(self, snapshot: Snapshot) -> Snapshot:
         """Swap the LLM; returns the snapshot that it is of: what the trainer gives may be newer than what was seen."""

@@ -39,7 +39,8 @@ class _Scored(torch.autograd.Function):
                 ahead = (log_p - reference[rows]).add_((of_reference[rows] - kl[rows])[:, None])
                 part.add_(ahead.mul_(by_kl[rows, None]))
             part.mul_(log_p.exp_())
-        grad.scatter_add_(1, next_ids[:, None], by_chosen[:, None])
+        # Every row has one place of its own; a GPU's scatter_add would not know, and has no deterministic kernel.
+        grad[torch.arange(len(grad), device=grad.device), next_ids] += by_chosen
         return grad, None, None
 
 

@@ -109,7 +109,8 @@ def policy_loss(
         cost = token_kl.detach() * mask
         after = cost
     penalty = alpha * (torch.ones_like(weights) if shares is None else shares)[:, None].to(logprobs.dtype)
-    from_here_on = cost.flip(1).cumsum(1).flip(1) - after
+    # Sums of what is left of each row; as a product, because a GPU's cumsum has no deterministic kernel.
+    from_here_on = cost @ torch.ones(2 * [cost.shape[1]], dtype=cost.dtype, device=cost.device).tril() - after
     gain = (weights[:, None].to(logprobs.dtype) - penalty * from_here_on) * logprobs * mask
     if token_kl is not None:
         gain = gain - penalty * token_kl * mask
@@ -137,13 +138,13 @@ def recommender_loss(log_p_y_given_xs: Tensor) -> Tensor:
     return -log_p_y_given_xs.mean()
 
 
-def sampled_kl(logprobs: Tensor, reference_logprobs: Tensor, mask: Tensor, ratios: Tensor) -> Tensor:
+def sampled_kl(from_original: Tensor, ratios: Tensor) -> Tensor:
     """KL(p || p_orig) in nats a text, from texts of an older p.
 
-    The mean of Σ_t log p - log p_orig over rows, weighted by their importance ratios, logs [M] of which are given
+    The mean of log p(s|x) - log p_orig(s|x) [M], weighted by the texts' importance ratios, logs [M] of which are given
     (self-normalised): without the weights a stale sample makes the estimate negative as soon as p moves away from it.
     """
-    return (ratios.softmax(0) * ((logprobs - reference_logprobs) * mask).sum(1)).sum()
+    return (ratios.softmax(0) * from_original).sum()
 
 
 def log_ratios(logprobs: Tensor, sampling_logprobs: Tensor, mask: Tensor) -> Tensor:
@@ -172,12 +173,12 @@ def importance_weights(ratios: Tensor, cap: float) -> Tensor:
 
 
 def mismatch_kl(logprobs: Tensor, sampling_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """Mean over tokens of r - 1 - log r with r = p_now / p_then: an estimate of KL(p_then || p_now), never negative.
+    """[M] sums over tokens of r - 1 - log r with r = p_now / p_then: estimates of KL(p_then || p_now), never negative.
 
     On texts of the present weights it is what two implementations of one model differ by.
     """
     log_r = ((logprobs - sampling_logprobs).double() * mask).clamp(max=LARGEST_LOG)
-    return (log_r.exp() - 1 - log_r).sum() / mask.sum()
+    return (log_r.exp() - 1 - log_r).sum(1)
 
 
 def effective_sample_fraction(ratios: Tensor) -> Tensor:

@@ -65,12 +65,12 @@ class PairOrder:
 
     Args:
         data: the prepared data; only training interactions are used.
-        max_length: longest history.
+        reach: items of a history that are kept, the last ones: what the recommender reads.
         seed: of the order.
     """
 
-    def __init__(self, data: Prepared, max_length: int, seed: int) -> None:
-        self.data, self.max_length, self.seed = data, max_length, seed
+    def __init__(self, data: Prepared, reach: int, seed: int) -> None:
+        self.data, self.reach, self.seed = data, reach, seed
         spans = zip(data.offsets[:-1].tolist(), data.train_ends.tolist(), strict=True)
         # The first item of a history has nothing before it.
         self.targets = np.concatenate([np.arange(begin + 1, end) for begin, end in spans])
@@ -84,7 +84,7 @@ class PairOrder:
             self._epoch, self._order = epoch, rng.permutation(len(self.targets))
         index = int(self.targets[self._order[place]])
         user = int(torch.searchsorted(self.data.offsets, index, right=True)) - 1
-        begin = max(int(self.data.offsets[user]), index - self.max_length)
+        begin = max(int(self.data.offsets[user]), index - self.reach)
         return Pair(user, self.data.sequence[begin:index].tolist(), int(self.data.sequence[index]))
 
 
@@ -114,16 +114,16 @@ class StepOrder:
     Args:
         data: the prepared data.
         reward_users: share of users that are set aside.
-        max_length: longest history.
+        reach: items of a history that are kept, the last ones: what the recommender reads.
         batch_size: pairs a step of each kind.
         seed: of the order and of the choice of users.
     """
 
-    def __init__(self, data: Prepared, reward_users: float, max_length: int, batch_size: int, seed: int) -> None:
+    def __init__(self, data: Prepared, reward_users: float, reach: int, batch_size: int, seed: int) -> None:
         aside = set_aside(data, reward_users, seed)
         self.batch_size = batch_size
-        self.fitting = PairOrder(data.without(aside), max_length, seed)
-        self.rewarding = PairOrder(data.without(~aside), max_length, seed) if reward_users else None
+        self.fitting = PairOrder(data.without(aside), reach, seed)
+        self.rewarding = PairOrder(data.without(~aside), reach, seed) if reward_users else None
 
     def tasks(self, step: int) -> list[Task]:
         """The samples of ``step``, in the order of their ordinals."""

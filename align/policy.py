@@ -25,9 +25,9 @@ from align.objective import (
     mismatch_kl,
     policy_loss,
     row_weights,
-    sampled_kl,
 )
 from align.samples import Sample, Text
+from llm.causal_lm import load_causal_lm
 from llm.end_to_end import EndToEnd, logits_at, use_end_to_end
 from llm.launched import shipped_deepspeed
 from llm.resharding import restore
@@ -56,7 +56,7 @@ class Policy:
     def __init__(self, model: str, config: AlignConfig, accelerator: Accelerator) -> None:
         self.config, self.accelerator = config, accelerator
         trainer = config.trainer
-        whole = _load(model)
+        whole = load_causal_lm(model)
         self.end_to_end = use_end_to_end(whole)
         policy = whole if trainer.lora is None else _with_adapters(whole, trainer.lora)
         trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
@@ -71,7 +71,7 @@ class Policy:
         """The ZeRO stage that is really in use."""
         return self.engine.zero_optimization_stage()
 
-    def update(self, step: int, samples: list[Sample], weights: Tensor) -> tuple[dict[str, float], Tensor, Tensor]:
+    def update(self, step: int, samples: list[Sample], weights: Tensor) -> tuple[float, dict[str, Tensor], Tensor]:
         """One step of Eq. 8 on this rank's samples.
 
         Args:
@@ -80,8 +80,8 @@ class Policy:
             weights: [samples, k] from ``reward_weights``.
 
         Returns:
-            Figures of the samples from before the step, and logs of the importance ratios of their texts [M] and of
-            their draws [samples k].
+            The loss; what ``policy_figures`` wants to know of each text, [M] of all; and logs of the importance ratios
+            of the draws, [samples k]. All from before the step.
         """
         objective, rows = self.config.objective, Rows.of(samples, self.accelerator.device)
         for group in self.engine.optimizer.param_groups:
@@ -99,13 +99,14 @@ class Policy:
         self.engine.backward(loss)
         self.engine.step()
         with torch.no_grad():
-            figures = {
-                "policy_loss": loss.item(),
-                "kl": sampled_kl(logprobs, reference, mask, ratios).item(),
-                "text_logprob": (logprobs * mask).sum(1).mean().item(),
-                "mismatch_kl": mismatch_kl(logprobs, rows.drawn, mask).item(),
+            texts = {
+                "log_ratio": ratios,
+                "logprob": (logprobs * mask).sum(1),
+                "from_original": ((logprobs - reference) * mask).sum(1),
+                "mismatch": mismatch_kl(logprobs, rows.drawn, mask),
+                "tokens": mask.sum(1),
             }
-        return figures, ratios.cpu(), of_draws.cpu()
+        return loss.item(), {name: values.cpu() for name, values in texts.items()}, of_draws.cpu()
 
     @torch.no_grad()
     def logprobs_of(self, token_ids: list[int]) -> list[float]:
@@ -126,13 +127,13 @@ class Policy:
                 continue
             with self._whole(parameter):
                 if self.accelerator.is_main_process:
-                    weights[name] = parameter.detach().cpu().clone()
+                    weights[name] = parameter.detach().to("cpu", copy=True)
         if adapters:
             return weights
         persistent = set(self.engine.module.state_dict())
         for name, buffer in self.engine.module.named_buffers():
             if self.accelerator.is_main_process and name in persistent:
-                weights[name] = buffer.detach().cpu().clone()
+                weights[name] = buffer.detach().to("cpu", copy=True)
         return weights
 
     def as_in_files(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -170,7 +171,7 @@ class Policy:
 
     def _frozen(self, model: str) -> torch.nn.Module:
         """The original; whole on every rank, but sharded like the policy under ZeRO-3, where it may not fit."""
-        reference = _load(model).eval().requires_grad_(False)
+        reference = load_causal_lm(model).eval().requires_grad_(False)
         use_end_to_end(reference)
         if self.stage < 3:
             dtype = torch.bfloat16 if self.config.trainer.bf16 else torch.float32
@@ -289,15 +290,3 @@ def _with_adapters(model: PreTrainedModel, lora: LoRAConfig) -> PeftModel:
     settings = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": lora.target_modules}
     # Without dropout: sampling, scoring and training must be the same distribution.
     return get_peft_model(model, PeftLoRAConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **settings))
-
-
-def _load(model: str) -> PreTrainedModel:
-    """A causal LM without dropout, whatever it was trained with: what samples is to be what is scored and trained."""
-    try:
-        config = AutoConfig.from_pretrained(model)
-        for own in (config, config.get_text_config()):
-            for name in [name for name, value in vars(own).items() if "drop" in name and isinstance(value, float)]:
-                setattr(own, name, 0.0)
-        return AutoModelForCausalLM.from_pretrained(model, config=config, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{model} is no causal LM: {str(error).strip().splitlines()[0]}") from error

@@ -27,6 +27,24 @@ class _Likelihood(nn.Module):
         return log_p_y_given_xs(self.recommender, inputs)
 
 
+class _EachTextOnce:
+    """``read`` for one step: texts that it has read are not read again.
+
+    Not for longer: a vector's last bits depend on the batch that it was encoded in, and a run that is started again has
+    to have the same ones.
+    """
+
+    def __init__(self, read: Callable[[Sequence[str]], Tensor]) -> None:
+        self.read = read
+        self.rows: dict[str, int] = {}
+        self.values = torch.empty(0)
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        if not self.rows.keys() >= set(texts):
+            self.rows, self.values = {text: row for row, text in enumerate(texts)}, self.read(texts)
+        return self.values[[self.rows[text] for text in texts]]
+
+
 class Reader:
     """The recommender with parameters θ_r, in DDP over all ranks.
 
@@ -60,8 +78,9 @@ class Reader:
         ``reward_drift`` is how far log p(y|x,s) has moved, in the mean over the first draws of the ``rewarding``
         samples, by default the same ones, since they were scored.
         """
-        inputs = make_inputs(samples, self.read).to(self.device)
-        drift = self._drift(samples if rewarding is None else rewarding)
+        read = _EachTextOnce(self.read)
+        inputs = make_inputs(samples, read).to(self.device)
+        drift = self._drift(samples if rewarding is None else rewarding, read)
         self.likelihood.train()
         log_p = self.likelihood(inputs)
         loss = recommender_loss(log_p)
@@ -71,11 +90,11 @@ class Reader:
         return {"rec_loss": loss.item(), "reward_drift": drift}
 
     @torch.no_grad()
-    def _drift(self, samples: Sequence[Sample]) -> float:
-        # One draw of each tells as well as all of them, whose texts would have to be encoded.
+    def _drift(self, samples: Sequence[Sample], read: Callable[[Sequence[str]], Tensor]) -> float:
+        # One draw of each tells as well as all of them, whose texts may have to be encoded.
         first = [replace(sample, draws=sample.draws[:1]) for sample in samples]
         scored = torch.tensor([sample.log_p_y_given_xs[0] for sample in samples], device=self.device)
-        inputs = make_inputs(first, self.read).to(self.device)
+        inputs = make_inputs(first, read).to(self.device)
         now = log_p_y_given_xs(self.recommender.eval(), inputs, self.temperature)
         return (now - scored).abs().mean().item()
 

@@ -13,7 +13,7 @@ import itertools
 import re
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +128,7 @@ class SampleLog:
         target = self.path_of(step)
         if target.exists():
             return
-        content = table_bytes(pa.Table.from_pylist([asdict(sample) for sample in samples], SCHEMA))
+        content = table_bytes(pa.Table.from_pylist([_row(sample) for sample in samples], SCHEMA))
         files.write_text(_checksum(target), hashlib.sha256(content).hexdigest())
         files.write_bytes(target, content)
 
@@ -191,6 +191,12 @@ class SampleLog:
 
 def _checksum(batch: Path) -> Path:
     return batch.with_suffix(".sha256")
+
+
+def _row(sample: Sample) -> dict[str, Any]:
+    """As ``dataclasses.asdict``, without its copy of every token."""
+    draws = [[vars(text) for text in draw] for draw in sample.draws]
+    return vars(sample) | {"draws": draws, "others": [vars(other) for other in sample.others]}
 
 
 def _sample(row: dict[str, Any]) -> Sample:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from align.samples import Sample
 from rec.item_encoder import KnowledgeConcat
@@ -74,7 +75,7 @@ def make_inputs(samples: Sequence[Sample], read: Callable[[Sequence[str]], Tenso
 
 def knowledge_with_fresh(stored: Tensor, inputs: Inputs, vectors: Tensor) -> Tensor:
     """[B, L, K]: the stored vectors [N + 1, K] of every history item, or those of its text, from ``vectors`` [U, K]."""
-    return stored[inputs.items].index_put((inputs.rows, inputs.places), vectors[inputs.numbers])
+    return stored[inputs.items].index_put((inputs.rows, inputs.places), F.embedding(inputs.numbers, vectors))
 
 
 def log_p_y_given_xs(recommender: SequenceRecommender, inputs: Inputs, temperature: float = 1.0) -> Tensor:

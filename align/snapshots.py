@@ -86,6 +86,9 @@ class SnapshotStore:
     ) -> Snapshot:
         """Write a version, unless it is already there, and prune old ones. One process calls this.
 
+        A version without an LLM belongs to weights that only its trainer has: one by other weights, as a trainer that
+        was started again on another device may have, takes its place.
+
         Args:
             version: its number.
             step: finished trainer steps.
@@ -98,7 +101,9 @@ class SnapshotStore:
             UserError: if it is there already, but of another step.
         """
         if self.holds(version, step, whole):
-            return self.get(version)
+            held = self.get(version)
+            if held.whole or held.canary_logprobs == canary_logprobs:
+                return held
         final = self._name(version)
         shutil.rmtree(final, ignore_errors=True)  # of no use to anybody, as just found
         temporary = self.folder / f"{files.TEMPORARY_PREFIX}{final.name}"
@@ -168,7 +173,11 @@ class SnapshotStore:
             return None
         looks = _looks_of(folder)
         if version not in self._found or self._found[version][0] != looks:
-            self._found[version] = looks, self._checked(folder, version)
+            try:
+                self._found[version] = looks, self._checked(folder, version)
+            except OSError as error:  # perhaps a network file system's bad moment: the next look may find it whole
+                self._warn(folder, str(error))
+                return None
         return self._found[version][1]
 
     def _checked(self, folder: Path, version: int) -> Snapshot | None:
@@ -179,14 +188,17 @@ class SnapshotStore:
                 problem = f"schema version {manifest['schema_version']}, this program reads {SCHEMA_VERSION}"
             canary, step = manifest["canary"], manifest["step"]
             snapshot = Snapshot(folder, version, step, canary["token_ids"], canary["logprobs"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
             problem = f"no readable {MANIFEST} ({type(error).__name__})"
         if problem is not None:
-            if folder.name not in self._warned:
-                log.warning("ignoring incomplete snapshot %s: %s", folder, problem)
-                self._warned.add(folder.name)
+            self._warn(folder, problem)
             return None
         return snapshot
+
+    def _warn(self, folder: Path, problem: str) -> None:
+        if folder.name not in self._warned:
+            log.warning("ignoring incomplete snapshot %s: %s", folder, problem)
+            self._warned.add(folder.name)
 
     def _name(self, version: int) -> Path:
         return self.folder / f"v{version:06d}"

@@ -4,8 +4,8 @@
 
 The trainer is a deterministic function of (initial weights, seed, sample log). It publishes snapshot 0 before its
 first step, then one every ``refresh_every`` steps, and the last one after its last step. With ``--replay-into DIR`` it
-reads the sample log of a finished run and writes all of its own into DIR: what it publishes there last is bit for bit
-what it published then.
+reads the sample log of a finished run and writes all of its own into DIR: what it publishes there last is, on CPU, bit
+for bit what it published then.
 """
 
 import contextlib
@@ -14,10 +14,12 @@ import math
 import os
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
+from torch import Tensor
 
 from align.config import MainJob, Stages
 from align.figures import (
@@ -25,7 +27,7 @@ from align.figures import (
     first_no_number,
     lag_figures,
     means,
-    ratio_figures,
+    policy_figures,
     reward_figures,
     text_figures,
 )
@@ -43,6 +45,7 @@ from llm.prompts import item_texts, prompt_tokens
 from llm.text_encoder import TextEncoder
 from llm.text_items import CatalogTexts, TrainedText, reader_of
 from llm.tokenizer import load_tokenizer
+from rec.build import MODEL
 from rec.data.prepared import Prepared
 from rec.models.base import SequenceRecommender
 from rec.runtime.checkpoint import Checkpoints
@@ -53,7 +56,6 @@ from rec.runtime.progress import progress
 from rec.runtime.ranks import Ranks, left_together, lost_contact_is_named, use_own_gpu
 from rec.runtime.runfolder import RunFolder
 from rec.runtime.stopping import StopFile
-from rec.trainer import MODEL
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +125,7 @@ class Trainer:
             distributed=self.ranks.size > 1,
             temperature=self.stages.temperatures(align)[1],
         )
-        self.store = SnapshotStore(own.snapshots, align.trainer.keep_snapshots)
+        self.store = SnapshotStore(own.snapshots, align.trainer.keep_snapshots or align.snapshots_in_use)
         self.log = SampleLog(self.stages.samples)
         # A replay has no generator.
         self.in_files = align.weights == "files" or into is not None
@@ -167,8 +169,8 @@ class Trainer:
         if step % align.refresh_every == 0 or step == align.trainer.steps:
             self._publish(step)
             return
-        newest = self.store.newest() if self.ranks.is_first else None
-        lost = newest is None or not newest.whole or newest.step < step - align.max_lag_steps
+        newest = self.store.newest(whole=True) if self.ranks.is_first else None
+        lost = newest is None or newest.step < step - align.max_lag_steps
         if self.ranks.broadcast(lost):
             self._publish(step, on_schedule=False)
 
@@ -228,36 +230,48 @@ class Trainer:
         queue = self._queue_figures(step)
         # Dropout is a function of (seed, step, rank), so a resumed run draws the same.
         torch.manual_seed(int(hash_of([self.job.align.trainer.seed, step, self.ranks.rank])[:15], 16))
-        objective, rewarding = self.job.align.objective, [sample for sample in samples if sample.rewards]
+        rewarding = [sample for sample in samples if sample.rewards]
         with_text = torch.tensor([sample.log_p_y_given_xs for sample in rewarding])
         without = torch.tensor([sample.log_p_y_given_x for sample in rewarding])
-        # The baseline needs the whole batch, which every rank can read.
-        weights = reward_weights(with_text, without, objective.baseline, objective.max_ratio, objective.denominator)
-        if objective.scale_rewards:
-            weights = scaled(weights)
-        if (bad := first_no_number(weights)) is not None:
-            raise UserError(
-                f"the reward of sample {rewarding[bad].ordinal} in {self.log.path_of(step)} is {weights[bad].tolist()}:"
-                " set align.objective.max_ratio, or start over with a lower align.trainer.rec_lr"
-            )
+        weights = self._reward_weights(step, rewarding, with_text, without)
         share = self.job.align.trainer.batch_size // self.ranks.size
         mine = slice(self.ranks.rank * share, (self.ranks.rank + 1) * share)
-        figures, of_texts, of_draws = self.policy.update(step, rewarding[mine], weights[mine])
-        figures |= self.reader.update([sample for sample in samples if sample.fits][mine], rewarding[mine])
-        every, texts, draws = zip(*self.ranks.gather((figures, of_texts, of_draws)), strict=True)
+        loss, of_texts, of_draws = self.policy.update(step, rewarding[mine], weights[mine])
+        of_reader = self.reader.update([sample for sample in samples if sample.fits][mine], rewarding[mine])
+        own = {"policy_loss": loss, **of_reader}
+        every, texts, draws = zip(*self.ranks.gather((own, of_texts, of_draws)), strict=True)
         figures = means(every)
         for name, rate in (("policy_loss", "align.trainer.lr"), ("rec_loss", "align.trainer.rec_lr")):
             if not math.isfinite(figures[name]):
                 raise UserError(f"{name} is {figures[name]} at step {step}: start over with a lower {rate}")
         return {
             **figures,
-            **ratio_figures(torch.cat(texts), torch.cat(draws)),
+            **policy_figures(texts, draws),
             **reward_figures(with_text, without),
             **self.watch.figures(rewarding),
             **lag_figures(samples, step, self.job.align.refresh_every),
             **queue,
             **text_figures(samples),
         }
+
+    def _reward_weights(self, step: int, rewarding: list[Sample], with_text: Tensor, without: Tensor) -> Tensor:
+        """[B, k] of the whole batch, which every rank can read: a baseline may need it."""
+        objective = self.job.align.objective
+        of_ratios = partial(
+            reward_weights, with_text, without, max_ratio=objective.max_ratio, denominator=objective.denominator
+        )
+        weights = of_ratios(objective.baseline)
+        if objective.scale_rewards:
+            weights = scaled(weights)
+        if first_no_number(weights) is not None:
+            # One bad ratio spoils all that a baseline over pairs compares with it.
+            without_baseline = first_no_number(of_ratios("none"))
+            bad = first_no_number(weights) if without_baseline is None else without_baseline
+            raise UserError(
+                f"the reward of sample {rewarding[bad].ordinal} in {self.log.path_of(step)} is {weights[bad].tolist()}:"
+                " set align.objective.max_ratio, or start over with a lower align.trainer.rec_lr"
+            )
+        return weights
 
     def _refuse_wrong_age(self, step: int, samples: list[Sample]) -> None:
         lags = [step - sample.version_step for sample in samples]
@@ -275,7 +289,8 @@ class Trainer:
         """Batches that lie ready behind this one, and how long this one has."""
         if not self.ranks.is_first:
             return {}
-        queued = self.log.ready_from(step + 1)
+        known = self.arrivals.known_until(step + 1)
+        queued = known + self.log.ready_from(known) - (step + 1)
         self.arrivals.see(step, queued)
         return {"queued": queued, "lag_in_queue": self.arrivals.steps_in_queue(step)}
 
@@ -295,7 +310,7 @@ class Trainer:
         if not all(map(math.isfinite, canary_logprobs)):  # the same on every rank
             raise UserError(f"the LLM is no numbers after step {step - 1}: start over with a lower align.trainer.lr")
         weights, whole = self.policy.gathered_weights(), self.in_files or is_last
-        # Nothing is written where a snapshot without an LLM is there already, and its weights alone were lost.
+        # Nothing is written where a snapshot of these weights is there already, without an LLM: they alone were lost.
         seconds = {"gather_s": time.monotonic() - begin, "write_s": 0.0}
 
         def write(folder: Path) -> None:

@@ -4,11 +4,13 @@ The trainer's first rank keeps the weights of its newest snapshot in host memory
 store that generators find by ``RUN/exchange.json``. A generator that wants them counts itself up in the store. Between
 two steps, and while it waits for samples, the trainer looks at the count and makes a process group with whoever is new:
 of two, for this one transfer. No group outlives it, so nothing has to be mended when a process dies. Whoever is left
-alone in one gives up in time: the trainer goes on, the generator asks again.
+alone in one gives up in time: the trainer goes on, the generator asks again. (With NCCL that holds until both have met;
+after that its watchdog ends whoever is left, who is started again.)
 
 A generator loads nothing before everything has come, and the canary of the snapshot is scored as it is after a file.
 """
 
+import ipaddress
 import json
 import logging
 import os
@@ -67,7 +69,7 @@ class Giver:
         )
         self.store.set(HELD, "-1")
         place.parent.mkdir(parents=True, exist_ok=True)
-        files.write_json(place, {"address": address, "port": port, "pid": os.getpid()})
+        files.write_json(place, {"address": address, "port": port, "host": socket.gethostname()})
 
     def hold(self, version: int, weights: Mapping[str, Tensor]) -> None:
         """From now on give these weights, of a snapshot that is published already."""
@@ -82,6 +84,8 @@ class Giver:
             begin = time.monotonic()
             try:
                 self._give(self.given)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:  # torch's connection errors are its subclasses
                 log.warning("a generator that had asked for weights has gone: %s", _line(error))
                 continue
@@ -123,6 +127,7 @@ class Taker:
         try:
             if self.store is None:
                 at = files.read_json(self.place)
+                self._require_reachable(at["address"], at["host"])
                 # A trainer that has died leaves its file; its successor, a minute later, another one.
                 self.store = dist.TCPStore(
                     at["address"], at["port"], timeout=timedelta(seconds=5), wait_for_workers=False
@@ -131,6 +136,14 @@ class Taker:
         except (OSError, RuntimeError):
             self.store = None
             return -1
+
+    def _require_reachable(self, address: str, host: str) -> None:
+        """Raise a UserError if the trainer is on another machine and its address means this one."""
+        if host != socket.gethostname() and _is_loopback(address):
+            raise UserError(
+                f"the trainer on {host} listens at {address}, where only {host} itself finds it: set RECALIGN_INTERFACE"
+                " in site.sh, or MASTER_ADDR, to what the network has; or align.weights=files"
+            )
 
     def take(self) -> tuple[int, dict[str, Tensor]]:
         """The version and all weights, in host memory.
@@ -150,6 +163,8 @@ class Taker:
                 group.broadcast(tensor, root=0).wait()
                 found[name] = tensor.cpu()
             group.shutdown()
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             self.store = None
             raise TransferFailed(f"the trainer has gone in the middle of a transfer: {_line(error)}") from error
@@ -161,6 +176,9 @@ def _group(backend: Backend, store: dist.Store, rank: int, timeout_s: float) -> 
     timeout = timedelta(seconds=timeout_s)
     if backend == "gloo":
         return dist.ProcessGroupGloo(store, rank, 2, timeout)
+    # NCCL connects in its first broadcast, and would wait for a peer that has gone as long as it takes.
+    store.set(f"here-{rank}", "")
+    store.wait([f"here-{1 - rank}"], timeout)
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timeout
     return dist.ProcessGroupNCCL(store, rank, 2, options)
@@ -172,6 +190,10 @@ def _device(backend: Backend) -> torch.device:
 
 def _family(address: str) -> socket.AddressFamily:
     return socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)[0][0]
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(socket.getaddrinfo(address, None)[0][4][0]).is_loopback
 
 
 def _line(error: Exception) -> str:

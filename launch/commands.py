@@ -28,6 +28,19 @@ def add_command(
     return parser
 
 
+def number(kind: type[int] | type[float], least: float = 0, above: bool = False) -> Callable[[str], int | float]:
+    """What argparse calls on a number of at least ``least``, or above it."""
+
+    def parse(text: str) -> int | float:
+        value = kind(text)
+        if not (value > least if above else value >= least):
+            raise argparse.ArgumentTypeError(f"{text} is not {'above' if above else 'at least'} {least}")
+        return value
+
+    parse.__name__ = kind.__name__  # "invalid int value"
+    return parse
+
+
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """What every command takes that runs a recipe."""
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the recipe")

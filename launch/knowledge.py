@@ -20,6 +20,7 @@ from llm.config import LLMConfig
 from llm.knowledge import KnowledgeFile, fingerprint
 from llm.text_encoder import TextEncoder
 from llm.text_items import vectors_by
+from rec.build import MODEL
 from rec.data.prepared import Prepared
 from rec.models.base import Recommender
 from rec.runtime import config, files
@@ -28,7 +29,6 @@ from rec.runtime.config import hash_of
 from rec.runtime.errors import UserError
 from rec.runtime.parent import die_with_parent
 from rec.runtime.runfolder import CONFIG
-from rec.trainer import MODEL
 
 log = logging.getLogger(__name__)
 

@@ -65,7 +65,8 @@ def rows_of(job: RecformerJob) -> list[dict[str, Any]]:
         for stage in ("FT1", "FT2"):
             facts = files.read_json(job.finetune_folder / stage / FINISHED)
             told = {"model": "RECFORMER", "stage": stage, "part": "test", "best_epoch": facts["best_epoch"]}
-            rows += [{**told, "protocol": name, **figures} for name, figures in facts["test"].items()]
+            for name, figures in facts["test"].items():
+                rows.append({**told, "protocol": name, "protocol_hash": facts["protocols"][name]["hash"], **figures})
     return rows
 
 
@@ -87,7 +88,7 @@ def _is_finished(job: RecformerJob, stage: str) -> bool:
 
 def _watch(job: RecformerJob, stage: str) -> None:
     """Start one stage and watch it to its end."""
-    folder, config, begin = RunFolder(job.run), getattr(job.settings, stage), time.monotonic()
+    folder, config = RunFolder(job.run), getattr(job.settings, stage)
     processes = job.settings.processes
     launched = processes > 1 or job.settings.zero_stage > 0
     child = supervise.Child(
@@ -111,7 +112,6 @@ def _watch(job: RecformerJob, stage: str) -> None:
                 time.sleep(supervise.POLL_S)
     finally:
         child.stop()
-        folder.log("stage", title=stage, seconds=round(time.monotonic() - begin, 1))
 
 
 def _place(job: RecformerJob, stage: str) -> int:

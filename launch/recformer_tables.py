@@ -24,7 +24,7 @@ def print_stages(result: dict[str, Any], run: Path) -> None:
         if row["part"] == "valid":
             out.print(
                 f"stage-PT: {row['users']:,} users, {row['steps']:,} steps; best in-batch accuracy"
-                f" {row['valid_accuracy']:.3f} after step {row['best_step']:,}"
+                f" {row['valid_accuracy'] or 0:.3f} after step {row['best_step']:,}"
             )
     for stage, speed in result["speed"].items():
         out.print(f"stage-{stage.upper()}: {speed['tokens']:,.0f} tokens, {speed['tokens_per_s']:,.0f} a second")

@@ -38,6 +38,8 @@ def write(runs: Sequence[Path], out: Path) -> None:
     Raises:
         UserError: if one of them is no run, or a result cannot be read.
     """
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder: name the page, e.g. {out / 'report.html'}")
     sections = [_section(path) for path in runs]
     source = resources.files("launch").joinpath(TEMPLATE).read_text()
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(source)
@@ -52,6 +54,8 @@ def _section(path: Path) -> dict[str, Any]:
     is_run = path.is_dir() and any((path / name).is_file() for name in (CONFIG, RESULT, METRICS))
     if not is_run and path.suffix != ".json":
         raise UserError(f"{path} is no run folder: it holds neither {CONFIG} nor {RESULT}")
+    if not path.exists():
+        raise UserError(f"{path} is not there")
     result = _result(path / RESULT if path.is_dir() else path)
     run = RunFolder(folder) if path.is_dir() else None
     case = result.get("case_study")

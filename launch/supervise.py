@@ -90,14 +90,19 @@ class Child:
 
 
 def last_words(log_path: Path, begin: int = 0) -> str:
-    """The line of a job's log, from byte ``begin`` on, that says why it ended: an exception, or simply its last one.
+    """The line of a job's log, from byte ``begin`` on, that says why it ended; raises what ``why`` raises."""
+    return why(log_path.read_bytes()[begin:].decode(errors="replace"))
+
+
+def why(said: str) -> str:
+    """The line of all that a job said that tells why it ended: an exception, or simply its last one.
 
     accelerate's launcher prints a page about the fact that a rank failed after the rank has said why.
 
     Raises:
         UserError: with the job's own message, if it called its end a user's mistake.
     """
-    lines = [line.strip() for line in log_path.read_bytes()[begin:].decode(errors="replace").splitlines()]
+    lines = [line.strip() for line in said.splitlines()]
     recent = lines[-LOG_TAIL_LINES:]
     for line in reversed(recent):
         if line.startswith(MISTAKE):
@@ -251,9 +256,10 @@ def cpu_split(job: MainJob) -> tuple[set[int] | None, set[int] | None]:
         raise UserError("align.generator.cpu_cores needs Linux: this system cannot give a process cores of its own")
     cores = sorted(os.sched_getaffinity(0))
     if wanted >= len(cores):
+        fewer = f"give it {len(cores) - 1} at most, or " if len(cores) > 1 else "set it to "
         raise UserError(
-            f"align.generator.cpu_cores {wanted} leaves none of {len(cores)} cores for the trainer; give it"
-            f" {len(cores) - 1} at most, or null to share them"
+            f"align.generator.cpu_cores {wanted} leaves none of {len(cores)} cores for the trainer; {fewer}null to"
+            " share them"
         )
     return set(cores[:-wanted]), set(cores[-wanted:])
 

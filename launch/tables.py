@@ -173,7 +173,7 @@ def _world_table(worlds: list[dict[str, Any]]) -> Table:
 
 
 def precondition(found: dict[str, Any]) -> str:
-    """What ``launch.precondition`` found, as one line."""
+    """What ``launch.alignment.precondition`` found, as one line."""
     shares = ", ".join(f"{share:.0%} at temperature {float(value):.3g}" for value, share in found["best_share"].items())
     return (
         f"the relevant fact gets {found['gap']:+.3f} ± {found['gap_se']:.3f} more reward than the others (signal to"

@@ -69,11 +69,13 @@ def _executor(processes: int, log_file: Path) -> Executor:
         return _Here()
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(processes, context, initializer=_begin, initargs=(threads, log_file))
+    return ProcessPoolExecutor(processes, context, initializer=_begin, initargs=(os.getpid(), threads, log_file))
 
 
-def _begin(threads: int, log_file: Path) -> None:
+def _begin(parent: int, threads: int, log_file: Path) -> None:
     die_with_parent()
+    if os.getppid() != parent:  # it died while this process was importing, and tells nobody any more
+        os._exit(1)
     torch.set_num_threads(threads)
     descriptor = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (1, 2):

@@ -5,6 +5,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from llm.recformer.config import RecformerSettings
+from rec.precision import Precision
 from rec.runtime.config import Section
 
 PRESETS: dict[str, dict[str, int]] = {
@@ -71,8 +72,7 @@ class PretrainConfig(Section):
     warmup_fraction: float = Field(0.02, ge=0, le=1)
     weight_decay: float = Field(0.1, ge=0)
     clip_norm: float = Field(1.0, gt=0)
-    bf16: bool = True
-    """Autocast to bfloat16, on CPU too."""
+    precision: Precision = "auto"
     checkpoint_every: int = Field(200, ge=1)
     """Steps."""
     seed: int = 42

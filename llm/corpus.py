@@ -171,7 +171,7 @@ class KnowledgeCorpus(Corpus):
         self.eos = tokenizer.eos_token_id
         owners = [item for item, own in enumerate(texts) for _ in own]
         flat = [f" {text}" for own in texts for text in own]
-        answers = token_ids(tokenizer, flat)
+        answers = token_ids(tokenizer, flat, special=False)
         self.all_rows = [
             Row((prompts[item] + answer + [self.eos])[:context], len(prompts[item]))
             for item, answer in zip(owners, answers, strict=True)
@@ -195,8 +195,10 @@ class ItemTokens:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: list[str], longest: int) -> None:
         self.arrow, self.eos = _arrow(tokenizer), tokenizer.eos_token_id
-        self.head = [ids[:longest] for ids in token_ids(tokenizer, texts)]
-        self.inner = [ids[:longest] for ids in token_ids(tokenizer, [f" {text}" for text in texts])]
+        begin = _before_any_text(tokenizer)
+        self.head = [(begin + ids)[:longest] for ids in token_ids(tokenizer, texts, special=False)]
+        inner = token_ids(tokenizer, [f" {text}" for text in texts], special=False)
+        self.inner = [ids[:longest] for ids in inner]
         self.head_lengths, self.inner_lengths = (np.array([len(ids) for ids in own]) for own in (self.head, self.inner))
 
     def joined(self, items: np.ndarray) -> tuple[list[int], list[int]]:
@@ -222,6 +224,12 @@ class ItemTokens:
         whole = np.append(after[1:], 0) + self.head_lengths[items]
         begin = int(np.argmax(whole <= room)) if (whole <= room).any() else len(items) - 1
         return items[begin:]
+
+
+def _before_any_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts before a text: a [BOS], or nothing."""
+    [whole], [text] = (token_ids(tokenizer, ["a"], special=special) for special in (True, False))
+    return next(whole[:at] for at in range(len(whole)) if whole[at : at + len(text)] == text)
 
 
 def _arrow(tokenizer: PreTrainedTokenizerBase) -> list[int]:

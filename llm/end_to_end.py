@@ -47,14 +47,25 @@ def use_end_to_end(model: PreTrainedModel) -> bool:
 
     It can if its attention goes through the interface and is the plain causal one in every layer.
     """
-    config = model.config.get_text_config()
-    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
-    bounded = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    capped = getattr(config, "attn_logit_softcapping", None)
-    if not model._supports_attention_backend or layers != {"full_attention"} or bounded or capped:
+    if not model._supports_attention_backend or not attends_plainly(model):
         return False
     model.set_attn_implementation(NAME)
     return True
+
+
+def attends_plainly(model: PreTrainedModel, longest: int | None = None) -> bool:
+    """Whether every layer attends to all that comes before, without a cap.
+
+    Args:
+        model: any causal LM.
+        longest: tokens of the longest text that it will read: a sliding window as long is none.
+    """
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if window and (longest is None or window < longest):
+        return False
+    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    return layers <= {"full_attention", "sliding_attention"} and not getattr(config, "attn_logit_softcapping", None)
 
 
 def bounds(begins: Tensor, longest: int) -> dict[str, Tensor | int]:
@@ -106,7 +117,7 @@ def attention(
         key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     flat = [part.transpose(1, 2).flatten(0, 1).contiguous() for part in (query, key, value)]
-    if query.is_cuda and has_flash(query.dtype):
+    if query.is_cuda and has_flash(query.dtype, query.shape[-1]):
         sizes = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
         found = _VARLEN(*flat, *sizes, scale=scaling, window_size=(-1, 0))  # causal: all before, nothing after
     else:
@@ -114,9 +125,10 @@ def attention(
     return found.unflatten(0, (query.shape[0], query.shape[2])), None
 
 
-def has_flash(dtype: torch.dtype) -> bool:
-    """Whether torch's variable-length flash attention is there and computes in ``dtype``."""
-    return _VARLEN is not None and dtype in (torch.bfloat16, torch.float16)
+def has_flash(dtype: torch.dtype, head_size: int) -> bool:
+    """Whether torch's variable-length flash attention is there, on this GPU, in ``dtype``, for heads of this width."""
+    fits = dtype in (torch.bfloat16, torch.float16) and head_size % 8 == 0 and head_size <= 256
+    return fits and _VARLEN is not None and torch.cuda.get_device_capability() >= (8, 0)
 
 
 def _padded(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scaling: float) -> Tensor:

@@ -4,7 +4,7 @@ what is trained.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,13 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from llm.corpus import IGNORED, LanguageBatch
-from llm.packing import PADDING, Packed, hidden_states
+from llm.packing import Packed, hidden_states
 from rec.linear_cross_entropy import linear_cross_entropy
 
 INITIAL_STD, LEAST_DEVIATION = 0.02, 1e-2
+# Nine of ten states lie where most do; three times as far as these, nothing is meant by a state's distance any more.
+USUAL_SHARE, REACH_FACTOR = 0.9, 3.0
+MEDIAN_STATES = 2**15  # at most, of a big catalog, are sorted to find their median
 PairLoss = Literal["bce", "softmax"]
 CrossEntropy = Literal["chunked", "liger"]
 
@@ -53,7 +56,7 @@ class PairBatch:
     @property
     def tokens(self) -> int:
         """Without padding."""
-        return sum(int((packed.documents != PADDING).sum()) for packed in (self.histories, self.items))
+        return self.histories.tokens + self.items.tokens
 
 
 def pair_loss(positive: Tensor, negative: Tensor, allowed: Tensor) -> Tensor:
@@ -94,6 +97,43 @@ def language_loss(hidden: Tensor, table: Tensor, targets: Tensor, kind: CrossEnt
     return linear_cross_entropy(hidden, table, targets)
 
 
+class Statistics(NamedTuple):
+    """What states are standardised by.
+
+    Attributes:
+        centre: [D] their median, entry by entry.
+        reach: how far from it a state may be.
+        mean: [D] of the states within reach, less ``centre``.
+        deviation: [D] of these.
+    """
+
+    centre: Tensor
+    reach: Tensor
+    mean: Tensor
+    deviation: Tensor
+
+    @classmethod
+    def of(cls, states: Tensor) -> "Statistics":
+        """Of states [P, D]."""
+        own = states.to(torch.promote_types(states.dtype, torch.float32))
+        few = own.detach()[:: max(1, -(-len(own) // MEDIAN_STATES))]
+        # Sorted, because a GPU's median has no deterministic kernel.
+        centre = few.sort(0).values[(len(few) - 1) // 2].clone()
+        reach = REACH_FACTOR * (few - centre).norm(dim=1).quantile(USUAL_SHARE) + LEAST_DEVIATION
+        near = _within_reach(own, centre, reach)
+        deviation = near.std(0, correction=0) + LEAST_DEVIATION
+        return cls(*(value.to(states.dtype) for value in (centre, reach, near.mean(0), deviation)))
+
+    def within_reach(self, states: Tensor) -> Tensor:
+        """[P, D] states less their centre, those too far away moved to where the reach ends."""
+        return _within_reach(states, self.centre, self.reach)
+
+
+def _within_reach(states: Tensor, centre: Tensor, reach: Tensor) -> Tensor:
+    away = states - centre
+    return away * (reach / away.norm(dim=1, keepdim=True).clamp(min=reach))
+
+
 class Head(nn.Module):
     """W z of Eq. 4, for z that is standardised.
 
@@ -102,7 +142,10 @@ class Head(nn.Module):
     normalisation does: over the batch while training (a forward pass on one rank), over many histories or all items
     afterwards. W then has a bias, which on raw states the last LayerNorm's stands for: without one every item's dot
     products would have mean 0 over the batch, so that neither "most pairs are none" nor an item's popularity could be
-    said. All of it is an affine map: the finished model is Eq. 4's with a bias.
+    said. The states of [EOS] lie close together, and one that does not, hundreds of times as far away, would make the
+    deviation its own and all others the same: what is farther from the median than ``REACH_FACTOR`` times what
+    ``USUAL_SHARE`` of them are is moved there first. For all other states it is an affine map: the finished model is
+    Eq. 4's with a bias.
 
     Args:
         width: d of W ∈ R^(d x d).
@@ -115,24 +158,18 @@ class Head(nn.Module):
         for parameter in self.linear.parameters():  # two biases of 0 would have no gradient from each other
             nn.init.normal_(parameter, std=INITIAL_STD)
         self.standardise, self.width = standardise, width
-        self.statistics: tuple[Tensor, Tensor] | None = None
+        self.statistics: Statistics | None = None
 
     def forward(self, states: Tensor) -> Tensor:
         """[P, D] of states [P, D]."""
         if not self.standardise:
             return self.linear(states)
-        mean, deviation = self.statistics or _statistics(states)
-        return self.linear((states - mean) / deviation)
+        own = self.statistics or Statistics.of(states)
+        return self.linear((own.within_reach(states) - own.mean) / own.deviation)
 
     def fix(self, states: Tensor) -> None:
         """Use the statistics of these states [P, D] from now on."""
-        self.statistics = _statistics(states.detach())
-
-
-def _statistics(states: Tensor) -> tuple[Tensor, Tensor]:
-    own = states.to(torch.promote_types(states.dtype, torch.float32))
-    deviation = own.std(0, correction=0) + LEAST_DEVIATION
-    return own.mean(0).to(states.dtype), deviation.to(states.dtype)
+        self.statistics = Statistics.of(states.detach())
 
 
 class Heads(nn.Module):
@@ -146,6 +183,15 @@ class Heads(nn.Module):
     def __init__(self, width: int, standardise: bool = True) -> None:
         super().__init__()
         self.user, self.item = (Head(width, standardise) for _ in range(2))
+
+
+@torch.no_grad()
+def has_plain_head(model: PreTrainedModel) -> bool:
+    """Whether ``language_loss`` of a causal LM's states and output embeddings is the model's own loss."""
+    ids = torch.arange(1, 13, device=model.device)[None] % model.config.get_text_config().vocab_size
+    states = model.base_model(ids, use_cache=False).last_hidden_state[0, :-1]
+    ours = language_loss(states, model.get_output_embeddings().weight, ids[0, 1:])
+    return torch.isclose(ours.float(), model(ids, labels=ids, use_cache=False).loss.float(), rtol=1e-4).item()
 
 
 class JointModel(nn.Module):
@@ -186,18 +232,21 @@ class JointModel(nn.Module):
             return self._language(batch) + self._nothing_of(self.heads)
         return self._pairs(batch) + self._nothing_of(task for task in self.heads if task != batch.task)
 
-    def user_vectors(self, task: str, histories: Packed, places: Tensor) -> Tensor:
+    def user_vectors(self, task: str, histories: Packed, places: Tensor, longest: int | None = None) -> Tensor:
         """[P, D] W_u z_u (Eq. 2)."""
-        return self.heads[task].user(self.features(histories, places))
+        return self.heads[task].user(self.features(histories, places, longest))
 
-    def item_vectors(self, task: str, items: Packed, places: Tensor) -> Tensor:
+    def item_vectors(self, task: str, items: Packed, places: Tensor, longest: int | None = None) -> Tensor:
         """[I, D] W_i z_i (Eq. 3)."""
-        return self.heads[task].item(self.features(items, places))
+        return self.heads[task].item(self.features(items, places, longest))
 
-    def features(self, packed: Packed, places: Tensor) -> Tensor:
-        """[P, D] z: the last layer's state of the [EOS] tokens at ``places`` [P], in the heads' precision."""
+    def features(self, packed: Packed, places: Tensor, longest: int | None = None) -> Tensor:
+        """[P, D] z: the last layer's state of the [EOS] tokens at ``places`` [P], in the heads' precision.
+
+        ``longest`` is what ``hidden_states`` means by it.
+        """
         with self._autocast(packed.ids):
-            hidden = hidden_states(self.decoder, packed)
+            hidden = hidden_states(self.decoder, packed, longest)
         return hidden.flatten(0, 1)[places].to(self.decoder.dtype)
 
     def _language(self, batch: LanguageBatch) -> Tensor:
@@ -214,10 +263,12 @@ class JointModel(nn.Module):
         return language_loss(hidden.float(), table.float(), targets, self.cross_entropy)
 
     def _pairs(self, batch: PairBatch) -> Tensor:
-        users = self.user_vectors(batch.task, batch.histories, batch.users).float()
-        items = self.item_vectors(batch.task, batch.items, batch.vectors).float()
-        positive = (users * items[batch.positives]).sum(1) - batch.presence[batch.positives]
-        negative = users @ items[batch.negatives].T - batch.presence[batch.negatives]
+        longest = max(batch.histories.ids.shape[1], batch.items.ids.shape[1])
+        users = self.user_vectors(batch.task, batch.histories, batch.users, longest).float()
+        items = self.item_vectors(batch.task, batch.items, batch.vectors, longest).float()
+        # Not items[…]: with several threads a CPU adds up what comes back for the same item in any order.
+        positive = (users * F.embedding(batch.positives, items)).sum(1) - batch.presence[batch.positives]
+        negative = users @ F.embedding(batch.negatives, items).T - batch.presence[batch.negatives]
         loss = pair_loss if self.pairs == "bce" else softmax_loss
         return loss(positive, negative, batch.allowed)
 

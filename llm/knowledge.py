@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 PROMPTS_A_CALL = 2048
 WRITER_TIMEOUT_S = 6 * 3600.0  # whoever holds the file may be encoding a whole catalog
-WEIGHTS = (".safetensors", ".json", ".model", ".txt")
+WEIGHTS = (".safetensors", ".bin", ".pt", ".json", ".model", ".txt")
 
 
 class Said(NamedTuple):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from llm.corpus import ItemTokens
-from llm.joint import Head, JointModel
+from llm.joint import Head, JointModel, Statistics
 from llm.packing import Packed
 from llm.recommendation import TextRows
 from rec.models.base import Recommender
@@ -18,7 +18,7 @@ from rec.runtime import files
 from rec.runtime.config import Section
 
 # Not beside the decoder's weights: vLLM reads every safetensors file of a model's folder.
-HEADS, STATISTICS = "heads.safetensors", ("mean", "deviation")
+HEADS = "heads.safetensors"
 ITEMS_AT_ONCE, HISTORIES_AT_ONCE = 1024, 64
 
 
@@ -92,7 +92,7 @@ def save_heads(folder: Path, model: JointModel) -> None:
     heads = {name: value.cpu() for name, value in model.heads.state_dict().items()}
     for name, head in _named(model):
         if head.statistics is not None:
-            heads |= {f"{name}.{key}": value.cpu() for key, value in zip(STATISTICS, head.statistics, strict=True)}
+            heads |= {f"{name}.{key}": value.cpu() for key, value in head.statistics._asdict().items()}
     _write(folder, heads)
 
 
@@ -101,9 +101,9 @@ def load_heads(folder: Path, model: JointModel) -> bool:
     found = load_file(folder / HEADS)
     known = True
     for name, head in _named(model):
-        statistics = [found.pop(f"{name}.{key}", None) for key in STATISTICS]
+        statistics = [found.pop(f"{name}.{key}", None) for key in Statistics._fields]
         if known := known and statistics[0] is not None:
-            head.statistics = tuple(value.to(head.linear.weight.device) for value in statistics)
+            head.statistics = Statistics(*(value.to(head.linear.weight.device) for value in statistics))
     model.heads.load_state_dict(found)
     return known
 

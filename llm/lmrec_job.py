@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
+from torch.nn import ModuleDict
 
 from llm.config import LMRecConfig
 from rec.config import EvaluateConfig
+from rec.precision import Precision
 from rec.runtime.config import Section, apply_overrides, build, hash_of, read_recipe, without
 from rec.runtime.errors import UserError
 from rec.runtime.runfolder import is_run_config
@@ -82,9 +84,10 @@ class RecommendConfig(Section):
     logits are then corrected by the log of the probability that an item is there (log Q)."""
     recommendation_weight: float = Field(1e-2, gt=0)
     """λ of Eq. 6 at the first step."""
-    reduction: Literal["sum", "mean"] = "sum"
-    """Over a step's pairs. The paper gives L2 for one pair and not how pairs are put together; as the weight of a
-    mean, Table 9's λ is too small beside L1 to teach the heads anything."""
+    reduction: Literal["sum", "mean"] = "mean"
+    """Over a step's pairs. The paper gives L2 for one pair and not how pairs are put together; as the weight of a sum,
+    Table 9's λ lets L2 outweigh L1, and a small decoder never learns more of the language than how often each token
+    is there (docs/experiments.md)."""
     standardise: bool = True
     """Whether W_u and W_i read [EOS] states that are standardised, without which small decoders trained from scratch
     collapse; false is Eq. 4 as printed."""
@@ -97,6 +100,8 @@ class RecommendConfig(Section):
     def _in_batch_is_a_softmax(self) -> Self:
         if self.in_batch and self.loss != "softmax":
             raise ValueError("in_batch goes with loss=softmax: Eq. 5's negatives are random")
+        if self.standardise and self.micro_histories == 1:
+            raise ValueError("micro_histories=1 leaves nothing to standardise over: take more, or standardise=false")
         return self
 
     def terms(self, pairs: int) -> int:
@@ -111,8 +116,8 @@ class LMRecTrainConfig(Section):
     """Ranks, over all machines."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """Of DeepSpeed; 0 is one process without it."""
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """bf16: autocast, weights and their states stay float32. fp16: DeepSpeed's, with dynamic loss scaling."""
+    precision: Precision | Literal["fp16"] = "auto"
+    """fp16: DeepSpeed's, with dynamic loss scaling."""
     activation_checkpointing: bool = False
     """Compute a layer's activations again in the backward pass instead of keeping them."""
     compile: bool = False
@@ -151,7 +156,7 @@ class LMRecTrainConfig(Section):
     keep_checkpoints: int = Field(2, ge=1)
     """Newest checkpoints that are kept."""
     keep_checkpoint_every: int | None = Field(None, ge=1)
-    """Checkpoints of every so many steps are kept for good; null for none."""
+    """The first checkpoint of every so many steps is kept for good; null for none."""
     seed: int = 42
 
     @property
@@ -167,9 +172,9 @@ class LMRecTrainConfig(Section):
             raise ValueError(f"zero_stage=0 is one process, processes is {self.processes}")
         if self.zero_stage == 0 and self.precision == "fp16":
             raise ValueError("precision=fp16 needs DeepSpeed's loss scaling: set zero_stage to 1, 2 or 3")
-        if self.patience_from + self.patience < min(self.validate_every, self.steps):
+        if self.patience < min(self.validate_every, self.steps):
             raise ValueError(
-                f"patience {self.patience} ends training before its first validation: validate_every is"
+                f"patience {self.patience} ends training before the next validation: validate_every is"
                 f" {self.validate_every}"
             )
         return self
@@ -220,6 +225,8 @@ class LMRecLLM(Section):
             raise ValueError("tasks are recommendation tasks, which recommend=null leaves out")
         if TARGET in self.tasks or any(not name.isidentifier() for name in self.tasks):
             raise ValueError(f"names of tasks are letters, digits and underscores, and not {TARGET!r}")
+        if taken := [name for name in self.tasks if name == "loss" or hasattr(ModuleDict(), name)]:
+            raise ValueError(f"a task cannot be called {taken[0]!r}, which means something else here")
         if self.recommend is not None:
             if self.recommend.prefixes >= self.lmrec.context:
                 raise ValueError(

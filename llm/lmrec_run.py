@@ -11,12 +11,14 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from llm.causal_lm import load_causal_lm
 from llm.corpus import ItemTokens, PackedBatches
-from llm.joint import JointModel
+from llm.joint import JointModel, PairBatch, has_plain_head
 from llm.lmrec import build_lmrec
 from llm.lmrec_evaluation import LMRecRecommender, load_heads, save_heads, save_model
 from llm.lmrec_job import TARGET, LMRecJob, LMRecTrainConfig, TaskConfig
 from llm.mixture import Source, TaskData, mix
+from llm.packing import require_packable
 from llm.prompts import item_texts
 from llm.recommendation import RecommendationTask
 from llm.schedules import learning_rate, recommendation_weight
@@ -24,14 +26,15 @@ from llm.speed import flops_per_token, peak_flops
 from llm.tokenizer import load_tokenizer, train_tokenizer
 from llm.training import STEP, Plan, Training
 from llm.update import Engine, PlainEngine
-from rec.evaluation import evaluate
+from rec.evaluation import evaluate, require_possible
 from rec.job import open_data
+from rec.precision import is_bf16
 from rec.runtime import files
 from rec.runtime.config import hash_of
 from rec.runtime.errors import UserError
 from rec.runtime.packages import require_packages
 from rec.runtime.ranks import Ranks, left_together
-from rec.runtime.runfolder import RunFolder
+from rec.runtime.runfolder import METRICS, RunFolder
 
 MODEL, TOKENIZER, FINISHED = "model", "tokenizer", "finished.json"
 STATISTICS_USERS = 2048
@@ -81,6 +84,8 @@ def run(job: LMRecJob, command: str) -> dict[str, Any] | None:
             return result if ranks.is_first else None
         begin = time.monotonic()
         inputs = read_inputs(job, folder, ranks)
+        if ranks.is_first:
+            _require_the_same_data(inputs, folder)
         with left_together():
             if not ranks.broadcast((folder.path / FINISHED).exists()):
                 _train(job, inputs, folder, ranks)
@@ -92,6 +97,19 @@ def run(job: LMRecJob, command: str) -> dict[str, Any] | None:
             return None  # rank 0 alone ranks the test items
         folder.log("pretrained", seconds=round(time.monotonic() - begin, 1))
         return _conclude(job, inputs, folder, command)
+
+
+def _require_the_same_data(inputs: Inputs, folder: RunFolder) -> None:
+    """Raise a UserError if what the recipe names was prepared anew since the run began: its tokenizer, its checkpoints
+    and its model belong to what it was then."""
+    path, now = folder.path / "inputs.json", {"data_hash": inputs.data_hash}
+    if not path.exists():
+        files.write_json(path, now)
+    elif files.read_json(path) != now:
+        raise UserError(
+            f"the data of {folder.path} were prepared anew since it was begun: start over with --fresh, or take another"
+            " run folder"
+        )
 
 
 def read_inputs(job: LMRecJob, folder: RunFolder, ranks: Ranks) -> Inputs:
@@ -109,6 +127,8 @@ def read_inputs(job: LMRecJob, folder: RunFolder, ranks: Ranks) -> Inputs:
     for name, task in own.items():
         data = open_data(task.data, folder.path / "data")
         tasks[name] = TaskData(data, item_texts(data.items, task.item_text))
+    if llm.recommend is not None:
+        require_possible(job.rec.evaluate, tasks[TARGET].data)
     sources = [Source(source) for source in llm.corpus.agnostic]
     path = folder.path / TOKENIZER
     if llm.model is not None:
@@ -130,12 +150,11 @@ def read_inputs(job: LMRecJob, folder: RunFolder, ranks: Ranks) -> Inputs:
 
 def starting_model(name: str) -> Path | str:
     """Where the weights are that ``llm.model`` names: itself, or what a run folder's training left."""
-    inside = Path(name) / MODEL
-    if inside.is_dir():
-        return inside
-    if (Path(name) / "metrics.jsonl").exists():
+    if not (Path(name) / METRICS).exists():
+        return name
+    if not (Path(name) / FINISHED).exists():
         raise UserError(f"llm.model: {name} is a run folder without a {MODEL} yet; finish that run first")
-    return name
+    return Path(name) / MODEL
 
 
 def build_decoder(job: LMRecJob, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -148,18 +167,19 @@ def build_decoder(job: LMRecJob, tokenizer: PreTrainedTokenizerBase) -> PreTrain
     torch.manual_seed(llm.train.seed)
     if llm.model is None:
         return build_lmrec(llm.lmrec, len(tokenizer), tokenizer.eos_token_id)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(str(starting_model(llm.model)), dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise UserError(f"llm.model: {llm.model} is no causal LM: {str(error).strip().splitlines()[0]}") from error
-    if model.config.max_position_embeddings < llm.lmrec.context:
-        raise UserError(
-            f"llm.lmrec.context is {llm.lmrec.context}, but {llm.model} has"
-            f" {model.config.max_position_embeddings} positions"
-        )
+    model = load_causal_lm(starting_model(llm.model), "llm.model")
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and positions < llm.lmrec.context:
+        raise UserError(f"llm.lmrec.context is {llm.lmrec.context}, but {llm.model} has {positions} positions")
     if model.config.vocab_size < len(tokenizer):
         raise UserError(
             f"{llm.model} has a vocabulary of {model.config.vocab_size}, its tokenizer one of {len(tokenizer)}"
+        )
+    require_packable(model, llm.model, llm.lmrec.context, "llm.model")
+    if llm.language and not has_plain_head(model):
+        raise UserError(
+            f"llm.model: {llm.model} makes its logits of more than states and output embeddings (a bias, a scale, a"
+            " cap), and L1 would be another loss than its own: set llm.language=false, or take another model"
         )
     return model
 
@@ -181,7 +201,7 @@ def build_model(job: LMRecJob, tokenizer: PreTrainedTokenizerBase) -> JointModel
     # Loss scaling has to reach the head's gradients before they are rounded to float16.
     exact = train.precision == "fp16"
     standardise = llm.recommend is not None and llm.recommend.standardise
-    return JointModel(decoder, names, pairs, train.precision == "bf16", exact, train.cross_entropy, standardise)
+    return JointModel(decoder, names, pairs, is_bf16(train.precision), exact, train.cross_entropy, standardise)
 
 
 def make_plan(job: LMRecJob, inputs: Inputs, ranks: Ranks, model: JointModel, device: torch.device) -> Plan:
@@ -196,22 +216,27 @@ def make_plan(job: LMRecJob, inputs: Inputs, ranks: Ranks, model: JointModel, de
     if llm.recommend is not None:
         tasks = _tasks(job, inputs, ranks)
     first, final = llm.recommend.recommendation_weight if llm.recommend else 0.0, train.final_fraction
-    parameters = sum(parameter.numel() for parameter in model.decoder.parameters())
+    config, parameters = model.decoder.config, sum(parameter.numel() for parameter in model.decoder.parameters())
+
+    def flops_of_pairs(batch: PairBatch) -> float:
+        rows = batch.histories, batch.items
+        return sum(own.tokens * flops_per_token(config, parameters, own.ids.shape[1], output=False) for own in rows)
+
     return Plan(
-        train.steps,
-        lambda step: learning_rate(step, train.steps, train.lr, train.warmup, final),
-        language,
-        train.checkpoint_every,
-        tasks,
+        steps=train.steps,
+        learning_rate=lambda step: learning_rate(step, train.steps, train.lr, train.warmup, final),
+        language=language,
+        checkpoint_every=train.checkpoint_every,
+        tasks=tasks,
         # Alone, L2 has nothing to be weighed against.
-        lambda step: recommendation_weight(step, train.steps, first, final) if llm.language else 1.0,
-        train.validate_every,
-        train.validation_users,
-        train.patience,
-        train.patience_from,
-        flops_per_token(model.decoder.config, parameters, context),
-        flops_per_token(model.decoder.config, parameters, context, output=False),
-        peak_flops(device),
+        weight=lambda step: recommendation_weight(step, train.steps, first, final) if llm.language else 1.0,
+        validate_every=train.validate_every,
+        validation_users=train.validation_users,
+        patience=train.patience,
+        patience_from=train.patience_from,
+        flops_per_token=flops_per_token(config, parameters, context),
+        flops_of_pairs=flops_of_pairs,
+        peak_flops=peak_flops(device),
     )
 
 
@@ -271,6 +296,7 @@ def _train(job: LMRecJob, inputs: Inputs, folder: RunFolder, ranks: Ranks) -> No
             facts["valid_loss"] = training.best
         if isinstance(plan.language, PackedBatches):
             facts["packed_fill"] = round(plan.language.fill, 4)
+        files.fsync_below(folder.path / MODEL)
         files.write_json(folder.path / FINISHED, facts)
 
 
@@ -278,7 +304,7 @@ def trained(job: LMRecJob, inputs: Inputs) -> LMRecRecommender:
     """The recommender of a finished run, on its target task."""
     decoder = AutoModelForCausalLM.from_pretrained(str(Path(job.run) / MODEL), dtype=torch.float32)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    names, bf16, standardise = list(inputs.tasks), job.llm.train.precision == "bf16", job.llm.recommend.standardise
+    names, bf16, standardise = list(inputs.tasks), is_bf16(job.llm.train.precision), job.llm.recommend.standardise
     loss = job.llm.recommend.loss
     model = JointModel(decoder, names, loss, bf16=bf16, standardise=standardise).to(device).eval()
     known = load_heads(Path(job.run), model)

@@ -9,6 +9,7 @@ transformers builds such a mask from ``position_ids`` only if it is given neithe
 arguments documents see each other. Here the mask is always explicit.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -17,7 +18,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llm.end_to_end import NAME, bounds, has_flash
+from llm.end_to_end import NAME, attends_plainly, bounds, has_flash
+from rec.runtime.errors import UserError
+
+log = logging.getLogger(__name__)
 
 PADDING = -1
 # Up to this length plain products beat the CPU's fused attention, which is slow backwards; beyond it they need too
@@ -40,6 +44,11 @@ class Packed:
     documents: Tensor
     positions: Tensor
     branches: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Without padding."""
+        return int((self.documents != PADDING).sum())
 
     def mask(self) -> Tensor:
         """[B, 1, T, T] bool, which key (last) each query sees; padding sees itself."""
@@ -148,14 +157,66 @@ def places_of_branches(documents: Sequence[Document], rows: Sequence[Sequence[in
     return torch.tensor(found, dtype=torch.long)
 
 
-def hidden_states(model: PreTrainedModel, packed: Packed) -> Tensor:
-    """[B, T, D] states of the last layer, each of them what its document alone would give."""
+def require_packable(model: PreTrainedModel, name: str, longest: int, key: str) -> None:
+    """Raise a UserError if packed documents would see each other in ``model``.
+
+    Not all that transformers has goes by the mask that it is given: some models add a boolean one to their scores, some
+    have layers with a state, some windows of their own. So it is tried out, with and without gradients.
+
+    Args:
+        model: on the CPU.
+        name: what the recipe calls it.
+        longest: tokens of the longest document.
+        key: of the recipe.
+    """
+    if not attends_plainly(model, longest) or not _keeps_documents_apart(model):
+        raise UserError(
+            f"{key}: not every layer of {name} attends to all tokens before ({longest} at most), and alike: packed"
+            " histories cannot be kept apart for it"
+        )
+
+
+def _keeps_documents_apart(model: PreTrainedModel) -> bool:
+    """Whether two documents in a row, one of which branches, have the states that they have alone."""
+    rng, before = np.random.default_rng(0), (model.training, model.config._attn_implementation)
+    first, second = (rng.integers(model.config.get_text_config().vocab_size, size=size).tolist() for size in (7, 9))
+    eos = second[-1]
+    packed = pack([Document(first, [4]), Document(second)], [[0, 1]], eos)
+    try:
+        model.eval()
+        with torch.no_grad():
+            alone = [
+                model.base_model(torch.tensor([ids]), use_cache=False).last_hidden_state[0]
+                for ids in (first, [*first[:4], eos], second)
+            ]
+        expected = torch.cat([alone[0], alone[1][-1:], alone[2]])
+        for with_gradients in (False, True):
+            with torch.set_grad_enabled(with_gradients):
+                found = hidden_states(model, packed)[0]
+            if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
+                return False
+    except Exception as error:  # whatever a model makes of a mask that it does not know
+        log.info("%s cannot read packed documents: %s", type(model).__name__, error)
+        return False
+    finally:
+        model.train(before[0])
+        _use(model, before[1])
+    return True
+
+
+def hidden_states(model: PreTrainedModel, packed: Packed, longest: int | None = None) -> Tensor:
+    """[B, T, D] states of the last layer, each of them what its document alone would give.
+
+    ``longest`` is the longest row of the whole forward pass, if it has several kinds of rows: activation checkpointing
+    computes all of them again, and by one implementation of attention.
+    """
+    longest = packed.ids.shape[1] if longest is None else longest
     options: dict[str, object] = {"use_cache": False, "position_ids": packed.positions}
     device = packed.ids.device
     if device.type == "cuda" and packed.branches is None and _has_flash(model):
         options |= bounds(packed.bounds(), packed.ids.shape[1])
         _use(model, NAME)
-    elif device.type == "cpu" and packed.ids.shape[1] <= LONGEST_EAGER and torch.is_grad_enabled():
+    elif device.type == "cpu" and longest <= LONGEST_EAGER and torch.is_grad_enabled():
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else model.dtype
         hidden = ~packed.mask()
         mask = torch.zeros(hidden.shape, dtype=dtype)
@@ -174,4 +235,6 @@ def _use(model: PreTrainedModel, implementation: str) -> None:
 
 def _has_flash(model: PreTrainedModel) -> bool:
     """Whether flash attention takes what the model computes in."""
-    return has_flash(torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else model.dtype)
+    config = model.config.get_text_config()
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return has_flash(torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else model.dtype, head_size)

@@ -27,6 +27,7 @@ from llm.tokenizer import train_tokenizer
 from llm.training import Plan, Training
 from llm.update import PlainEngine
 from rec.data.prepared import Prepared
+from rec.precision import is_bf16
 from rec.runtime import files
 from rec.runtime.config import hash_of
 from rec.runtime.errors import UserError
@@ -54,7 +55,7 @@ def pretrain(data: Prepared, config: LLMConfig, run: RunFolder, title: str = "LL
     if not torch.cuda.is_available():
         # The CPU's fused attention is slow backwards; at these lengths the plain products win.
         decoder.set_attn_implementation("eager")
-    model = JointModel(decoder, bf16=train.bf16, exact_head=True)
+    model = JointModel(decoder, bf16=is_bf16(train.precision), exact_head=True)
     engine = PlainEngine(model, train.lr, train.weight_decay, (0.9, 0.95), 1e-8, train.clip_norm)
     plan = Plan(
         batches.steps,
@@ -66,6 +67,7 @@ def pretrain(data: Prepared, config: LLMConfig, run: RunFolder, title: str = "LL
     training = Training(plan, engine, run, meta, title)
     training.loop()
     save_model(run.path, model, training.best_or_last(), tokenizer, MODEL)
+    files.fsync_below(final)
     files.write_json(run.path / FINISHED, {"steps": batches.steps})
     return final
 

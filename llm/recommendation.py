@@ -1,5 +1,7 @@
 """One recommendation task as pairs of a history and its next item: what L2 is computed on (LMRec, section 2.1)."""
 
+from functools import cached_property
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ do not see each other."""
 LENGTH_MULTIPLE = 32
 """Rows are as long as their texts, rounded up: oneDNN keeps kernels of every shape that it has met."""
 SAMPLE = 1024
+WINDOWS = 32  # places at which a history that is too long is looked at
 """Histories by which it is estimated how many pairs one gives."""
 VALIDATION, VALIDATION_NEGATIVES, VALIDATION_HISTORIES = 2**31 - 1, 512, 64
 """A validation's seed, its random items, and the histories of a pass: as many whatever the recipe trains with."""
@@ -98,9 +101,6 @@ class RecommendationTask:
         if not len(users):
             raise UserError(f"{data.folder}: no user has two training interactions, so there are no pairs to train on")
         self.spans = np.stack([begins[users], ends[users]], 1)
-        # How often each item is a target, as a share of all of them.
-        targets = np.concatenate([self.items[begin + 1 : end] for begin, end in self.spans.tolist()])
-        self.shares = np.bincount(targets, minlength=data.n_items) / len(targets)
         self.order = Order(len(users), self._histories(), seed + number)
 
     def parts(self, step: int) -> tuple[list[PairBatch], int]:
@@ -150,14 +150,32 @@ class RecommendationTask:
         given = np.mean([len(self._window(history, rng)[1]) for history in some])
         return self.config.pairs // prefixes * max(1, round(prefixes / given))
 
+    @cached_property
+    def shares(self) -> np.ndarray:
+        """[N] how often each item is a step's target, as a share of all of them: histories are drawn alike, and each
+        gives ``prefixes`` of its targets at most. Windows of histories that are too long end at some places for all."""
+        found = np.zeros(self.data.n_items)
+        for begin, end in self.spans.tolist():
+            ends = (
+                [end] if self._fits(begin, end) == end - 1 - begin else np.linspace(begin + 2, end, WINDOWS).astype(int)
+            )
+            for last in ends:
+                targets = self.items[last - self._fits(begin, last) : last]
+                np.add.at(found, targets, min(self.config.prefixes, len(targets)) / len(targets) / len(ends))
+        return found / found.sum()
+
+    def _fits(self, begin: int, end: int) -> int:
+        """How many items before the last of ``begin`` to ``end`` the model can read."""
+        room = self.rows.context - self.config.prefixes
+        return len(self.rows.tokens.that_fit(self.items[begin : end - 1], room))
+
     def _window(self, history: int, rng: np.random.Generator) -> tuple[tuple[int, int], np.ndarray]:
         """A stretch of a training history that the model can read, and after how many of its items pairs are taken."""
         begin, end = self.spans[history].tolist()
-        room = self.rows.context - self.config.prefixes
-        fits = len(self.rows.tokens.that_fit(self.items[begin : end - 1], room))
+        fits = self._fits(begin, end)
         if fits < end - 1 - begin:  # too long: its inputs end at a random place
             end = int(rng.integers(begin + 2, end + 1))
-            fits = len(self.rows.tokens.that_fit(self.items[begin : end - 1], room))
+            fits = self._fits(begin, end)
             begin = end - 1 - fits
         cuts = rng.permutation(np.arange(1, fits + 1))[: self.config.prefixes]
         return (begin, end), np.sort(cuts)

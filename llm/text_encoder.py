@@ -48,7 +48,9 @@ class TextEncoder:
 
         An empty text has none, also of a tokenizer that puts its own tokens around every text.
         """
-        limit = min(self.config.max_tokens, getattr(self.model.config, "max_position_embeddings", 2**20))
+        # RoBERTa counts positions from its padding token on; its tokenizer knows how many that leaves.
+        positions = getattr(self.model.config, "max_position_embeddings", 2**20)
+        limit = min(self.config.max_tokens, positions, self.tokenizer.model_max_length)
         ids = self.tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"] if texts else []
         told = [row if text else [] for text, row in zip(texts, ids, strict=True)]
         rows = [torch.tensor(row, dtype=torch.long) for row in [*told, [NO_TOKEN]]]

@@ -39,7 +39,7 @@ class TrainedText(KnowledgeConcat):
         config = AutoConfig.for_model(**encoder)
         super().__init__(n_items, dim, config.hidden_size, **options)
         self.encoder_lr = encoder_lr
-        self.encoder = _without_pooler(AutoModel.from_config(config))
+        self.encoder = _without_pooler(AutoModel.from_config(config, dtype=torch.float32))
         self.register_buffer("tokens", None, persistent=False)  # [N + 1, m, T] of m texts an item
 
     @classmethod
@@ -47,7 +47,8 @@ class TrainedText(KnowledgeConcat):
         """With the weights of ``encoder`` to begin with."""
         config = json.loads(encoder.model.config.to_json_string(use_diff=False))
         items = cls(n_items, dim, config, encoder.config.lr, **options)
-        items.encoder = _without_pooler(copy.deepcopy(encoder.model).cpu().requires_grad_(True))
+        # Trained in float32, whatever the checkpoint has: Adam's steps are lost on half-precision weights.
+        items.encoder = _without_pooler(copy.deepcopy(encoder.model).cpu().float().requires_grad_(True))
         return items
 
     def set_texts(self, tokens: Tensor) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from llm.corpus import LanguageBatch, PackedBatches
+from llm.joint import PairBatch
 from llm.recommendation import RecommendationTask
 from llm.update import Engine, Part
 from rec.runtime.checkpoint import Checkpoints
@@ -54,7 +55,7 @@ class Plan:
         patience_from: the step from which on these are counted.
         checkpoint_every: steps.
         flops_per_token: of language modelling, for the MFU.
-        flops_per_pair_token: of histories and items, which have no output layer.
+        flops_of_pairs: of histories and items, which have no output layer.
         peak_flops: of one device.
     """
 
@@ -69,7 +70,7 @@ class Plan:
     patience: int = 0
     patience_from: int = 0
     flops_per_token: float = 0.0
-    flops_per_pair_token: float = 0.0
+    flops_of_pairs: Callable[[PairBatch], float] = field(default=lambda batch: 0.0)
     peak_flops: float = math.inf
 
 
@@ -172,7 +173,7 @@ class Training:
                 share = len(batch.positives) / pairs
                 terms.append((task.name, Part(batch, weight * task.config.terms(pairs) * world * share), share))
                 tokens += batch.tokens
-                flops += batch.tokens * self.plan.flops_per_pair_token
+                flops += self.plan.flops_of_pairs(batch)
         return terms, tokens, found, flops
 
     def _validate(self, step: int) -> dict[str, float]:

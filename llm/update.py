@@ -101,8 +101,9 @@ class PlainEngine:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model, self.clip_norm, self.gradient_norm = model.to(self.device).train(), clip_norm, 0.0
         self.optimizer = torch.optim.AdamW(
-            parameter_groups(model, weight_decay, heads_lr_factor), lr=lr, betas=betas, eps=eps
-        )
+            parameter_groups(model, weight_decay, heads_lr_factor), lr=lr, betas=betas, eps=eps,
+            fused=self.device.type == "cuda" or None,
+        )  # fmt: skip
 
     def step(self, parts: Sequence[Part], lr: float) -> list[float]:
         set_learning_rate(self.optimizer, lr)

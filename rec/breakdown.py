@@ -5,8 +5,8 @@ from torch import Tensor
 
 from rec.batches import fit_counts
 from rec.data.prepared import Prepared
-from rec.evaluation import Metrics, Part
-from rec.protocol import TrainedOn
+from rec.evaluation import Metrics
+from rec.protocol import Part, TrainedOn
 
 
 def groups(data: Prepared, part: Part, trained_on: TrainedOn = "train") -> dict[str, Tensor]:

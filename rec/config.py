@@ -9,6 +9,7 @@ from rec.items import IDItems, ItemsConfig
 from rec.losses import LossConfig
 from rec.models import MODELS, ModelConfig
 from rec.models.sasrec import SASRecConfig
+from rec.precision import Precision
 from rec.protocol import Protocol, TrainedOn
 from rec.runtime.config import Section
 
@@ -43,8 +44,7 @@ class TrainConfig(Section):
     clip_norm: float | None = Field(None, gt=0)
     ema: float | None = Field(None, gt=0, lt=1)
     """Decay a step of an exponential moving average of the weights, which is then what is validated and kept."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: autocast, on CPU too; weights and optimizer stay float32."""
+    precision: Precision = "fp32"
     compile: bool = False
     """Through torch.compile: a minute of compiling, then faster steps, most of all on GPU."""
     checkpoint_every: int = Field(5, ge=1)
@@ -52,12 +52,12 @@ class TrainConfig(Section):
     keep_checkpoints: int = Field(1, ge=1)
     """Newest checkpoints that are kept."""
     keep_checkpoint_every: int | None = Field(None, ge=1)
-    """Checkpoints of every so many steps are kept for good; null for none."""
+    """The first checkpoint of every so many steps is kept for good; null for none."""
     start: Path | None = None
     """A finished run of the same model and kind of items, whose weights are started from (Elephant, further-train)."""
     tune: Literal["all", "items", "model"] = "all"
     """Train everything, the items' vectors alone, or everything but these."""
-    seed: int = 42
+    seed: int = Field(42, ge=0)
 
 
 class EvaluateConfig(Protocol):
@@ -91,8 +91,8 @@ class RecConfig(Section):
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     grid: dict[str, list[Any]] = Field(default_factory=dict)
-    """Values to try of any key of this section, e.g. {train.lr: [1e-3, 3e-3]}: one training for every combination,
-    the best by validation NDCG@10 is the result."""
+    """Values to try of the keys of this section, e.g. {train.lr: [1e-3, 3e-3]}: one training for every combination,
+    the best by validation NDCG@10 is the result. What decides on that figure cannot vary."""
 
     @model_validator(mode="after")
     def _options_are_used(self) -> Self:
@@ -100,6 +100,8 @@ class RecConfig(Section):
         model, train = MODELS[self.model.name], self.train
         if model.has_own_loss and self.loss != LossConfig():
             raise ValueError(f"{self.model.name} has a loss of its own: leave rec.loss out")
+        if unused := self.loss.unused():
+            raise ValueError(f"loss.{unused[0]} is no option of {self.loss.name}: leave it out")
         if train.windows == "last" and model.samples not in WINDOWED:
             raise ValueError(f"{self.model.name} is not trained on windows: leave train.windows out")
         if train.prefixes_per_user is not None and model.samples not in PREFIXED:

@@ -5,15 +5,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
-from pyarrow import parquet
 
 from rec.breakdown import break_down
 from rec.compare import compare, paired
 from rec.evaluation import Metrics, evaluate_many, require_cutoffs
 from rec.job import FinishedRun
-from rec.protocol import Protocol
-from rec.ranking import Part
+from rec.protocol import Part, Protocol
 from rec.runtime import files
+from rec.runtime.arrow_files import write_table
 from rec.runtime.config import hash_of
 from rec.runtime.errors import UserError
 from rec.runtime.runfolder import RunFolder
@@ -37,7 +36,7 @@ def evaluate_run(
     began, folder = time.monotonic(), RunFolder(run.path / FOLDER)
     found, rows = rank_run(run, protocols, part), []
     for name, metrics in found.items():
-        parquet.write_table(_ranks(run, part, metrics), folder.path / f"{name}-{part}.parquet")
+        write_table(folder.path / f"{name}-{part}.parquet", _ranks(run, part, metrics))
         own = _described(run, protocols[name])
         content = {
             "protocol": own,
@@ -73,7 +72,7 @@ def compare_runs(
 ) -> dict[str, dict[str, Any]]:
     """The paired bootstrap of two runs under every protocol.
 
-    ``evaluations/against-RUN/result.json`` in the first one's folder holds it too.
+    ``evaluations/against-RUN-HASH/result.json`` in the first one's folder holds it too, HASH being of where RUN lies.
 
     Returns:
         For each protocol ``instances``, that were compared, ``left_out``, those that count for one run alone (targets
@@ -102,7 +101,8 @@ def compare_runs(
         told = {"protocol": name, "protocol_hash": described[0], "against_protocol_hash": described[1], "part": part}
         told |= {"instances": shared, "left_out": left_out}
         rows += [{**told, "metric": metric, **row} for metric, row in found[name]["metrics"].items()]
-    folder = RunFolder(one.path / FOLDER / f"against-{other.path.resolve().name}")
+    against = other.path.resolve()
+    folder = RunFolder(one.path / FOLDER / f"against-{against.name}-{hash_of(str(against))[:8]}")
     _conclude(folder, one, protocols, rows, command, began, against=str(other.path))
     return found
 

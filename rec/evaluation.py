@@ -15,8 +15,9 @@ from rec.batches import fit_counts
 from rec.config import EvaluateConfig
 from rec.data.prepared import Prepared
 from rec.models.base import Recommender, SequenceRecommender
-from rec.protocol import Protocol, TrainedOn
-from rec.ranking import Part, Ranker, Reach, Scorer
+from rec.negatives import require_negatives
+from rec.protocol import Part, Protocol, TrainedOn
+from rec.ranking import Ranker, Reach, Scorer
 from rec.runtime import files
 from rec.runtime.errors import UserError
 
@@ -178,3 +179,16 @@ def require_cutoffs(protocol: Protocol, data: Prepared, whose: str) -> None:
         raise UserError(
             f"{whose} asks for the best {max(protocol.cutoffs)} of {data.n_items} items; use smaller cutoffs"
         )
+
+
+def require_possible(
+    config: EvaluateConfig, data: Prepared, trained_on: TrainedOn = "train", parts: Sequence[Part] = ("test",)
+) -> None:
+    """Raise a UserError for what would end the evaluation of a run, before it has trained anything."""
+    require_cutoffs(config, data, "rec.evaluate.cutoffs")
+    own = config.protocol.of_run(data, trained_on)
+    for name in ("split", "trained_on"):
+        if getattr(config, name) not in (None, getattr(own, name)):
+            raise UserError(f"rec.evaluate.{name} is {getattr(config, name)}, that of this run is {getattr(own, name)}")
+    for part in parts:
+        require_negatives(config, data, part)

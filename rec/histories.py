@@ -130,10 +130,12 @@ def _resolve(run: FinishedRun, catalog: Catalog, source: Path, skip_unknown: boo
     for number, where, content in _read(source):
         label = content.get(USER)
         label = None if label in (None, "") else clean(str(label))
+        # An empty field of a csv is one that is not there.
+        absent = content.get(HISTORY) is None or (label is not None and content[HISTORY] == "")
         try:
-            if content.get(HISTORY) is None and label is None:
+            if absent and label is None:
                 raise UserError(f"neither {HISTORY!r} nor {USER!r}")
-            if content.get(HISTORY) is None:
+            if absent:
                 known = users.get(label)
                 request = request_for_user(run.data, user_number(run.data, label) if known is None else known)
             elif skip_unknown and not content[HISTORY]:

@@ -3,6 +3,7 @@
 An item encoder turns item numbers into input vectors and gives the table that user states are scored against.
 """
 
+import math
 from importlib.metadata import entry_points
 from typing import Any, ClassVar
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from rec.runtime.errors import UserError
 
 ENTRY_POINTS = "recalign.item_encoders"
+ID_STD = 0.02
 SMALLEST_DEVIATION = 1e-3  # of an entry that is the same in all texts, which tells nothing
 
 
@@ -39,6 +41,10 @@ class ItemEncoder(nn.Module):
     def table(self) -> Tensor:
         """[N + 1, D] vectors that states are scored against; row 0 is padding."""
         raise NotImplementedError
+
+    def begin_reading(self) -> None:
+        """Called by models that normalise an item's vector before anything is added to it: it must not be all zeros,
+        where such a norm has next to no bound on its gradient."""
 
     def refresh(self) -> None:
         """Bring up to date what is computed from trained weights and kept; called before ranking and saving."""
@@ -204,6 +210,11 @@ class KnowledgeConcat(ItemEncoder):
             self.register_buffer("mean", torch.zeros(knowledge_dim))
             self.register_buffer("deviation", torch.zeros(knowledge_dim))  # zeros: none seen yet
 
+    def begin_reading(self) -> None:
+        """An item that has lost its ID (``id_dropout``) is its knowledge alone: of the size of an ID from the start."""
+        if self.id_dropout:
+            nn.init.normal_(self.fuse.weight[:, self.dim :], std=ID_STD / math.sqrt(self.knowledge_dim))
+
     def set_knowledge(self, vectors: Tensor) -> None:
         """Store the knowledge vectors of items 1 to N: [N, K], or [N, m, K] for m texts an item.
 
@@ -287,7 +298,7 @@ def build(kind: str, settings: dict[str, Any]) -> ItemEncoder:
 
 def _new_ids(n_items: int, dim: int) -> nn.Embedding:
     ids = nn.Embedding(n_items + 1, dim, padding_idx=0)
-    nn.init.normal_(ids.weight, std=0.02)
+    nn.init.normal_(ids.weight, std=ID_STD)
     with torch.no_grad():
         ids.weight[0].zero_()
     return ids

@@ -103,7 +103,7 @@ def deviation_of(vectors: Tensor) -> Tensor:
 def save_vectors(path: Path, item_ids: list[str], vectors: Tensor, source: dict[str, str]) -> None:
     """Write item vectors [N, K] with the ids that they belong to and where they came from."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{files.TEMPORARY_PREFIX}{path.name}")
+    temporary = files.beside(path)
     metadata = {"item_ids": json.dumps(item_ids), "source": json.dumps(source)}
     save_file({"vectors": vectors.contiguous()}, temporary, metadata)
     files.fsync(temporary)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rec.build import FINISHED, MODEL
 from rec.config import RecConfig
 from rec.data.builtin import BUILTIN, prepare_builtin
 from rec.data.prepared import META, Prepared
@@ -16,7 +17,6 @@ from rec.runtime import files
 from rec.runtime.config import Section, apply_overrides, build, load, read_recipe
 from rec.runtime.errors import UserError
 from rec.runtime.runfolder import CONFIG, is_run_config, root_of
-from rec.trainer import FINISHED, MODEL
 
 
 class RecJob(Section):
@@ -71,8 +71,18 @@ def grid_of(rec: RecConfig) -> dict[str, RecConfig]:
         chosen = dict(zip(rec.grid, values, strict=True))
         name = ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in chosen.items())
         content = apply_overrides(base, [f"{key}={json.dumps(value)}" for key, value in chosen.items()])
-        combinations[name] = build(RecConfig, content)
+        own = build(RecConfig, content)
+        if _judged_by(own) != _judged_by(rec):
+            raise UserError(
+                f"rec.grid, {name}: what decides on which validation figure a member is judged (train.on,"
+                " train.valid_users, evaluate) must be the same for all"
+            )
+        combinations[name.replace("/", "%2F")] = own  # it names a folder
     return combinations
+
+
+def _judged_by(rec: RecConfig) -> tuple[object, ...]:
+    return rec.train.on, rec.train.valid_users, rec.evaluate.protocol
 
 
 def open_data(name: str, folder: Path) -> Prepared:

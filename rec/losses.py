@@ -33,6 +33,16 @@ class LossConfig(Section):
     calibration: float = Field(0.75, ge=0, le=1)
     """gBCE's t: 0 is BCE, 1 is fully calibrated."""
 
+    def unused(self) -> list[str]:
+        """Options that are set and mean nothing to this loss."""
+        used = ("name", *USED.get(self.name, ()), *(() if self.name == "cross-entropy" else OF_NEGATIVES))
+        fields = type(self).model_fields.items()
+        return [name for name, field in fields if name not in used and getattr(self, name) != field.default]
+
+
+OF_NEGATIVES = ("negatives", "sampling", "shared")
+USED = {"sampled-softmax": ("log_q",), "gbce": ("calibration",)}
+
 
 class Loss(Protocol):
     """(states [M, D], table [N, D], targets [M]) → mean over targets."""
@@ -63,11 +73,12 @@ class NegativeSampling:
 
     def __call__(self, states: Tensor, table: Tensor, targets: Tensor) -> Tensor:
         negatives = self.draw(targets)
-        positive = (states * table[targets]).sum(-1, dtype=torch.float32)
+        # Not table[…]: with several threads a CPU adds up what comes back for the same row in any order.
+        positive = (states * F.embedding(targets, table)).sum(-1, dtype=torch.float32)
         if negatives.dim() == 1:
-            scores = (states @ table[negatives].T).float()
+            scores = (states @ F.embedding(negatives, table).T).float()
         else:
-            scores = torch.einsum("md,mkd->mk", states, table[negatives]).float()
+            scores = torch.einsum("md,mkd->mk", states, F.embedding(negatives, table)).float()
         hits = negatives == targets[:, None]
         if self.config.name == "sampled-softmax":
             if self.config.log_q:

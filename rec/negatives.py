@@ -1,13 +1,13 @@
 """The sampled candidates of evaluation: a function of the protocol's seed, the same for every model and batch size."""
 
-from typing import Literal
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rec.data.prepared import Prepared
-from rec.protocol import Protocol
+from rec.protocol import Part, Protocol
 from rec.runtime.errors import UserError
 
 BLOCK_CELLS = 2**25
@@ -15,7 +15,7 @@ BLOCK_CELLS = 2**25
 REJECTIONS = 20
 
 
-def draw_negatives(protocol: Protocol, data: Prepared, part: Literal["valid", "test"]) -> Tensor:
+def draw_negatives(protocol: Protocol, data: Prepared, part: Part) -> Tensor:
     """[M, n] int32 item numbers for the M instances of ``part``: distinct, never the target, never what is excluded.
 
     By popularity, an item without training interactions counts as if it had one: every user must get all negatives.
@@ -23,40 +23,48 @@ def draw_negatives(protocol: Protocol, data: Prepared, part: Literal["valid", "t
     Raises:
         UserError: if the catalog has too few items for a user.
     """
-    users, ends = data.instances(part)
     rng = np.random.default_rng([protocol.negatives_seed, {"valid": 0, "test": 1}[part]])
     weights = (
         np.ones(data.n_items) if protocol.negatives_from == "uniform" else data.train_counts[1:].clamp(min=1).numpy()
     )
     cumulative = np.cumsum(weights / weights.sum())
-    block = max(1, BLOCK_CELLS // (data.n_items + 1))
-    drawn = [
-        _draw_block(protocol, data, users[first : first + block], ends[first : first + block], cumulative, rng)
-        for first in range(0, len(users), block)
-    ]
+    drawn = [_draw_block(taken, protocol.negatives, cumulative, rng) for taken in _taken(protocol, data, part)]
     return torch.from_numpy(np.concatenate(drawn)) if drawn else torch.zeros(0, protocol.negatives, dtype=torch.int32)
 
 
-def _draw_block(
-    protocol: Protocol, data: Prepared, users: Tensor, ends: Tensor, cumulative: np.ndarray, rng: np.random.Generator
-) -> np.ndarray:
-    taken = np.zeros((len(users), data.n_items + 1), dtype=bool)
-    until = data.offsets[users + 1] if protocol.negatives_exclude == "everything" else ends + 1
-    own, _ = data.windows(users, until, len(data.sequence))
-    np.put_along_axis(taken, own.numpy(), True, axis=1)
-    free = data.n_items - taken[:, 1:].sum(1)
-    if free.min() < protocol.negatives:
-        user = int(users[int(free.argmin())])
-        raise UserError(
-            f"{protocol.negatives} negatives cannot be drawn for user number {user} of {data.folder}: only"
-            f" {int(free.min())} of {data.n_items} items are left; ask for fewer, or rank all items"
-        )
-    result = np.zeros((len(users), protocol.negatives), dtype=np.int32)
-    for nth in range(protocol.negatives):
-        missing = np.arange(len(users))
+def require_negatives(protocol: Protocol, data: Prepared, part: Part) -> None:
+    """Raise the UserError that ``draw_negatives`` would raise, without drawing."""
+    if protocol.candidates == "sampled":
+        for _ in _taken(protocol, data, part):
+            pass
+
+
+def _taken(protocol: Protocol, data: Prepared, part: Part) -> Iterator[np.ndarray]:
+    """[m, N + 1] which items are no negatives of an instance, for one block of ``part`` after the other."""
+    block = max(1, BLOCK_CELLS // (data.n_items + 1))
+    for users, ends in zip(*(every.split(block) for every in data.instances(part)), strict=True):
+        taken = np.zeros((len(users), data.n_items + 1), dtype=bool)
+        until = data.offsets[users + 1] if protocol.negatives_exclude == "everything" else ends + 1
+        own, _ = data.windows(users, until, len(data.sequence))
+        np.put_along_axis(taken, own.numpy(), True, axis=1)
+        free = data.n_items - taken[:, 1:].sum(1)
+        if len(users) and free.min() < protocol.negatives:
+            user = int(users[int(free.argmin())])
+            raise UserError(
+                f"{protocol.negatives} negatives cannot be drawn for user number {user} of {data.folder}: only"
+                f" {int(free.min())} of {data.n_items} items are left; ask for fewer, or rank all items"
+            )
+        yield taken
+
+
+def _draw_block(taken: np.ndarray, count: int, cumulative: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """[m, count] item numbers; marks them in ``taken``."""
+    result = np.zeros((len(taken), count), dtype=np.int32)
+    for nth in range(count):
+        missing = np.arange(len(taken))
         for _ in range(REJECTIONS):
             items = np.searchsorted(cumulative, rng.random(len(missing)) * cumulative[-1], side="right")
-            items = np.minimum(items, data.n_items - 1) + 1
+            items = np.minimum(items, len(cumulative) - 1) + 1
             fine = ~taken[missing, items]
             result[missing[fine], nth] = items[fine]
             taken[missing[fine], items[fine]] = True

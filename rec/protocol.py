@@ -14,6 +14,7 @@ from rec.runtime.errors import UserError
 
 Split = Literal["leave-one-out", "ratio", "time", "users"]
 TrainedOn = Literal["train", "train+valid"]
+Part = Literal["valid", "test"]
 
 
 class Protocol(Section):
@@ -38,7 +39,7 @@ class Protocol(Section):
     negatives_from: Literal["uniform", "popularity"] = "uniform"
     negatives_exclude: Literal["history", "everything"] = "everything"
     """What is never drawn as a negative: the user's history, or all of the user's items. The target never is."""
-    negatives_seed: int = 98765
+    negatives_seed: int = Field(98765, ge=0)
     """Negatives are a function of this seed and the data, the same for every model."""
     seen: Literal["rank", "mask"] = "rank"
     """Items of the user's history among the candidates: rank them or leave them out."""

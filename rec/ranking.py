@@ -1,7 +1,6 @@
 """Scores of batches of users, and the places of their targets in them: the two inner parts of an evaluation."""
 
 from collections.abc import Collection, Iterator
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -9,10 +8,9 @@ from torch import Tensor
 from rec.data.prepared import Prepared
 from rec.models.base import Recommender
 from rec.negatives import draw_negatives
-from rec.protocol import Protocol
+from rec.protocol import Part, Protocol
 from rec.runtime.errors import Diverged
 
-Part = Literal["valid", "test"]
 # Rows of scores that are made at a time on a CPU, and those of them that are then compared at a time: wide enough for
 # fast matrix products, and narrow enough for what is compared to stay in the caches.
 SCORED_ROWS, COMPARED_ROWS = 256, 32

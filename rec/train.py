@@ -1,6 +1,8 @@
 """Train the recommender of a recipe, on one process or several.
 
-``recalign train RECIPE``, or ``accelerate launch --num_processes 2 -m rec.train --config recipe.yaml key=value``
+``recalign train RECIPE``, or
+``accelerate launch --config_file launch/accelerate/cpu.yaml --num_processes 2 -m rec.train
+--config recipe.yaml key=value``
 """
 
 import argparse
@@ -17,8 +19,9 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from rec.build import FINISHED, MODEL, build_model
 from rec.data.prepared import Prepared
-from rec.evaluation import evaluate, require_cutoffs, some_instances
+from rec.evaluation import evaluate, require_possible, some_instances
 from rec.job import RecJob, grid_of, load_job, open_data
 from rec.models.base import Recommender
 from rec.runtime import files
@@ -27,7 +30,7 @@ from rec.runtime.errors import Diverged
 from rec.runtime.logs import run_main
 from rec.runtime.ranks import Ranks, left_together, lost_contact_is_named, timeout
 from rec.runtime.runfolder import RunFolder
-from rec.trainer import FINISHED, MODEL, STOP_METRIC, build_model, device, train
+from rec.trainer import STOP_METRIC, device, train
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +57,8 @@ def run(job: RecJob, command: str) -> dict[str, Any]:
         if result is not None:
             return result
         data, started = open_data(job.data, job.run / "data"), time.monotonic()
-        require_cutoffs(job.rec.evaluate, data, "rec.evaluate.cutoffs")
+        on = job.rec.train.on
+        require_possible(job.rec.evaluate, data, on, ("valid", "test") if on == "train" else ("test",))
         chosen = _train(job, data, folder)
         if ranks.is_first:
             result = _conclude(job, data, folder, chosen, command, time.monotonic() - started)

@@ -4,7 +4,6 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rec.averaging import WeightAverage
-from rec.batches import Windows, fit_counts, fit_ends, make_batches
-from rec.config import RecConfig, TrainConfig
+from rec.batches import Windows, fit_counts, make_batches
+from rec.build import FINISHED, MODEL
+from rec.config import RecConfig
 from rec.data.prepared import Prepared
 from rec.epoch_progress import EpochProgress
 from rec.evaluation import evaluate, some_instances
-from rec.item_encoder import ItemEncoder
-from rec.items import make_items
 from rec.losses import Loss, make_loss
-from rec.models import MODELS
 from rec.models.base import Batch, Recommender
+from rec.precision import autocast
 from rec.runtime import files
 from rec.runtime.checkpoint import Checkpoints, restore_rng, rng_state
 from rec.runtime.config import hash_of
@@ -34,44 +32,7 @@ from rec.runtime.stopping import StopFile
 
 log = logging.getLogger(__name__)
 
-MODEL, FINISHED, STOP_METRIC = "model", "finished.json", "NDCG@10"
-
-
-def build_model(
-    config: RecConfig, data: Prepared, make_encoder: Callable[[], ItemEncoder] | None = None
-) -> Recommender:
-    """An untrained recommender with the item encoder that ``make_encoder`` makes, by default ``config.items``.
-
-    Its weights are a function of ``config.train.seed``, or those of the run that ``config.train.start`` names.
-
-    Raises:
-        UserError: if that run is none, or another kind of model, or nothing is left to train.
-    """
-    torch.manual_seed(config.train.seed)
-    items = make_encoder() if make_encoder else make_items(config.items, data, config.model.dim)
-    model = MODELS[config.model.name].for_data(config.model, items, data, fit_ends(data, config.train.on))
-    if config.train.start is not None:
-        _take_weights(model, config.train.start, data)
-    for name, parameter in model.named_parameters():
-        if config.train.tune != "all" and name.startswith("items.") != (config.train.tune == "items"):
-            parameter.requires_grad_(False)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UserError(f"rec.train.tune={config.train.tune} leaves nothing to train: the items' vectors are frozen")
-    return model
-
-
-def _take_weights(model: Recommender, start: Path, data: Prepared) -> None:
-    """Load the weights of the finished run ``start``, which may have kept its items' vectors frozen."""
-    if not (start / FINISHED).is_file():
-        raise UserError(f"rec.train.start: {start} holds no finished recommender (no {FINISHED})")
-    trained_on = files.read_json(start / FINISHED).get("data_hash", data.meta["content_hash"])
-    if trained_on != data.meta["content_hash"]:
-        raise UserError(f"rec.train.start: {start} was trained on other data than {data.folder} holds")
-    try:
-        model.load_state_dict(Recommender.from_pretrained(start / MODEL).state_dict())
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"rec.train.start: {start} is another kind of model or items: {reason}") from None
+STOP_METRIC = "NDCG@10"
 
 
 def train(model: Recommender, data: Prepared, config: RecConfig, run: RunFolder, title: str) -> Recommender:
@@ -156,7 +117,7 @@ class _Step:
     def __call__(self, batch: Batch, state: "_State | EpochTimer") -> torch.Tensor:
         """The mean loss over the targets of the global batch."""
         own, share = self._own(batch)
-        with autocast(self.model, self.train):
+        with autocast(self.device, self.train.precision):
             loss = self.forward(own.to(self.device)) * share
         state.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -362,7 +323,7 @@ class _State:
         train = self.config.train
         rows = some_instances(self.data, "valid", train.valid_users)
         # As it is trained: a model that is bf16 in every step need not be float32 in every validation.
-        with autocast(self.judged, train):
+        with autocast(next(self.judged.parameters()).device, train.precision):
             return evaluate(self.judged, self.data, "valid", self.config.evaluate, rows, complete=False).summary()
 
     def _weights(self) -> dict[str, torch.Tensor]:
@@ -382,11 +343,6 @@ class _State:
             "losses": torch.stack(self.losses).cpu() if self.losses else torch.empty(0),
             "seconds": self.seconds,
         }
-
-
-def autocast(model: Recommender, train: TrainConfig) -> torch.autocast:
-    """The precision that a model is trained in."""
-    return torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=train.precision == "bf16")
 
 
 def device() -> torch.device:

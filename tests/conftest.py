@@ -1,19 +1,25 @@
 """Small worlds that tests share."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from worlds import SMALL_MODELS, make_raw
 
 from rec.data.prepare import Filters, prepare
 from rec.data.prepared import Prepared
 from rec.job import RecJob
 from rec.runtime.config import build
+from rec.runtime.determinism import ASKED, be_deterministic_if_asked
 from rec.runtime.memory import keep_freed_memory
 from rec.train import run
 
 keep_freed_memory()
+if torch.cuda.is_available():  # tests compare bits, which on a GPU are the same for those who ask
+    os.environ.setdefault(ASKED, "1")
+    be_deterministic_if_asked()
 
 
 @pytest.fixture(scope="session")

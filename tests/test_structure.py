@@ -5,6 +5,7 @@ import ast
 import json
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from align.config import MainJob, TrainerConfig, load_job
 from align.policy import deepspeed_config
 from llm.lmrec_job import LMRecJob
-from llm.probe import ProbeJob
+from llm.probe_job import ProbeJob
 from llm.recformer.job import RecformerJob
 from rec.job import RecJob
 from rec.runtime import config
@@ -52,6 +53,12 @@ def test_imports_run_one_way(path):
     assert not imported(path) & above
     if package == "rec":
         assert not imported(path) & UNKNOWN_TO_REC
+
+
+def test_every_folder_with_code_is_installed():
+    """A checkout has them all; a wheel has those that are named."""
+    named = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    assert {".".join(path.relative_to(ROOT).parent.parts) for path in FILES} <= set(named)
 
 
 def test_one_file_touches_vllm():

@@ -10,9 +10,6 @@ On a machine without GPUs the jobs have cores of their own in all four, as they 
 
 import json
 import logging
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,9 +22,10 @@ from align.figures import saving_seconds
 from align.samples import SampleLog
 from align.snapshots import SnapshotStore
 from launch import supervise
-from launch.main_job import MainJobRun
-from launch.study import share_what_comes_before
-from launch.summary import asynchronous
+from launch.alignment.main_job import MainJobRun
+from launch.alignment.study import share_what_comes_before
+from launch.alignment.summary import asynchronous
+from launch.bench.child import last_line
 from rec.runtime.errors import UserError
 from rec.runtime.runfolder import CONFIG, RunFolder
 
@@ -48,6 +46,7 @@ def run(recipe: Path, overrides: Sequence[str], steps: int, out: Path, command: 
     begin, folder = time.monotonic(), RunFolder(out)
     if not torch.cuda.is_available():
         overrides = [*OWN_CORES, *overrides]
+    supervise.check_devices(_job(recipe, overrides, steps, out / "asynchronous", ()))
     with folder.lock("bench"):
         sync, pair = (
             _aligned(_job(recipe, overrides, steps, out / name, more))
@@ -140,17 +139,8 @@ def _tokens_per_s(run: Path) -> dict[str, float]:
 def _offline(run: Path) -> float:
     """vLLM's own tokens a second, on the cores of the generator."""
     _, cores = supervise.cpu_split(load_job(run / CONFIG))
-    command = [sys.executable, "-m", "launch.bench.offline", "--config", str(run / CONFIG)]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=OFFLINE_TIMEOUT_S,
-            preexec_fn=None if cores is None else lambda: os.sched_setaffinity(0, cores),
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        raise RuntimeError(f"waited {OFFLINE_TIMEOUT_S} s for {' '.join(command[1:])} to measure vLLM") from None
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command[1:])} failed: {done.stderr.strip().splitlines()[-1:]}")
-    return float(done.stdout.split()[-1])
+    command = ["-m", "launch.bench.offline", "--config", str(run / CONFIG)]
+    return float(last_line(command, cores=cores, timeout_s=OFFLINE_TIMEOUT_S).split()[-1])
 
 
 def _rate(job: MainJob, folder: RunFolder, event: str) -> float:

@@ -19,11 +19,11 @@ from llm.prompts import item_texts, prompt_tokens
 from llm.text_encoder import TextEncoder
 from llm.text_items import vectors_by
 from llm.tokenizer import load_tokenizer
+from rec.build import MODEL
 from rec.data.prepared import Prepared
 from rec.models.base import SequenceRecommender
 from rec.runtime.errors import UserError
 from rec.runtime.runfolder import CONFIG, RunFolder
-from rec.trainer import MODEL
 
 K, WARM_UP = 10, 5
 

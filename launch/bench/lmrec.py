@@ -7,7 +7,6 @@ one. Model, data, precision and batch are the same for both trainers of a compar
 import itertools
 import json
 import logging
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from launch.bench.child import last_line
 from llm.corpus import IGNORED, LanguageBatch, PackedBatches
 from llm.joint import JointModel
 from llm.lmrec_job import LMRecJob, load_job
@@ -27,8 +27,10 @@ from llm.lmrec_run import build_model, read_inputs
 from llm.mixture import histories
 from llm.speed import flops_per_token, peak_flops
 from llm.update import Part, PlainEngine
+from rec.precision import dtype_of, is_bf16
 from rec.runtime.config import hash_of
 from rec.runtime.errors import UserError
+from rec.runtime.logs import run_main
 from rec.runtime.ranks import Ranks
 from rec.runtime.runfolder import RunFolder
 
@@ -63,15 +65,16 @@ def run(
         folder.claim(job)
         rows = []
         for name in names:
-            known = [row for row in folder.events("measured") if row["name"] == name and row["steps"] == steps]
+            where = {"name": name, "steps": steps, "machine": _machine()}
+            known = [row for row in folder.events("measured") if where.items() <= row.items()]
             if not known:
                 log.info("%s", name)
-                folder.log("measured", name=name, steps=steps, **_in_a_process(out / "config.yaml", name, steps))
+                folder.log("measured", **where, **_in_a_process(out / "config.yaml", name, steps))
                 known = folder.events("measured")
             rows.append({key: value for key, value in known[-1].items() if key not in ("event", "time_s", "pid")})
         return folder.write_result(
             command, hash_of(job.model_dump(mode="json", exclude={"run"})), {}, rows, time.monotonic() - begin,
-            claims(rows), machine=_machine(),
+            claims(rows),
         )  # fmt: skip
 
 
@@ -102,7 +105,8 @@ def measure(job: LMRecJob, name: str, steps: int) -> dict[str, Any]:
     if name == "gpu":
         return gpu_125m(steps)
     if name == "matmul":
-        return {"flops": matmul_rate(torch.bfloat16 if job.llm.train.precision == "bf16" else torch.float32)}
+        dtype = dtype_of(job.llm.train.precision)
+        return {"flops": matmul_rate(dtype), "dtype": str(dtype).removeprefix("torch.")}
     ways = {"packed": _packed, "padded": _padded, BY_LENGTH: partial(_padded, by_length=True), "trainer": _trainer}
     rate = ways[name](job, steps)
     if name != "packed":
@@ -110,7 +114,7 @@ def measure(job: LMRecJob, name: str, steps: int) -> dict[str, Any]:
     model = _model(job, eos=0)
     parameters = sum(parameter.numel() for parameter in model.decoder.parameters())
     flops = rate * flops_per_token(model.decoder.config, parameters, job.llm.lmrec.context)
-    share = flops / matmul_rate(torch.bfloat16 if job.llm.train.precision == "bf16" else torch.float32)
+    share = flops / matmul_rate(dtype_of(job.llm.train.precision))
     return {"tokens_per_s": round(rate, 1), "parameters": parameters, "share_of_matmul_rate": round(share, 4)}
 
 
@@ -155,7 +159,7 @@ def gpu_125m(steps: int) -> dict[str, Any]:
     """The 125M preset at context 2,048 on an NVIDIA GPU, against that GPU's own matmul rate."""
     if not torch.cuda.is_available():
         return {"not_measured": "no NVIDIA GPU here"}
-    engine, batch = _preset_125m({"compile": True}, rows=16)
+    engine, batch = _preset_125m({"compile": True}, rows=32)
     rate = _timed(engine, [batch], steps)
     parameters = sum(parameter.numel() for parameter in engine.model.decoder.parameters())
     flops = rate * flops_per_token(engine.model.decoder.config, parameters, 2048)
@@ -168,15 +172,14 @@ def gpu_125m(steps: int) -> dict[str, Any]:
 
 
 def _preset_125m(train: dict[str, Any], rows: int = 1) -> tuple[PlainEngine, LanguageBatch]:
-    """The preset with random text: documents of 512 tokens."""
+    """The preset with random text, a document a row."""
     from llm.packing import Document, pack
     from rec.runtime.config import build
 
     llm = {"lmrec": {"preset": "125M"}, "recommend": None, "train": {"zero_stage": 0, **train}}
     job = build(LMRecJob, {"data": "none", "run": "none", "llm": llm})
-    ids = torch.randint(50_258, (rows, 4, 512)).tolist()
-    documents = [Document(own) for row in ids for own in row]
-    packed = pack(documents, [list(range(4 * row, 4 * row + 4)) for row in range(rows)], 0, 2048)
+    documents = [Document(own) for own in torch.randint(50_258, (rows, 2048)).tolist()]
+    packed = pack(documents, [[row] for row in range(rows)], 0, 2048)
     labels = packed.ids.masked_fill(packed.positions == 0, IGNORED)
     model = _model(job, eos=0)
     return _engine(job, model), LanguageBatch(packed.ids, labels, packed)
@@ -279,7 +282,7 @@ def _trainer(job: LMRecJob, steps: int) -> float:
     train, context = job.llm.train, job.llm.lmrec.context
     batches = PackedBatches(documents, context, tokenizer.eos_token_id, train.micro_rows, train.micro_rows, train.seed)
     # In the dtype of the scores, as packed rows have theirs: a float32 mask would make bfloat16 scores float32.
-    dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
+    dtype = dtype_of(train.precision)
     rows = [row for step in range(steps + 1) for row in _for_trainer(batches.parts(step)[0], dtype)]
     times = []
 
@@ -290,7 +293,7 @@ def _trainer(job: LMRecJob, steps: int) -> float:
     arguments = TrainingArguments(
         output_dir=str(Path(job.run) / "trainer"), per_device_train_batch_size=train.micro_rows, max_steps=steps + 1,
         learning_rate=1e-4, weight_decay=train.weight_decay, max_grad_norm=train.clip_norm,
-        bf16=train.precision == "bf16", logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True,
+        bf16=is_bf16(train.precision), logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(), dataloader_num_workers=0,
     )  # fmt: skip
     decoder = _model(job, tokenizer.eos_token_id).decoder
@@ -315,12 +318,7 @@ def _for_trainer(batch: LanguageBatch, dtype: torch.dtype) -> list[dict[str, tor
 
 
 def _in_a_process(config: Path, name: str, steps: int) -> dict[str, Any]:
-    """A measurement in a process of its own, so that none meets what another left in memory."""
-    command = [sys.executable, "-m", "launch.bench.lmrec", str(config), name, str(steps)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command[1:])} failed: {done.stderr.strip().splitlines()[-1:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(last_line(["-m", "launch.bench.lmrec", str(config), name, str(steps)]))
 
 
 def _machine() -> str:
@@ -332,6 +330,11 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Entry of one measurement."""
     config, name, steps = sys.argv[1:]
     sys.stdout.write(json.dumps(measure(load_job(Path(config)), name, int(steps))) + "\n")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -16,14 +16,16 @@ from typing import Any
 
 import torch
 
+from rec.build import build_model
 from rec.config import RecConfig
 from rec.data.prepared import Prepared
 from rec.evaluation import evaluate
 from rec.models.base import Recommender
+from rec.precision import autocast, dtype_of
 from rec.runtime.config import apply_overrides, build
 from rec.runtime.logs import run_main
 from rec.runtime.runfolder import RunFolder
-from rec.trainer import EpochTimer, build_model, train
+from rec.trainer import EpochTimer, train
 
 PASSES = 5
 # The size that every peer's adapter has too, but for RecTools' flat net: its FFN is four times as wide.
@@ -92,7 +94,7 @@ def time_evaluation(config: RecConfig, data: Prepared, seconds: float) -> dict[s
         passes = []
         for _ in range(1 + PASSES):
             begin = time.perf_counter()
-            with torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16"):
+            with autocast(torch.device("cpu"), config.train.precision):
                 metrics = evaluate(model, data, "test", config.evaluate, complete=complete)
             passes.append(time.perf_counter() - begin)
         found[name] = statistics.median(passes[1:])
@@ -129,7 +131,7 @@ def time_floor(config: RecConfig, data: Prepared, seconds: float) -> dict[str, A
     encoder (its six D x D maps, forward and twice backward); attention itself is left out.
     """
     timer = EpochTimer(build_model(config, data), data, config)
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    dtype = dtype_of(config.train.precision)
     dim, rows = config.model.dim, 192
     states, table = torch.randn(rows, dim).to(dtype), torch.randn(data.n_items, dim).to(dtype)
     wide = torch.empty(rows, data.n_items, dtype=dtype)

@@ -20,6 +20,7 @@ from typing import Any
 from rec.runtime import files
 from rec.runtime.errors import UserError
 from rec.runtime.logs import run_main
+from rec.runtime.parent import die_with_parent
 
 log = logging.getLogger(__name__)
 
@@ -99,8 +100,9 @@ def setup(names: Sequence[str] = (), root: Path | None = None) -> None:
         UserError: if a name is unknown, there is no uv, or a package cannot be had.
     """
     root = root or default_root()
+    for name in names:
+        require_known(name)
     for name in names or PEERS:
-        _require_known(name)
         if is_ready(name, root):
             log.info("%s is ready in %s", PEERS[name].title, root / name)
             continue
@@ -138,7 +140,7 @@ def run(
             it last said.
     """
     root = root or default_root()
-    _require_known(name)
+    require_known(name)
     if not is_ready(name, root):
         raise UserError(
             f"no environment for {PEERS[name].title} in {root / name}; make it with:"
@@ -151,7 +153,9 @@ def run(
     environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
     environment |= LIKE_OURS if like_ours else {}
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_s)
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=timeout_s, preexec_fn=die_with_parent
+        )
     except subprocess.TimeoutExpired as error:
         raise UserError(f"{PEERS[name].title}: {script.name} did not end within {timeout_s:g} s") from error
     said = [line for line in done.stdout.splitlines() if line.strip()]
@@ -161,7 +165,8 @@ def run(
     return json.loads(said[-1])
 
 
-def _require_known(name: str) -> None:
+def require_known(name: str) -> None:
+    """Raise a UserError that lists them all if there is no such peer."""
     if name not in PEERS:
         raise UserError(f"unknown peer {name!r}; there are: {', '.join(PEERS)}")
 

@@ -16,14 +16,13 @@ Stages, each a file in the output folder, so that an interrupted run goes on whe
 import json
 import logging
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from launch.bench import peers
+from launch.bench.child import last_line
 from launch.bench.rec_rows import claims_of, rows_of
 from launch.bench.rec_tasks import Settings, Task, tasks
 from rec.runtime import files
@@ -43,6 +42,8 @@ def run(settings: Settings, out: Path, command: str) -> dict[str, Any]:
         UserError: before anything is measured, if a peer's environment or a data folder is not there.
     """
     for name in settings.names:
+        peers.require_known(name)
+    for name in settings.names:
         if not peers.is_ready(name, settings.root):
             setup = f"python -m launch.bench.peers --setup {' '.join(settings.names)}"
             raise UserError(f"no environment for {name}; make it with: {setup}")
@@ -50,19 +51,18 @@ def run(settings: Settings, out: Path, command: str) -> dict[str, Any]:
         if not (folder / "interactions.parquet").is_file():
             raise UserError(f"{folder} is no prepared folder; make one with 'recalign prepare'")
     began, folder = time.monotonic(), RunFolder(out)
-    measured = []
-    for task in tasks(settings):
-        measured.append({"stage": task.stage, **_once(task, out / "measured", settings)})
-    rows = rows_of(measured)
-    return folder.write_result(
-        command,
-        "",
-        {},
-        rows,
-        time.monotonic() - began,
-        claims=claims_of(rows),
-        machine={"cores": os.cpu_count(), "load_average": os.getloadavg()},
-    )
+    with folder.lock("bench"):
+        measured = [{"stage": task.stage, **_once(task, out / "measured", settings)} for task in tasks(settings)]
+        rows = rows_of(measured)
+        return folder.write_result(
+            command,
+            "",
+            {},
+            rows,
+            time.monotonic() - began,
+            claims=claims_of(rows),
+            machine={"cores": os.cpu_count(), "load_average": os.getloadavg()},
+        )
 
 
 def _once(task: Task, folder: Path, settings: Settings) -> dict[str, Any]:
@@ -96,10 +96,8 @@ def _once(task: Task, folder: Path, settings: Settings) -> dict[str, Any]:
 
 def _ours(arguments: Sequence[str]) -> dict[str, Any]:
     """One measurement of ours, on the processor and with the threads that peers have."""
-    command = [sys.executable, "-m", "launch.bench.ours", *arguments]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["nothing"])[-1]
-        raise UserError(f"{' '.join(command[1:])} failed: {last}")
-    return json.loads(done.stdout.splitlines()[-1])
+    try:
+        return json.loads(last_line(["-m", "launch.bench.ours", *arguments], environment))
+    except RuntimeError as error:
+        raise UserError(str(error)) from error

@@ -25,7 +25,7 @@ from launch.cluster import probe
 from launch.cluster.where import site_file
 from rec.runtime.errors import UserError
 from rec.runtime.logs import run_main
-from rec.runtime.ranks import Ranks, left_together
+from rec.runtime.ranks import Ranks, left_together, lost_contact_is_named, timeout
 
 MAX_SKEW_S, SLOW_RENAME_S, SLOW_WRITE_MB_PER_S, SLOW_ALL_REDUCE_GB_PER_S = 1.0, 5.0, 100.0, 0.5
 
@@ -67,13 +67,14 @@ def start(folder: Path, site: Path | None = None) -> int:
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: where are runs to live? --folder")
+    settings = site_file(site)
     if "SLURM_JOB_ID" not in os.environ:
         own = [sys.executable, "-m", "launch.cluster.check", "--folder", str(folder.absolute())]
         return subprocess.run(own, check=False).returncode
     if shutil.which("srun") is None:
         raise UserError("this is a SLURM job without srun: check from the batch script, not from inside a container")
     scripts = resources.files("launch.slurm")
-    sources = [str(site_file(site)), *(str(scripts.joinpath(name)) for name in ("lib.sh", "check.sh"))]
+    sources = [str(settings), *(str(scripts.joinpath(name)) for name in ("lib.sh", "check.sh"))]
     line = "; ".join(f"source {shlex.quote(path)}" for path in sources)
     environment = {"RECALIGN_PYTHON": sys.executable, **os.environ}
     command = ["bash", "-c", f"set -- {shlex.quote(str(folder.absolute()))}; {line}"]
@@ -169,7 +170,7 @@ def _join_group() -> None:
         on_gpu = torch.cuda.is_available()
         if on_gpu:
             torch.cuda.set_device(int(environment.get("LOCAL_RANK", environment.get("SLURM_LOCALID", "0"))))
-        dist.init_process_group("nccl" if on_gpu else "gloo")
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout())
 
 
 def main() -> None:
@@ -177,8 +178,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path(), help="where runs are to live")
     folder = parser.parse_args().folder.absolute()
-    _join_group()
-    with left_together():
+    with lost_contact_is_named():
+        _join_group()
+    with lost_contact_is_named(), left_together():
         found = measure(folder)
         results = list(judge(found, folder)) if found else []
         for result in results:

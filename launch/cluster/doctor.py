@@ -10,12 +10,12 @@ from typing import Any
 from align.snapshots import SnapshotStore
 from launch.cluster.identities import Identity, identities
 from llm.resharding import UNIVERSAL
+from rec.build import FINISHED
 from rec.runtime import files
 from rec.runtime.checkpoint import MANIFEST, Checkpoints, Finding
 from rec.runtime.errors import UserError
 from rec.runtime.runfolder import CONFIG, RESULT, RunFolder, is_run_config
 from rec.runtime.stopping import STOP
-from rec.trainer import FINISHED
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,10 @@ def further_remarks(run: Path) -> Iterator[str]:
         yield f"in use: {holder}; a second job would be refused"
     if (run / STOP).exists():
         yield f"{run / STOP} is there: a job that is started by hand would stop at once; delete it"
-    left = [path for path in run.rglob(f"{files.TEMPORARY_PREFIX}*") if path.is_dir()]
-    if left:
-        yield f"left behind by a kill, removed by the next save: {', '.join(map(str, left))}"
+    left = sorted(run.rglob(f"{files.TEMPORARY_PREFIX}*"))
+    for kind, what in ((Path.is_dir, "removed by the next save"), (Path.is_file, "may be deleted while nothing runs")):
+        if found := [str(path) for path in left if kind(path)]:
+            yield f"left behind by a kill, {what}: {', '.join(found)}"
     store = SnapshotStore(run / "snapshots")
     versions, newest = store.versions(), store.newest()
     if versions and newest is None:

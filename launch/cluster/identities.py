@@ -13,6 +13,7 @@ from rec.data.prepared import META
 from rec.job import RecJob, grid_of
 from rec.runtime import files
 from rec.runtime.config import build, hash_of, read_recipe
+from rec.runtime.errors import UserError
 from rec.runtime.runfolder import CONFIG
 
 
@@ -43,6 +44,10 @@ def identities(run: Path) -> dict[Path, Identity]:
     content = read_recipe(run / CONFIG)
     if "align" in content:
         return _of_alignment(run, build(MainJob, content))
+    if "pretrain" in content or "job" in content or "targets" in content or "probe" in content.get("llm", {}):
+        raise UserError(
+            f"{run} is a study's or a probe's: it has no checkpoints; name a run folder inside, if it has any"
+        )
     if "llm" not in content:
         return _of_recommender(run, build(RecJob, content))
     if is_recformer(content):

@@ -14,7 +14,7 @@ from launch.cluster.simulate import Prediction, Simulation
 from launch.cluster.where import ONE_PROCESS
 from rec.runtime.config import read_recipe
 from rec.runtime.errors import UserError
-from rec.runtime.runfolder import RunFolder
+from rec.runtime.runfolder import METRICS, RunFolder
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,16 @@ def plan(job: MainJob, machines: Machines, prompt_tokens: int = 64, measured_in:
         UserError: if the LLM is not known, or does not fit a generator's GPU, if nothing divides the batch, or if the
             run tells no rates.
     """
+    if measured_in is not None and not (measured_in / METRICS).is_file():
+        raise UserError(f"{measured_in} has measured nothing: it holds no {METRICS}")
     shape = memory.shape_of(job, prompt_tokens)
     found = [_option(job, machines, shape, *split, measured_in) for split in _splits(job, machines)]
     if not found:
         total, batch = machines.nodes * machines.gpus, job.align.trainer.batch_size
+        if total == 1:
+            raise UserError(
+                "one GPU is shared by both jobs, which this plan does not reckon with: ask for two at least"
+            )
         raise UserError(f"no ranks that {total} GPUs leave divide align.trainer.batch_size {batch}: change it")
     fitting = [option for option in found if option.fits]
     best = min(fitting, key=lambda option: option.prediction.wall_s) if fitting else None

@@ -56,8 +56,7 @@ def status(folder: Path, now: float | None = None) -> Status:
     if not (folder / CONFIG).is_file() and not (folder / "slurm").is_dir() and not (folder / METRICS).is_file():
         raise UserError(f"{folder} is no run folder (no {CONFIG}, {METRICS} or slurm/)")
     run = RunFolder(folder)
-    age_s = now - last_sign(folder)
-    state, sentence = _state(run, age_s)
+    state, sentence = _state(run, now)
     return Status(state, sentence, [*_submissions(folder, now), *_attempts(run, now), *_progress(run), *_kept(folder)])
 
 
@@ -90,7 +89,7 @@ def follow(folder: Path, lines: int, forever: bool) -> Iterator[str]:
             whole = text[: text.rfind(b"\n") + 1]
             places[path] = places.get(path, 0) + len(whole)
             said = whole.decode(errors="replace").splitlines()
-            for line in said[-lines:] if first else said:
+            for line in said[max(0, len(said) - lines) :] if first else said:
                 yield f"{path.stem}: {line}"
         first = False
         if not forever or is_over:
@@ -104,28 +103,49 @@ def submissions(folder: Path) -> list[Path]:
     return [folder / "slurm" / name[0] for name in sorted(filter(None, found), key=lambda name: int(name[1]))]
 
 
+def _newest_submission(folder: Path) -> dict[str, Any] | None:
+    """What the newest submission says of itself; None where there is none, or it was cut short."""
+    paths = [found / ENVIRONMENT for found in submissions(folder)[-1:]]
+    return files.read_json(paths[0]) if paths and paths[0].is_file() else None
+
+
 def _job_rows(run: RunFolder) -> list[dict[str, Any]]:
     """What batch scripts noted of the job whose attempt is the last; nothing if another one was submitted since."""
     rows = [row for row in run.events() if row["event"] in JOB_EVENTS and "job" in row]
     attempts = [row for row in rows if row["event"] == "attempt"]
     if not attempts:
         return []
-    described = [folder / ENVIRONMENT for folder in submissions(run.path)[-1:] if (folder / ENVIRONMENT).is_file()]
-    if any(files.read_json(path)["submitted_at_s"] > rows[-1]["time_s"] for path in described):
+    newest = _newest_submission(run.path)
+    if newest and newest["submitted_at_s"] > rows[-1]["time_s"]:
         return []
     return [row for row in rows if row["job"] == attempts[-1]["job"]]
 
 
 def _is_over(run: RunFolder) -> bool:
     rows = _job_rows(run)
-    return run.result() is not None or (bool(rows) and rows[-1]["event"] in ("failed", "stopped"))
+    if run.result() is not None:
+        return True
+    if not rows:
+        return _began_in_vain(run, time.time()) is not None
+    return rows[-1]["event"] in ("failed", "stopped")
 
 
-def _state(run: RunFolder, age_s: float) -> tuple[str, str]:
-    jobs, holders = _job_rows(run), run.holders()
+def _began_in_vain(run: RunFolder, now: float) -> Path | None:
+    """The output of the newest submission's job, if that has begun, did not get as far as to note it, and is silent."""
+    newest = _newest_submission(run.path)
+    if newest is None or _job_rows(run) or run.holders():
+        return None
+    said = run.path / "slurm" / f"batch-{newest['job']}.out"
+    return said if said.is_file() and now - said.stat().st_mtime > ALIVE_S else None
+
+
+def _state(run: RunFolder, now: float) -> tuple[str, str]:
+    jobs, holders, age_s = _job_rows(run), run.holders(), now - last_sign(run.path)
     last, age = jobs[-1]["event"] if jobs else None, _duration(age_s)
     if run.result() is not None:
         return "finished", f"{run.path / RESULT} holds the result"
+    if (said := _began_in_vain(run, now)) is not None:
+        return "failed", f"the job has begun and did not get as far as this run: {_last_line(said)} ({said})"
     if not jobs and not holders and submissions(run.path):
         return "submitted", f"the job has not started yet; last sign {age} ago"
     if last == "failed":
@@ -158,6 +178,15 @@ def _cause(folder: Path) -> str:
     return next((line for line in said if "Error" in line), said[-1] if said else "it wrote nothing")
 
 
+def _last_line(path: Path) -> str:
+    from launch.supervise import last_words
+
+    try:
+        return last_words(path)
+    except UserError as error:
+        return str(error)
+
+
 def _submissions(folder: Path, now: float) -> Iterator[str]:
     for path in (found / ENVIRONMENT for found in submissions(folder)[-1:]):
         if not path.is_file():
@@ -183,7 +212,7 @@ def _attempts(run: RunFolder, now: float) -> Iterator[str]:
 def _progress(run: RunFolder) -> Iterator[str]:
     stages = run.events("stage")
     if stages:
-        yield f"stages done: {len({row['step'] for row in stages})}, the last one {stages[-1]['title']!r}"
+        yield f"stages done: {len({row['title'] for row in stages})}, the last one {stages[-1]['title']!r}"
     recipe = read_recipe(run.path / CONFIG) if (run.path / CONFIG).is_file() else {}
     for path in sorted(run.path.rglob(METRICS), key=lambda path: path.stat().st_mtime)[-1:]:
         stage = RunFolder(path.parent)

@@ -77,7 +77,9 @@ def submit(wish: Wish, command: str, dry_run: bool = False, fresh: bool = False)
     """
     job, kind = _resolved(wish)
     run = Path(job.run)
-    _check_nodes(wish, kind)
+    # Items that read what was said of them last need one generator, which alone knows.
+    alone = isinstance(job, MainJob) and job.align.others == "newest"
+    _check_nodes(wish, kind, alone)
     if not fresh:
         _check_run(run, job)
     # Every default written out, because another version of this program may have others; but how many processes there
@@ -85,8 +87,6 @@ def submit(wish: Wish, command: str, dry_run: bool = False, fresh: bool = False)
     content = without(job.model_dump(mode="json"), job.placement)
     before = [] if fresh else [int(path.name.rpartition("-")[2]) for path in submissions(run)]
     folder = run / "slurm" / f"{SUBMISSION}-{1 + max(before, default=0)}"
-    # Items that read what was said of them last need one generator, which alone knows.
-    alone = content.get("align", {}).get("others") == "newest" if kind == "align" else False
     script = render(wish, kind, folder / RECIPE, run / "slurm", alone)
     if dry_run:
         return script, None
@@ -179,16 +179,26 @@ def _resolved(wish: Wish) -> tuple[Section, str]:
     content = without(content, section.placement)
     # One process divides every batch; whether the nodes' processes do is seen when there are any.
     job = build(section, apply_overrides(content, ONE_PROCESS if kind == "align" else ()))
+    if isinstance(job, LMRecJob) and job.llm.train.zero_stage == 0 and wish.nodes > 1:
+        raise UserError(f"llm.train.zero_stage=0 is one process, --nodes is {wish.nodes}: set it to 1, 2 or 3")
     if kind == "pretrain" and not stages_of(content)[1]:
         raise UserError("llm.recformer has neither a pretrain nor a finetune section: there is nothing to do")
     return job, kind
 
 
-def _check_nodes(wish: Wish, kind: str) -> None:
+def _check_nodes(wish: Wish, kind: str, one_generator: bool) -> None:
     if kind != "align":
-        if wish.generator_nodes or wish.heterogeneous:
-            raise UserError(f"--generator-nodes and --het are for alignment, {wish.recipe} has no section align")
+        if wish.generator_nodes or wish.heterogeneous or wish.generator_options:
+            raise UserError(
+                "--generator-nodes, --het and --sbatch-generators are for alignment,"
+                f" {wish.recipe} has no section align"
+            )
         return
+    if one_generator and (wish.generator_nodes or 0) > 1:
+        raise UserError(
+            f"align.others=newest needs one generator, which alone knows what it said: --generator-nodes"
+            f" {wish.generator_nodes} would be as many at least"
+        )
     if wish.generator_options and not wish.heterogeneous:
         raise UserError("--sbatch-generators needs --het: nodes of one allocation are all alike")
     if wish.generator_nodes is None and wish.nodes > 1:
@@ -207,7 +217,8 @@ def _sbatch(script: Path, site: Path, wish: Wish) -> str:
     options = [*wish.options]
     if wish.heterogeneous:
         options += [":", *wish.options, *wish.generator_options]
-    line = f"source {shlex.quote(str(site))}; exec sbatch --parsable {shlex.join([*options, str(script)])}"
+    # What the site's file says is none of sbatch's answer.
+    line = f"source {shlex.quote(str(site))} >&2; exec sbatch --parsable {shlex.join([*options, str(script)])}"
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False, env=os.environ)
     if done.returncode:
         raise UserError(f"sbatch: {' '.join(done.stderr.split())}; the script is {script}")
@@ -234,5 +245,7 @@ def uncommitted(folder: Path) -> tuple[bytes, list[str]]:
 
 def _git(folder: Path, *arguments: str, differs: int = 0) -> bytes:
     """What git prints, byte for byte; nothing outside of any repository. ``differs``: an exit code that is no error."""
+    if shutil.which("git") is None:
+        return b""
     done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, check=False)
     return done.stdout if done.returncode in (0, differs) else b""

@@ -4,6 +4,9 @@ GENERATOR_RESTARTS=3 GAVE_UP=3
 # divide: which nodes train and which generate, and how many processes each of them starts.
 divide() {
   local n=${GENERATOR_NODES:-1}
+  if [ "$n" -lt 0 ] || { [ "$n" -eq 0 ] && [ ${#HOSTS[@]} -gt 1 ]; }; then
+    echo "error: GENERATOR_NODES=$n of ${#HOSTS[@]} nodes: 0 divides one node"; exit 2
+  fi
   if [ "$n" -gt 0 ]; then
     GENERATORS=${GENERATORS:-$PER_NODE}
     TRAINERS=("${HOSTS[@]:0:${#HOSTS[@]}-n}") GENERATORS_ON=("${HOSTS[@]: -n}")
@@ -29,6 +32,8 @@ divide_node() {
   else # memory is not divided: without --mem=0 the first step takes all of it, and the second one waits for ever
     TRAINER_OPTIONS="--exact --mem=0 --cpus-per-task=$((cores - theirs))"
     GENERATOR_OPTIONS="--exact --mem=0 --cpus-per-task=$((theirs / GENERATORS))"
+    # nodes has given every process a thread for each core of the whole node.
+    [ -n "${THREADS_GIVEN:-}" ] || OMP_NUM_THREADS=$(((cores - theirs) / PER_NODE > 0 ? (cores - theirs) / PER_NODE : 1))
   fi
   if [ "$gpus" -gt 1 ]; then
     TRAINER_OPTIONS+=" --gpus-per-node=$PER_NODE" GENERATOR_OPTIONS+=" --gpus-per-node=$GENERATORS"

@@ -1,4 +1,4 @@
-# What the batch scripts share. Sourced after site.sh; needs bash 4.3.
+# What the batch scripts share. Sourced after site.sh; needs bash 4.4.
 #
 # No signal is meant to reach Python: the launcher would die of it before its ranks could save. On a warning (USR1: the
 # time is nearly up, or a job of higher priority wants the nodes) the batch shell writes RUN/STOP, the ranks see that
@@ -43,6 +43,7 @@ nodes() {
   PER_NODE=${RECALIGN_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
   export RECALIGN_PYTHON RECALIGN_INTERFACE PER_NODE TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
   local cores=${SLURM_CPUS_ON_NODE:-$PER_NODE}
+  THREADS_GIVEN=${OMP_NUM_THREADS:-}
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > PER_NODE ? cores / PER_NODE : 1))}
   # Another one every time: nodes may be shared, and whoever had the last one may still be ending.
   export MASTER_PORT=$((20000 + RANDOM % 12000))
@@ -101,6 +102,22 @@ address() {
   srun --overlap --nodes=1 --ntasks=1 --nodelist="$1" bash -c "$command" | awk '{print $1; exit}'
 }
 
+# head_address HOST...: of the first one, at which the others find it; fails if they could not.
+head_address() {
+  local found
+  found=$(address "$1")
+  if [ -z "$found" ]; then
+    echo "error: $1 has no address${RECALIGN_INTERFACE:+ on $RECALIGN_INTERFACE}: set RECALIGN_INTERFACE in site.sh" >&2
+    return 2
+  fi
+  # Several nodes may be one machine, as in a test; then loopback reaches all of them.
+  if [[ $found == 127.* ]] && [ "$(srun --overlap --nodes=$# --ntasks=$# --nodelist="$(join "$@")" hostname | sort -u | wc -l)" -gt 1 ]; then
+    echo "error: the name of $1 means $found there, where no other node finds it: set RECALIGN_INTERFACE in site.sh" >&2
+    return 2
+  fi
+  echo "$found"
+}
+
 # step NAME HOSTS TASKS_PER_NODE COMMAND...: one step on these nodes, its output in the attempt's folder of logs.
 step() {
   local name=$1 per_node=$3 hosts=(${2//,/ }); shift 3
@@ -113,7 +130,9 @@ step() {
 # has to fill in its own number; of a step on some of the nodes these numbers count from 0 too.
 ranks() {
   local name=$1 hosts=$2; shift 2
-  MASTER_ADDR=$(address "${hosts%%,*}")
+  # Into a log of the attempt, as any other mistake, of which finish takes it for one.
+  MASTER_ADDR=$(head_address ${hosts//,/ } 2>"$LOGS/$name-address.log") || { cat "$LOGS/$name-address.log"; return 2; }
+  [ -s "$LOGS/$name-address.log" ] || rm "$LOGS/$name-address.log"
   export MASTER_ADDR
   step "$name" "$hosts" 1 bash -c 'exec "$RECALIGN_PYTHON" -m accelerate.commands.launch --config_file "$LAUNCHER" \
     --num_machines "$SLURM_NNODES" --num_processes $((SLURM_NNODES * PER_NODE)) --machine_rank "$SLURM_NODEID" \

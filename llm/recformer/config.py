@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from rec.config import EvaluateConfig
+from rec.precision import Precision
 from rec.protocol import PRESETS
 from rec.runtime.config import Section
 
@@ -50,8 +51,7 @@ class OptimizerConfig(Section):
     """Transformer layers that are tuned, counted from 0 (Elephant, Table 1). A list leaves out the backbone's own
     embeddings too; the new ones are tuned but with ``none``, which tunes nothing at all."""
     freeze_word_embeddings: bool = False
-    bf16: bool = True
-    """Autocast, on CPU too; weights and optimizer stay float32."""
+    precision: Precision = "auto"
     part_tokens: int = Field(8192, ge=1)
     """Sequences of like length go through the encoder together, so many tokens at a time, padding included."""
     recompute: bool = False
@@ -62,7 +62,7 @@ class OptimizerConfig(Section):
     keep_checkpoints: int = Field(1, ge=1)
     """Newest checkpoints that are kept."""
     keep_checkpoint_every: int | None = Field(None, ge=1)
-    """Checkpoints of every so many steps are kept for good; null for none."""
+    """The first checkpoint of every so many steps is kept for good; null for none."""
     seed: int = 42
 
 
@@ -109,6 +109,8 @@ class RecformerPretrainConfig(OptimizerConfig):
     def _has_an_objective(self) -> Self:
         if not self.mlm_weight and not self.contrast_weight:
             raise ValueError("mlm_weight and contrast_weight are both 0: nothing is left to learn")
+        if self.tune_layers == "none":
+            raise ValueError("tune_layers is none: the stage would tune nothing; leave it out with pretrain=null")
         return self
 
 

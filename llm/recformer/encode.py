@@ -1,6 +1,7 @@
 """Vectors of a whole catalog: [CLS] of every item's text, sharded over ranks, in batches of like length.
 
-``recalign vectors RUN|MODEL --data DIR --out FILE``, or ``accelerate launch --num_processes 2 -m llm.recformer.encode
+``recalign vectors RUN|MODEL --data DIR --out FILE``, or
+``accelerate launch --config_file launch/accelerate/cpu.yaml --num_processes 2 -m llm.recformer.encode
 --model FOLDER --data DIR --out FILE``
 
 Finished chunks lie beside the file until it is whole, so an interrupted run goes on where it was. A chunk does not
@@ -8,9 +9,11 @@ depend on the number of ranks.
 """
 
 import argparse
+import hashlib
 import os
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -26,6 +29,7 @@ from llm.recformer.objective import Parts, encode
 from llm.recformer.text import item_tokens
 from rec.data.prepared import Prepared
 from rec.items import save_vectors
+from rec.precision import Precision, is_bf16
 from rec.runtime import files
 from rec.runtime.config import hash_of
 from rec.runtime.logs import run_main
@@ -69,8 +73,8 @@ def write_item_vectors(
         source: where the vectors come from; goes into the file, and decides with the items which chunks are kept.
     """
     ranks, tokens = Ranks.current(), maker.tokens
-    texts = [tokens.ids.tobytes().hex(), tokens.offsets.tolist(), tokens.types.tobytes().hex()]
-    plan = hash_of([source, texts, CHUNK_ITEMS, parts.stage.bf16, data.meta["content_hash"]])
+    texts = [hashlib.sha256(values.tobytes()).hexdigest() for values in (tokens.ids, tokens.offsets, tokens.types)]
+    plan = hash_of([source, texts, CHUNK_ITEMS, is_bf16(parts.stage.precision), data.meta["content_hash"]])
     folder = out.absolute().with_name(f"{out.name}.parts")
     own = folder / plan
     if ranks.is_first and not own.is_dir():
@@ -78,10 +82,11 @@ def write_item_vectors(
         own.mkdir(parents=True)
     ranks.barrier()
     chunks = by_length(maker, CHUNK_ITEMS)
+    paths = [own / f"chunk-{number:06d}.safetensors" for number in range(len(chunks))]
     model.eval()
     with progress("Vectors", len(chunks), ranks.is_first) as advance, torch.no_grad():
         for number in range(ranks.rank, len(chunks), ranks.size):
-            path = own / f"chunk-{number:06d}.safetensors"
+            path = paths[number]
             if not path.exists():
                 vectors = encode(model, maker.single_items(chunks[number] + 1), parts).cpu()
                 temporary = files.beside(path)
@@ -92,7 +97,7 @@ def write_item_vectors(
     ranks.barrier()
     if ranks.is_first:
         table = torch.empty(tokens.n_items, model.config.hidden_size)
-        for path in sorted(own.glob("chunk-*.safetensors")):
+        for path in paths:  # and not what is seen there: a network folder may show another node's file late
             found = load_file(path)
             table[found["items"]] = found["vectors"]
         save_vectors(out, data.items["item_id"].to_pylist(), table, source)
@@ -100,7 +105,9 @@ def write_item_vectors(
     ranks.barrier()
 
 
-def vectors_of_model(folder: Path, data: Prepared, out: Path, tokens: Path | None = None, bf16: bool = False) -> None:
+def vectors_of_model(
+    folder: Path, data: Prepared, out: Path, tokens: Path | None = None, precision: Precision = "fp32"
+) -> None:
     """The vectors of a saved RECFORMER; every rank calls this.
 
     Args:
@@ -108,7 +115,7 @@ def vectors_of_model(folder: Path, data: Prepared, out: Path, tokens: Path | Non
         data: the catalog.
         out: the file to make.
         tokens: where tokenised catalogs are kept; beside ``out`` by default.
-        bf16: autocast.
+        precision: of the encoder.
     """
     model = RecformerModel.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -119,7 +126,7 @@ def vectors_of_model(folder: Path, data: Prepared, out: Path, tokens: Path | Non
         out,
         {"model": str(folder), "kind": "RECFORMER", "weights": _weights(folder)},
         tokens,
-        bf16,
+        precision,
     )
 
 
@@ -134,7 +141,7 @@ def vectors_of_backbone(settings: RecformerSettings, data: Prepared, out: Path, 
 
 def write(
     model: RecformerModel, tokenizer, data: Prepared, out: Path, source: dict[str, str], tokens: Path | None,
-    bf16: bool = False,
+    precision: Precision = "fp32",
 ) -> None:  # fmt: skip
     """Tokenise and encode the catalog on the best device that there is."""
     if torch.cuda.is_available():
@@ -142,7 +149,7 @@ def write(
     text, size = model.config.text_config(), model.config.size_config()
     folder = tokens or out.absolute().with_name("tokens")
     maker = SequenceMaker(item_tokens(data, text, tokenizer, folder), size, tokenizer.cls_token_id)
-    parts = Parts(model, tokenizer.pad_token_id, OptimizerConfig(bf16=bf16))
+    parts = Parts(model, tokenizer.pad_token_id, OptimizerConfig(precision=precision))
     write_item_vectors(model, maker, parts, data, out, source)
 
 
@@ -157,12 +164,12 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="folder of a saved RECFORMER")
     parser.add_argument("--data", type=Path, required=True, help="prepared folder")
     parser.add_argument("--out", type=Path, required=True, help="item_vectors.safetensors to make")
-    parser.add_argument("--bf16", action="store_true", help="autocast")
+    parser.add_argument("--precision", choices=get_args(Precision), default="fp32")
     arguments = parser.parse_args()
     several, on_gpu = int(os.environ.get("WORLD_SIZE", "1")) > 1, torch.cuda.is_available()
     PartialState(cpu=not on_gpu, **({"backend": "gloo"} if several and not on_gpu else {}))
     with left_together():
-        vectors_of_model(arguments.model, Prepared.load(arguments.data), arguments.out, bf16=arguments.bf16)
+        vectors_of_model(arguments.model, Prepared.load(arguments.data), arguments.out, precision=arguments.precision)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """stage-FT1 and stage-FT2 of RECFORMER on a target domain, on any number of ranks.
 
-``recalign pretrain RECIPE``, or ``accelerate launch --num_processes 2 -m llm.recformer.finetune --config recipe.yaml
-key=value``
+``recalign pretrain RECIPE``, or
+``accelerate launch --config_file launch/accelerate/cpu.yaml --num_processes 2 -m llm.recformer.finetune
+--config recipe.yaml key=value``
 
 stage-FT1 encodes all items before every epoch; the loss is a full softmax over that table, and the best (model, table)
 by validation NDCG@10 is kept. stage-FT2 begins with these, keeps the table (or trains it along) and goes on with the
@@ -34,11 +35,11 @@ from llm.recformer.start import run_stage
 from llm.recformer.text import item_tokens
 from llm.recformer.tuning import choose_tuned
 from rec.data.prepared import Prepared
-from rec.evaluation import Metrics, save_ranks, some_instances
+from rec.evaluation import Metrics, require_cutoffs, save_ranks, some_instances
 from rec.items import load_vectors, save_vectors
 from rec.linear_cross_entropy import linear_cross_entropy
-from rec.negatives import draw_negatives
-from rec.protocol import preset
+from rec.negatives import require_negatives
+from rec.protocol import Protocol, preset
 from rec.runtime import files
 from rec.runtime.checkpoint import Checkpoints
 from rec.runtime.errors import UserError
@@ -200,6 +201,9 @@ class Stage:
         done, state = found
         self.best, self.best_epoch, self.waited = (state[name] for name in ("best", "best_epoch", "waited"))
         self.best_weights = state["weights"]
+        if "table" in state:
+            with torch.no_grad():
+                self.loss.table.copy_(state["table"])
         log.info("resuming stage-%s after step %d", self.name, done)
         return done
 
@@ -207,9 +211,11 @@ class Stage:
         return (epoch + 1) % self.stage.evaluate_every == 0 or epoch + 1 == self.epochs
 
     def _state(self) -> dict[str, Any]:
-        return {
+        state = {
             "best": self.best, "best_epoch": self.best_epoch, "waited": self.waited, "weights": self.best_weights,
         }  # fmt: skip
+        # DeepSpeed gives another number of ranks what has an optimizer state, and nothing else.
+        return state | ({"table": self.loss.table.detach().cpu()} if self.engine.sharded else {})
 
     def _refresh_table(self, epoch: int) -> None:
         """Encode all items with the model as it is now."""
@@ -240,10 +246,14 @@ class Stage:
         scorer = RecformerRecommender(model, self.loss.table.detach(), self.maker, parts)
         protocols, rows = {"valid": stage.evaluate.protocol}, self.valid_rows
         if part == "test":
-            told: dict[str, Any] = {"cutoffs": stage.evaluate.cutoffs}
-            told |= {"cold_targets": stage.cold_targets} if stage.cold_targets else {}
-            protocols, rows = {name: preset(name).model_copy(update=told) for name in stage.protocols}, None
+            protocols, rows = {name: self._protocol(name) for name in stage.protocols}, None
         return evaluate_on_all_ranks(scorer, self.data, part, protocols, stage.evaluate.batch_size, rows)
+
+    def _protocol(self, name: str) -> Protocol:
+        """A preset as the recipe has it."""
+        told: dict[str, Any] = {"cutoffs": self.stage.evaluate.cutoffs}
+        told |= {"cold_targets": self.stage.cold_targets} if self.stage.cold_targets else {}
+        return preset(name).model_copy(update=told)
 
     def _judge(self, epoch: int) -> dict[str, float]:
         """Validation figures of the model with the table that it was trained against."""
@@ -270,6 +280,8 @@ class Stage:
                 save_ranks(metrics, self.folder / f"ranks-{protocol}.safetensors")
             test = {name: metrics.summary() for name, metrics in tested.items()}
             facts = {"best_epoch": self.best_epoch, f"valid_{STOP_METRIC}": self.best, "test": test}
+            facts["protocols"] = {name: self._protocol(name).of_run(self.data, "train").described() for name in tested}
+            files.fsync_below(self.folder / MODEL)
             files.write_json(self.folder / FINISHED, {**facts, **self.meta})
         self.ranks.barrier()
 
@@ -294,14 +306,9 @@ def finetune(job: RecformerJob) -> dict[str, Any]:
 def _check(job: RecformerJob, data: Prepared) -> None:
     """Raise a UserError for what would only fail at the end."""
     stage = job.settings.finetune
-    if max(stage.evaluate.cutoffs) > data.n_items:
-        raise UserError(
-            f"llm.recformer.finetune.evaluate.cutoffs asks for the best {max(stage.evaluate.cutoffs)} of"
-            f" {data.n_items} items; use smaller ones"
-        )
+    require_cutoffs(stage.evaluate, data, "llm.recformer.finetune.evaluate.cutoffs")
     for protocol in (stage.evaluate.protocol, *map(preset, stage.protocols)):
-        if protocol.candidates == "sampled":
-            draw_negatives(protocol, data, "test")
+        require_negatives(protocol, data, "test")
 
 
 def _beginning(

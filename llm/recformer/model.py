@@ -220,6 +220,11 @@ def _load_saved(name: str, config: RecformerConfig, settings: RecformerSettings)
             raise UserError(
                 f"{name} was made with another llm.recformer.{key} ({section.model_dump(mode='json')}): give the same"
             )
+    if model.config.temperature != settings.temperature:
+        raise UserError(
+            f"{name} was made with llm.recformer.temperature={model.config.temperature:g}, not"
+            f" {settings.temperature:g}: give the same"
+        )
     return model
 
 

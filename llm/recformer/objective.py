@@ -22,6 +22,7 @@ from llm.recformer.config import OptimizerConfig, RecformerPretrainConfig
 from llm.recformer.contrastive import item_contrast
 from llm.recformer.mlm import MaskedLMHead
 from llm.recformer.model import RecformerModel
+from rec.precision import autocast
 from rec.runtime.ranks import Ranks
 
 
@@ -67,7 +68,7 @@ class Parts:
         """``function`` of every batch under autocast; what it leaves to the backward pass is kept or recomputed."""
 
         def under_autocast(batch: TokenBatch):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.stage.bf16):
+            with autocast(self.device, self.stage.precision):
                 return function(batch)
 
         if self.stage.recompute and len(batches) > 1 and torch.is_grad_enabled():
@@ -173,6 +174,6 @@ class Objective(nn.Module):
         for own, total in zip((is_history, ~is_history), whole.labels, strict=True):
             share = Ranks.current().size * int(own.sum()) / max(1, total)
             if share:
-                with torch.autocast(states.device.type, torch.bfloat16, enabled=self.stage.bf16):
+                with autocast(states.device, self.stage.precision):
                     loss = loss + share * self.head(states[own], table, labels[own])
         return loss

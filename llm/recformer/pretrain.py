@@ -1,7 +1,8 @@
 """stage-PT of RECFORMER, on any number of ranks.
 
-``recalign pretrain RECIPE``, or ``accelerate launch --num_processes 2 -m llm.recformer.pretrain --config recipe.yaml
-key=value``
+``recalign pretrain RECIPE``, or
+``accelerate launch --config_file launch/accelerate/cpu.yaml --num_processes 2 -m llm.recformer.pretrain
+--config recipe.yaml key=value``
 
 Training is a deterministic function of the recipe and the data: a killed run goes on from its last checkpoint, and
 ends with the same bits on CPU.
@@ -134,7 +135,9 @@ class Pretraining:
             final = self.folder / MODEL
             self.engine.module.model.save_pretrained(final)
             self.tokenizer.save_pretrained(final)
-            facts = {"steps": self.total, "best_step": self.best_step, "valid_accuracy": self.best}
+            files.fsync_below(final)
+            accuracy = self.best if self.best >= 0 else None  # without validation items there is none
+            facts = {"steps": self.total, "best_step": self.best_step, "valid_accuracy": accuracy}
             files.write_json(self.folder / FINISHED, {**facts, "users": len(self.sources.users), **self.meta})
         self.ranks.barrier()
 

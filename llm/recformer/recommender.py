@@ -14,10 +14,11 @@ from llm.recformer.model import RecformerModel
 from llm.recformer.objective import Parts, encode
 from llm.recformer.text import item_tokens
 from rec.data.prepared import Prepared
-from rec.evaluation import Metrics, Part, evaluate_many
+from rec.evaluation import Metrics, evaluate_many
 from rec.items import load_vectors
 from rec.models.base import Recommender
-from rec.protocol import Protocol
+from rec.precision import Precision
+from rec.protocol import Part, Protocol
 from rec.runtime.config import Section
 from rec.runtime.ranks import Ranks
 
@@ -51,7 +52,7 @@ class RecformerRecommender(Recommender):
 
     @classmethod
     def load(
-        cls, folder: Path, vectors: Path, data: Prepared, tokens: Path, bf16: bool = False
+        cls, folder: Path, vectors: Path, data: Prepared, tokens: Path, precision: Precision = "fp32"
     ) -> "RecformerRecommender":
         """A saved model with a saved item table.
 
@@ -63,7 +64,7 @@ class RecformerRecommender(Recommender):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         text, size = model.config.text_config(), model.config.size_config()
         maker = SequenceMaker(item_tokens(data, text, tokenizer, tokens), size, tokenizer.cls_token_id)
-        parts = Parts(model, tokenizer.pad_token_id, OptimizerConfig(bf16=bf16))
+        parts = Parts(model, tokenizer.pad_token_id, OptimizerConfig(precision=precision))
         return cls(model, load_vectors(vectors, data).to(parts.device), maker, parts).eval()
 
     def score_all(self, users: Tensor, items: Tensor, lengths: Tensor) -> Tensor:

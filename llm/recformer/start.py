@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -31,5 +32,10 @@ def run_stage(
     with lost_contact_is_named(), folder.lock("trainer", wait_s=30) if first else contextlib.nullcontext():
         if first:
             folder.claim(job)
-        with left_together():
-            job_of(job)
+        begin = time.monotonic()
+        try:
+            with left_together():
+                job_of(job)
+        finally:
+            if first:
+                folder.log("stage", title=stage, seconds=round(time.monotonic() - begin, 1))

@@ -4,6 +4,7 @@ A catalog's tokens are flat arrays in one file whose name is a hash of everythin
 tokenizer and the settings. Training reads these arrays and never a tokenizer.
 """
 
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,16 +74,19 @@ def item_tokens(
     """
     ranks = ranks or Ranks.current()
     columns = text_columns(data, config)
-    path = folder / f"items-{_content_hash(data.items, columns, config, tokenizer)}.safetensors"
-    if ranks.is_first and not _is_whole(path):
-        tokens = tokenise(data.items, columns, config.attribute_tokens, tokenizer)
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = files.beside(path)
-        save_file(vars(tokens), temporary)
-        files.fsync(temporary)
-        temporary.replace(path)
-    ranks.barrier()
-    return ItemTokens(**load_file(path))
+
+    def made() -> Path:
+        path = folder / f"items-{_content_hash(data.items, columns, config, tokenizer)}.safetensors"
+        if not _is_whole(path):
+            tokens = tokenise(data.items, columns, config.attribute_tokens, tokenizer)
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary = files.beside(path)
+            save_file(vars(tokens), temporary)
+            files.fsync(temporary)
+            temporary.replace(path)
+        return path
+
+    return ItemTokens(**load_file(ranks.from_first(made)))
 
 
 def tokenise(
@@ -159,7 +163,10 @@ def _content_hash(
     items: pa.Table, columns: Sequence[str], config: TextConfig, tokenizer: PreTrainedTokenizerBase
 ) -> str:
     texts = [[name, items[name].to_pylist()] for name in columns]  # in their order
-    return hash_of([SCHEMA_VERSION, texts, config.attribute_tokens, tokenizer.backend_tokenizer.to_str()])
+    words = json.loads(tokenizer.backend_tokenizer.to_str())
+    for limit in ("truncation", "padding"):  # which the first call takes off, for all that follow
+        words.pop(limit)
+    return hash_of([SCHEMA_VERSION, texts, config.attribute_tokens, words])
 
 
 def _is_whole(path: Path) -> bool:

@@ -36,17 +36,18 @@ def add_item_texts(raw: RawData, path: Path) -> RawData:
     if not pc.any(pc.is_in(ids, known)).as_py():
         raise UserError(f"{path} names no item of the interactions; its first item_id is {ids[0].as_py()[:80]!r}")
     own = raw.items.column_names
-    both = [name for name in texts.column_names[1:] if name in own]
+    both = [name for name in texts.column_names if name in own and name != "item_id"]
     if both:
         log.info("%s: the source has columns of its own for %s", path, ", ".join(both))
     table = raw.items.cast(pa.schema([(name, pa.string()) for name in own]))
-    order = pa.array(range(len(table)), pa.int64())
+    order, place = pa.array(range(len(table)), pa.int64()), "order of " + "".join([*own, *texts.column_names])
     # A join keeps no order, and the order of items numbers them.
     joined = (
-        table.append_column("order", order)
+        table.append_column(place, order)
         .join(texts.drop_columns(both), "item_id", join_type="full outer")
-        .sort_by([("order", "ascending"), ("item_id", "ascending")])
-        .drop_columns(["order"])
+        .sort_by([(place, "ascending"), ("item_id", "ascending")])
+        .drop_columns([place])
     )
-    columns = {name: pc.fill_null(joined[name], "") for name in [*own, *texts.drop_columns(both).column_names[1:]]}
+    more = [name for name in texts.column_names if name not in own]
+    columns = {name: pc.fill_null(joined[name], "") for name in [*own, *more]}
     return replace(raw, items=pa.table(columns), files=[*raw.files, path])

@@ -148,6 +148,11 @@ class SequenceRecommender(Recommender):
     Its config has ``dim`` D and ``max_length``, the longest history it reads.
     """
 
+    @property
+    def reach(self) -> int:
+        """How many items, the last ones of a history, its state depends on."""
+        return self.config.max_length
+
     def forward(self, items: Tensor, knowledge: Tensor | None = None) -> Tensor:
         """States [B, L, D] of item numbers ``items`` [B, L]; ``knowledge`` [B, L, K] replaces stored vectors."""
         raise NotImplementedError

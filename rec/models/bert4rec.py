@@ -108,6 +108,10 @@ class BERT4Rec(SequenceRecommender):
         padded = F.pad(rows, (0, -len(rows) % ROW_MULTIPLE)) if self.training else rows
         return self.head(self._encode(items, knowledge, padded))[: len(rows)]
 
+    @property
+    def reach(self) -> int:
+        return self.config.max_length - 1  # the mask has a place too
+
     def last_states(self, items: Tensor, lengths: Tensor, knowledge: Tensor | None = None) -> Tensor:
         """[B, D] states of a mask that follows each history; where there is no room for it, the oldest item goes."""
         self.check_length(items)

@@ -110,7 +110,7 @@ class BST(Recommender):
 
     def forward(self, items: Tensor, candidates: Tensor) -> Tensor:
         """Logits [B, C] of ``candidates`` [B, C] as the next item after ``items`` [B, L]."""
-        return self.rate(*self.read(items), candidates)
+        return self.rate(*self.read(items), self.items.table()[candidates])
 
     def read(self, items: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
         """What no candidate changes: history [B, L, E], its places [B, L] that count, keys and values of one block."""
@@ -120,8 +120,9 @@ class BST(Recommender):
         return history, inside, self.blocks[0].keys_and_values(history) if len(self.blocks) == 1 else None
 
     def rate(self, history: Tensor, inside: Tensor, shared: tuple[Tensor, Tensor] | None, candidates: Tensor) -> Tensor:
-        """Logits [B, C] of ``candidates`` [B, C], from what ``read`` gave."""
-        x = torch.cat([self.items(candidates), self.positions(torch.zeros_like(candidates))], dim=-1)  # [B, C, E]
+        """Logits [B, C] of the candidates' vectors [B, C, D], from what ``read`` gave."""
+        place = self.positions.weight[0].expand(*candidates.shape[:-1], -1)
+        x = torch.cat([candidates, place], dim=-1)  # [B, C, E]
         if shared is None:  # every candidate changes all states of the history: from here on B is B · C, and C is 1
             count = candidates.shape[1]
             history, inside = history.repeat_interleave(count, 0), inside.repeat_interleave(count, 0)
@@ -130,7 +131,7 @@ class BST(Recommender):
                 states = block.among(torch.cat([history, x], dim=1), F.pad(inside, (0, 1), value=True))
                 history, x = states[:, :-1], states[:, -1:]
             shared = self.blocks[-1].keys_and_values(history)
-        return self.mlp(self.blocks[-1].beside(x, *shared, inside)).view(candidates.shape)
+        return self.mlp(self.blocks[-1].beside(x, *shared, inside)).view(candidates.shape[:-1])
 
     def training_loss(self, batch: Batch, loss: Loss) -> Tensor:
         """Binary cross-entropy (2.3) of the true next item against uniform negatives."""
@@ -143,6 +144,5 @@ class BST(Recommender):
     def score_all(self, users: Tensor, items: Tensor, lengths: Tensor) -> Tensor:
         read = self.read(items)
         per_candidate = len(items) * (1 if len(self.blocks) == 1 else items.shape[1] + 1)
-        candidates = torch.arange(1, self.items.n_items + 1, device=items.device)
-        chunks = candidates.split(max(1, SCORED_ROWS // per_candidate))
-        return torch.cat([self.rate(*read, chunk.expand(len(items), -1)) for chunk in chunks], dim=1)
+        chunks = self.items.table()[1:].split(max(1, SCORED_ROWS // per_candidate))
+        return torch.cat([self.rate(*read, chunk.expand(len(items), -1, -1)) for chunk in chunks], dim=1)

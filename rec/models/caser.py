@@ -75,6 +75,10 @@ class Caser(SequenceRecommender):
             nn.init.xavier_normal_(linear.weight)
             nn.init.zeros_(linear.bias)
 
+    @property
+    def reach(self) -> int:
+        return self.config.window
+
     def forward(self, items: Tensor, knowledge: Tensor | None = None) -> Tensor:
         self.check_length(items)
         # Some item encoders give padding a vector; before and after a history there must be none.

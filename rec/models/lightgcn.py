@@ -1,7 +1,8 @@
 """LightGCN (He et al. 2020): vectors of users and items, smoothed over the graph of who interacted with what.
 
 No order and no history is read: a user is known by number alone, one without training interactions keeps a vector
-that nothing has trained. The loss is the paper's own (Eq. 15), ``rec.loss`` must be left at its default.
+that nothing has trained. The loss is the paper's own (Eq. 15), ``rec.loss`` must be left at its default. An item has
+one vector, that of the item encoder's input side: it carries knowledge even where ``on_target`` is false.
 """
 
 import warnings

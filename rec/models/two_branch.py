@@ -33,7 +33,7 @@ from rec.dropout import dropout
 from rec.item_encoder import ItemEncoder
 from rec.models.base import SequenceRecommender
 
-EPS = 1e-12
+REFERENCE_EPS = 1e-12
 
 
 class TwoBranchConfig(HeadsSection):
@@ -54,6 +54,11 @@ class TwoBranchConfig(HeadsSection):
     """The equations with padding masked, or exactly the authors' code (see rec/models/two_branch.py)."""
 
 
+def eps_of(config: TwoBranchConfig) -> float:
+    """Of every LayerNorm. The papers give none; the authors' lets a state of zeros have gradients of 1e6 a norm."""
+    return REFERENCE_EPS if config.attention == "reference" else 1e-5
+
+
 class Layer(nn.Module):
     """One layer; ``summarise`` and ``position_input`` make it LightSANs' or PAUP's."""
 
@@ -66,7 +71,8 @@ class Layer(nn.Module):
         self.position_query, self.position_key = (nn.Linear(dim, dim) for _ in range(2))
         self.out = nn.Linear(dim, dim)
         self.ffn_in, self.ffn_out = nn.Linear(dim, config.inner), nn.Linear(config.inner, dim)
-        self.norm_position, self.norm_attention, self.norm_ffn = (nn.LayerNorm(dim, eps=EPS) for _ in range(3))
+        eps = eps_of(config)
+        self.norm_position, self.norm_attention, self.norm_ffn = (nn.LayerNorm(dim, eps=eps) for _ in range(3))
         for module in self.children():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
@@ -145,14 +151,15 @@ class TwoBranch(SequenceRecommender):
         super().__init__(config, items)
         self.positions = nn.Embedding(config.max_length, config.dim)
         nn.init.normal_(self.positions.weight, std=0.02)
-        self.norm = nn.LayerNorm(config.dim, eps=EPS)
+        self.norm = nn.LayerNorm(config.dim, eps=eps_of(config))
+        items.begin_reading()
         self.layers = nn.ModuleList(self.layer(config) for _ in range(config.blocks))
 
     def states_at(self, items: Tensor, where: Tensor, knowledge: Tensor | None = None) -> Tensor:
         rows, places = where.nonzero(as_tuple=True)
         steps = torch.arange(items.shape[1], device=items.device)
         prefixes = items[rows] * (steps <= places[:, None])
-        return self.last_states(prefixes, places + 1, None if knowledge is None else knowledge[rows])
+        return self.last_states(prefixes, places + 1, None if knowledge is None else knowledge.index_select(0, rows))
 
     def last_states(self, items: Tensor, lengths: Tensor, knowledge: Tensor | None = None) -> Tensor:
         self.check_length(items)

@@ -10,7 +10,7 @@ Invariants:
   be there late, or short.
 - Before a checkpoint is resumed its archives are read against their checksums, each rank a part of them.
 - Rank 0 alone chooses what to resume and tells the others, so that ranks never disagree.
-- Old checkpoints are deleted only after the new one is in place, and never those of every ``keep_every``-th step.
+- Old checkpoints are deleted only after the new one is in place, and never the first of every ``keep_every`` steps.
 
 Saving is synchronous. ``recalign plan`` says what share of the time it takes; writing behind training's back would buy
 part of that, for a second copy of every state in memory and a checkpoint that may yet fail when training has gone on
@@ -83,7 +83,7 @@ class Checkpoints:
         folder: where ``step-N`` folders live.
         ranks: the processes that save and load together.
         keep_last: how many complete checkpoints survive pruning.
-        keep_every: those of steps that are multiples of it are never pruned; None prunes all alike.
+        keep_every: the first at or after every multiple of it is never pruned; None prunes all alike.
     """
 
     def __init__(
@@ -233,15 +233,23 @@ class Checkpoints:
 
         What is damaged, which nothing can resume from, goes when it is older than all that are kept.
         """
-        others = [found for found in self.examine() if found.step != saved and not self._is_kept_for_good(found.step)]
+        seen = list(self.examine())
+        for_good = self._kept_for_good([saved, *(found.step for found in seen if found.checkpoint)])
+        others = [found for found in seen if found.step != saved and found.step not in for_good]
         whole = [found.step for found in others if found.checkpoint]
         kept = {saved, *whole[: self.keep_last - 1]}
         for found in others:
             if found.step not in kept and (found.checkpoint or found.step < min(kept)):
                 files.remove_folder(found.folder, MANIFEST)
 
-    def _is_kept_for_good(self, step: int) -> bool:
-        return self.keep_every is not None and step % self.keep_every == 0
+    def _kept_for_good(self, steps: list[int]) -> set[int]:
+        """The first at or after every multiple of ``keep_every``: nobody promises that one is saved at just these."""
+        if self.keep_every is None:
+            return set()
+        first: dict[int, int] = {}
+        for step in sorted(steps):
+            first.setdefault(step // self.keep_every, step)
+        return {step for nth, step in first.items() if nth}
 
 
 def _own_file(rank: int) -> str:
@@ -279,7 +287,7 @@ def rng_state() -> dict[str, Any]:
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
         "torch": torch.get_rng_state(),
         # Of this rank's GPU alone: the same job may go on where it sees fewer of them.
-        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [],
     }
 
 

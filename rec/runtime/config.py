@@ -70,7 +70,7 @@ def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> dict[s
         dotted, separator, value = override.partition("=")
         if not separator or not dotted:
             raise UserError(f"override {override!r} is not of the form key=value")
-        *parents, leaf = dotted.split(".")
+        *parents, leaf = _keys(result, dotted)
         target = result
         for key in parents:
             if target.get(key) is None:
@@ -83,6 +83,17 @@ def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> dict[s
         except yaml.YAMLError as error:
             raise UserError(f"override {override!r}: the value is not valid YAML") from error
     return result
+
+
+def _keys(content: Any, dotted: str) -> list[str]:
+    """Of every section on the way; one that is there and has dots itself (``variants.1.7M``) is not taken apart."""
+    parts, keys, there = dotted.split("."), [], content
+    while parts:
+        known = there if isinstance(there, dict) else {}
+        size = next((size for size in range(len(parts), 1, -1) if ".".join(parts[:size]) in known), 1)
+        keys.append(".".join(parts[:size]))
+        parts, there = parts[size:], known.get(keys[-1])
+    return keys
 
 
 def _parse(text: str) -> Any:

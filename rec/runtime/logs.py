@@ -6,12 +6,13 @@ import os
 import sys
 from collections.abc import Callable
 
+from rec.runtime.determinism import be_deterministic_if_asked
 from rec.runtime.errors import EXIT_TRY_AGAIN, EXIT_USER_ERROR, LostContact, Stopped, UserError
 from rec.runtime.memory import keep_freed_memory
 
 log = logging.getLogger(__name__)
 
-EXIT_INTERRUPTED = 130
+EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 130, 141  # as a shell says it
 MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 QUIET = ("httpx", "matplotlib", "filelock", "fsspec", "transformers", "torch.distributed")
 
@@ -32,6 +33,7 @@ def run_main(main: Callable[[], None], role: str = "", debug: bool = False) -> N
     """
     set_up_logging(role)
     keep_freed_memory()
+    be_deterministic_if_asked()
     # Progress bars of libraries would drown our own lines in a log file.
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -43,6 +45,9 @@ def run_main(main: Callable[[], None], role: str = "", debug: bool = False) -> N
             raise
         sys.stderr.write(f"error: {error}\n")
         sys.exit(EXIT_USER_ERROR)
+    except BrokenPipeError:  # whoever read our lines has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_BROKEN_PIPE)
     except OSError as error:
         if debug or error.errno not in MENDABLE:
             raise

@@ -1,6 +1,7 @@
 """A run folder: the resolved recipe, one metrics file, one result, and locks that die with their process."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import logging
@@ -84,12 +85,16 @@ class RunFolder:
 
         Under a lock, because on NFS two nodes that append at once may write to the same place.
         """
-        line = json.dumps({"event": event, "time_s": round(time.time(), 3), "pid": os.getpid(), **fields}) + "\n"
+        content = {"event": event, "time_s": round(time.time(), 3), "pid": os.getpid(), **fields}
+        line = (json.dumps(content) + "\n").encode()
         descriptor = os.open(self.path / METRICS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             with contextlib.suppress(OSError):  # no locks there: whoever claims the run says so
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
-            os.write(descriptor, line.encode())
+            size = os.fstat(descriptor).st_size
+            if os.write(descriptor, line) < len(line):  # a full disk; half a line would spoil the next one too
+                os.ftruncate(descriptor, size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path / METRICS))
         finally:
             os.close(descriptor)
 

@@ -1,5 +1,6 @@
 """Run by test_policy under ``accelerate launch``: two policy updates, with a checkpoint between them."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -27,13 +28,16 @@ def main(recipe: Path, model: str, out: Path) -> None:
     weights = torch.tensor([[0.5, -0.5], [-1.0, 1.5], [2.0, 0.0], [3.0, -2.0]])
 
     def update(step: int) -> None:
-        policy.update(step, samples[mine], weights[mine])
+        loss, _, _ = policy.update(step, samples[mine], weights[mine])
+        losses = ranks.gather(loss)
+        told.append({"loss": sum(losses) / len(losses), "norm": float(policy.engine.get_global_grad_norm())})
 
     def keep(name: str) -> None:
         gathered = policy.gathered_weights()
         if ranks.is_first:
             save_file(gathered, out / f"{name}.safetensors")
 
+    told: list[dict[str, float]] = []
     checkpoints = Checkpoints(out / "checkpoints", ranks)
     keep("begin")
     update(0)
@@ -49,6 +53,7 @@ def main(recipe: Path, model: str, out: Path) -> None:
     keep("resumed")
     logprobs = policy.logprobs_of([5, 6, 7, 8])
     if ranks.is_first:
+        (out / "told.json").write_text(json.dumps(told))
         (out / "logprobs.txt").write_text(" ".join(map(str, logprobs)))
 
 

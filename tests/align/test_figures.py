@@ -10,6 +10,7 @@ from align.figures import (
     first_no_number,
     lag_figures,
     means,
+    policy_figures,
     ratio_figures,
     reward_figures,
     saving_seconds,
@@ -21,8 +22,10 @@ from rec.runtime.runfolder import RunFolder
 
 def test_the_lag_in_the_queue_begins_when_the_trainer_sees_the_batch():
     arrivals = Arrivals()
+    assert arrivals.known_until(1) == 1
     arrivals.see(0, 2)  # batches 1 and 2 are there with batch 0
     assert arrivals.steps_in_queue(0) == 0
+    assert (arrivals.known_until(1), arrivals.known_until(5)) == (3, 5)
     arrivals.see(1, 1)
     assert arrivals.steps_in_queue(1) == 1
     arrivals.see(2, 3)  # and now 3 to 5
@@ -49,6 +52,20 @@ def test_ratios_of_texts_and_draws_before_truncation():
     assert found["draw_ratio_max"] == pytest.approx(4)
     assert found["draw_effective_fraction"] == pytest.approx(4.5**2 / (2 * 16.25))
     assert all(math.isfinite(value) for value in ratio_figures(torch.tensor([2000.0, 0]), draws).values())
+
+
+def test_figures_of_the_policy_do_not_depend_on_how_texts_are_shared_out():
+    numbers = torch.Generator().manual_seed(0)
+    names = ("log_ratio", "logprob", "from_original", "mismatch", "tokens")
+    texts = {name: torch.rand(7, generator=numbers, dtype=torch.float64) + 0.1 for name in names}
+    draws = torch.rand(6, generator=numbers, dtype=torch.float64)
+    whole = policy_figures([texts], [draws])
+    parts = [{name: values[share] for name, values in texts.items()} for share in (slice(0, 2), slice(2, 7))]
+    assert policy_figures(parts, draws.split([4, 2])) == pytest.approx(whole)
+    ratios = texts["log_ratio"].exp()
+    assert whole["kl"] == pytest.approx(float((ratios * texts["from_original"]).sum() / ratios.sum()))
+    assert whole["mismatch_kl"] == pytest.approx(float(texts["mismatch"].sum() / texts["tokens"].sum()))
+    assert whole["text_logprob"] == pytest.approx(float(texts["logprob"].mean()))
 
 
 def test_lags_texts_rewards_and_means():

@@ -10,7 +10,7 @@ from rec.runtime.errors import UserError
 
 
 def test_every_training_pair_once_an_epoch_and_nothing_held_out(small_data):
-    order = PairOrder(small_data, max_length=5, seed=1)
+    order = PairOrder(small_data, reach=5, seed=1)
     n = len(order.targets)
     pairs = [order.pair(ordinal) for ordinal in range(n)]
     expected = []

@@ -12,7 +12,7 @@ from align.figures import Arrivals
 from align.generator import Generator
 from align.order import Turns
 from align.samples import Sample, SampleLog, Text
-from align.snapshots import Snapshot, SnapshotStore
+from align.snapshots import LLM, RECOMMENDER, Snapshot, SnapshotStore
 from align.trainer import Trainer
 from align.transfer import TransferFailed
 from rec.runtime.config import build
@@ -34,6 +34,8 @@ def job(run: Path, **align: object) -> MainJob:
     ("align", "message"),
     [
         ({"finish": {"on": "train+valid"}}, "align.finish.on is train\\+valid, rec.train.on is train"),
+        ({"trainer": {"keep_snapshots": 3}}, "keep_snapshots 3 is below 4: the trainer could delete"),
+        ({"objective": {"max_importance": 0.5}}, "max_importance"),
         ({"finish": {"tune": "items"}}, "finish.start and tune have no meaning with finish_from=aligned"),
     ],
 )
@@ -68,6 +70,13 @@ def test_a_sample_of_a_wrong_age_is_not_trained_on(trainer, version_step, error,
 def test_a_reward_that_is_no_number_names_its_sample_before_anything_is_trained(trainer, log_p):
     trainer.log.append(25, [SAMPLE, replace(SAMPLE, ordinal=8, log_p_y_given_xs=[log_p])])
     with pytest.raises(UserError, match=r"the reward of sample 8 in .*batch-00000025\.parquet is \[(nan|inf)\]"):
+        trainer._update(25)
+
+
+def test_a_reward_that_is_no_number_is_named_though_a_baseline_spreads_it(tmp_path, trainer):
+    trainer.job = job(tmp_path, objective={"baseline": "leave-one-out"})
+    trainer.log.append(25, [SAMPLE, replace(SAMPLE, ordinal=8, log_p_y_given_xs=[800.0])])
+    with pytest.raises(UserError, match="the reward of sample 8 in"):
         trainer._update(25)
 
 
@@ -107,6 +116,37 @@ def test_weights_that_do_not_come_are_no_progress(generator, monkeypatch):
     monkeypatch.setattr(generator, "_newer", lambda: Snapshot(Path("v1"), 1, 10, [], []))
     with pytest.raises(TimeoutError, match="for a snapshot of step 0 or later"):
         generator._refresh(3)
+
+
+def write_nothing_but_a_recommender(folder: Path) -> None:
+    (folder / RECOMMENDER).mkdir()
+
+
+def test_weights_that_nobody_holds_are_not_waited_for_where_files_would_do(generator):
+    """A run that went from files to memory, whose trainer died before it could give the newest."""
+
+    def write(folder: Path) -> None:
+        write_nothing_but_a_recommender(folder)
+        (folder / LLM).mkdir()
+
+    generator.taker = None
+    generator.store.publish(2, 20, write, [1], [])
+    generator.store.publish(3, 30, write_nothing_but_a_recommender, [1], [], whole=False)
+    assert generator._newer().version == 2
+    generator.snapshot = generator.store.get(2)
+    assert generator._newer() is None
+
+
+def test_what_was_said_is_read_once_and_of_the_same_weights_alone(generator, monkeypatch):
+    generator.newest, generator.snapshot = {}, Snapshot(Path("v2"), 2, 20, [], [])
+    said = replace(SAMPLE, version=2, version_step=20)
+    generator.log.append(20, [said])
+    generator.log.append(
+        21, [replace(said, version_step=15, draws=[[replace(said.draws[0][0], text="other weights")]])]
+    )
+    monkeypatch.setattr(generator.log, "next_step", lambda: 22)
+    generator._remember_what_was_said()
+    assert list(generator.newest.values()) == [said.draws[0][0].text]
 
 
 def test_a_batch_that_is_gone_is_not_written_again_by_newer_weights(generator):

@@ -144,6 +144,14 @@ def test_other_items_read_what_was_said_of_them_in_every_draw():
     assert sorted(encode.asked) == ["7", "8", "9"]
 
 
+def test_no_text_is_encoded_twice_in_a_step():
+    torch.manual_seed(0)
+    model = SASRec(SASRecConfig(dim=16, heads=2, max_length=4), KnowledgeConcat(8, 16, 3))
+    encode.asked = []
+    Reader(model, encode, 0.0, torch.device("cpu"), distributed=False).update(SAMPLES)
+    assert sorted(encode.asked) == ["3", "4", "7", "8", "9"]
+
+
 def test_drift_is_of_what_rewards_not_of_what_is_fitted():
     torch.manual_seed(0)
     items = KnowledgeConcat(8, 16, 3)

@@ -1,5 +1,6 @@
 """Snapshot store and sample log: whole or absent, in order, never overwritten."""
 
+import errno
 import json
 import logging
 import os
@@ -64,12 +65,24 @@ def test_a_batch_is_never_replaced(tmp_path):
     assert log.read(0) == [SAMPLE]
 
 
-def test_a_half_written_batch_is_invisible(tmp_path, monkeypatch):
-    log = SampleLog(tmp_path)
-    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
-    with pytest.raises(OSError, match="killed"):
-        log.append(0, [SAMPLE])
+@pytest.mark.parametrize("finished", [0, 1], ids=["before the checksum", "between the checksum and the batch"])
+def test_a_half_written_batch_is_invisible_and_written_by_the_next(tmp_path, monkeypatch, finished):
+    log, left, replace_file = SampleLog(tmp_path), iter(range(finished)), Path.replace
+
+    def killed_after_some(path: Path, target: Path) -> Path:
+        if next(left, None) is None:
+            raise OSError("killed")
+        return replace_file(path, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", killed_after_some)
+        with pytest.raises(OSError, match="killed"):
+            log.append(0, [SAMPLE])
     assert log.next_step() == 0
+    assert len(list(tmp_path.glob("batch-*"))) == finished
+    other = replace(SAMPLE, target=9)
+    log.append(0, [other])
+    assert log.read(0) == [other]
 
 
 def test_a_deleted_batch_is_written_again(tmp_path):
@@ -256,6 +269,25 @@ def test_a_snapshot_without_an_llm_may_be_published_again_and_a_whole_one_may_no
         store.publish(1, 40, recommender, [1], [], whole=False)
 
 
+def test_a_snapshot_without_an_llm_goes_with_the_weights_that_its_trainer_has(tmp_path):
+    """A trainer that was started again may compute other bits; its weights and an older recommender are no pair."""
+    store = SnapshotStore(tmp_path)
+
+    def recommender(weights: str):
+        def write(folder: Path) -> None:
+            (folder / "recommender").mkdir()
+            (folder / "recommender" / "model.safetensors").write_text(weights)
+
+        return write
+
+    store.publish(3, 150, recommender("first"), [1, 2], [-0.5], whole=False)
+    store.publish(3, 150, recommender("the same again"), [1, 2], [-0.5], whole=False)
+    assert (store.newest().recommender / "model.safetensors").read_text() == "first"
+    store.publish(3, 150, recommender("others"), [1, 2], [-0.9], whole=False)
+    assert store.newest().canary_logprobs == [-0.9]
+    assert (store.newest().recommender / "model.safetensors").read_text() == "others"
+
+
 def test_broken_snapshots_do_not_take_the_place_of_whole_ones(tmp_path):
     store = SnapshotStore(tmp_path, keep_last=2)
     publish(store, 0)
@@ -285,6 +317,20 @@ def test_a_broken_snapshot_is_hashed_once_however_long_somebody_waits(tmp_path, 
     assert hashed == [weights]
     weights.write_text("weights")  # mended
     assert store.newest(after=0).version == 1
+
+
+def test_a_snapshot_that_could_not_be_read_for_a_moment_is_looked_at_again(tmp_path, monkeypatch):
+    store = SnapshotStore(tmp_path)
+    publish(store, 0)
+
+    def fail(path: Path) -> str:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    another = SnapshotStore(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "sha256_file", fail)
+        assert another.newest() is None
+    assert another.newest().version == 0
 
 
 def test_old_snapshots_go_after_the_new_one_is_there(tmp_path):

@@ -1,5 +1,6 @@
 """Weights from memory to memory: what arrives, and who gives up when the other side dies."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -144,6 +145,14 @@ def test_nobody_is_listened_to_from_elsewhere(place):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_an_address_that_only_the_other_machine_finds_is_named(place):
+    Giver(place, "gloo")
+    there = json.loads(place.read_text())
+    place.write_text(json.dumps(there | {"host": "elsewhere"}))
+    with pytest.raises(UserError, match=r"the trainer on elsewhere listens at 127\.0\.0\.1, .* set RECALIGN_INTERFACE"):
+        Taker(place, "gloo", 5).held()
+
+
 def test_nccl_without_a_gpu_is_one_clear_line():
     require_devices("gloo")
     with pytest.raises(UserError, match=r"align\.weights=nccl needs a GPU"):

@@ -148,6 +148,40 @@ def test_one_node_is_divided_so_that_each_has_its_own(tmp_path, gpus, cores, per
     assert bash(tmp_path, program).stdout.strip() == expected.replace("OWN", "--exact --mem=0")
 
 
+def test_each_process_has_a_thread_for_each_of_its_own_cores(tmp_path):
+    program = "PER_NODE=2 GENERATORS=1; divide_node 0 {cores}; echo $OMP_NUM_THREADS"
+    assert bash(tmp_path, f"export OMP_NUM_THREADS=24; {program.format(cores=24)}").stdout.split() == ["8"]
+    given = f"export OMP_NUM_THREADS=3 THREADS_GIVEN=3; {program.format(cores=24)}"
+    assert bash(tmp_path, given).stdout.split() == ["3"]
+
+
+@pytest.mark.parametrize(("nodes", "of_them"), [("n1 n2 n3", -1), ("n1 n2", 0), ("n1", -1)])
+def test_an_impossible_number_of_generator_nodes_ends_the_job(tmp_path, nodes, of_them):
+    found = bash(
+        tmp_path, f"HOSTS=({nodes}) GENERATOR_NODES={of_them} PER_NODE=1 SLURM_CPUS_ON_NODE=8; divide; echo on"
+    )
+    assert (found.returncode, found.stdout.startswith(f"error: GENERATOR_NODES={of_them} of")) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("said", "hosts", "expected"),
+    [
+        ("10.0.0.5", "a b", "10.0.0.5"),
+        ("", "a a", "has no address"),
+        ("127.0.1.1", "a b", "where no other node finds it"),
+        ("127.0.1.1", "a a", "127.0.1.1"),
+    ],
+)
+def test_an_address_that_the_other_nodes_cannot_dial_is_refused_at_once(tmp_path, said, hosts, expected):
+    program = f"""
+    srun() {{ case "${{@: -1}}" in hostname) printf '%s\\n' {hosts};; *) echo {said};; esac; }}
+    head_address n1 n2
+    """
+    found = bash(tmp_path, program)
+    assert expected in found.stdout + found.stderr
+    assert found.returncode == (0 if expected == said else 2)
+
+
 def test_everything_that_python_runs_in_is_in_the_container():
     """Of the scripts' own text: on a bare host there may be no such Python."""
     inside = ("RECALIGN_PREFIX[@]", "step ", "exec ")  # a step has the prefix itself, and exec is in a step's own shell

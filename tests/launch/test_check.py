@@ -1,5 +1,6 @@
 """recalign check: what it measures, and what it makes of that."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -74,6 +75,16 @@ def test_the_rename_is_looked_for_before_it_happens(tmp_path, monkeypatch):
     assert check.probe.rename_visible_s(tmp_path, ranks) < 30
     assert looked == [("content", False), ("content", True)]
     assert ranks.seen == [False, False, True]
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def refuse(stream, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(check.probe.fcntl, "flock", refuse)
+    monkeypatch.setattr(Ranks, "barrier", lambda self: None)
+    assert not check.probe.locks_reach(tmp_path, Ranks(1, 2))
+    check.probe.locks_reach(tmp_path, Ranks(0, 2))
 
 
 def test_the_address_is_that_of_the_sites_interface(monkeypatch):

@@ -1,6 +1,7 @@
 """The Elephant's study end to end on a tiny catalog, and the vectors of its RECFORMERs."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,11 +14,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "llm" / "recformer"))
 from backbones import save_bert
 from tiny_recformer import RECFORMER
 
-from launch import elephant_cells, elephant_claims, vectors
-from launch.elephant import ElephantRun
-from launch.elephant_cells import train_cell
-from launch.elephant_config import TABLE_3, family_of
-from launch.elephant_rates import Chosen
+from launch import vectors
+from launch.elephant import cells, claims
+from launch.elephant.cells import train_cell
+from launch.elephant.config import TABLE_3, family_of
+from launch.elephant.rates import Chosen
+from launch.elephant.study import ElephantRun
 from llm.config import LMRecConfig
 from llm.lmrec import build_lmrec
 from llm.lmrec_job import LMRecJob
@@ -37,7 +39,7 @@ NARROW = {"A": {"model": {"dim": 16}}}
 def recipe_of(folder: Path, data: Path, backbone: Path, **more: object) -> Path:
     recformer = {**RECFORMER, "backbone": str(backbone)}
     recformer["pretrain"] = {**recformer["pretrain"], "sources": [str(data)], "epochs": 2}
-    recformer["finetune"] = {**recformer["finetune"], "epochs": 2, "fixed_epochs": 1, "evaluate_every": 1}
+    recformer["finetune"] = {**recformer["finetune"], "epochs": 5, "fixed_epochs": 1, "evaluate_every": 1}
     model = {"dim": 32, "heads": 2, "blocks": 1, "max_length": 8}
     train = {"batch_size": 16, "epochs": 2}
     evaluate = {"cutoffs": [5, 10]}
@@ -98,7 +100,7 @@ def test_every_cell_of_the_table_is_there_with_its_seeds(study):
         assert figures["parameters"][0] == figures["parameters"][1]
     assert set(result["serving"]) == {"SASRec", "BERT4Rec"}
     assert result["diverged"] == []
-    elephant_claims.print_study(result)
+    claims.print_study(result)
 
 
 @pytest.mark.slow
@@ -169,7 +171,7 @@ def test_a_study_that_is_killed_goes_on_where_it_was(study, small_data, backbone
         "headline": {},
         "pretrained": str(before.study.run),
     }
-    results, ranked = {}, elephant_cells.ranks_of
+    results, ranked = {}, cells.ranks_of
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
         path = recipe_of(tmp_path / name, small_data.folder, backbone, **more)
@@ -186,7 +188,7 @@ def test_a_study_that_is_killed_goes_on_where_it_was(study, small_data, backbone
 
         if name == "killed":
             with monkeypatch.context() as patch:
-                patch.setattr(elephant_cells, "ranks_of", die_at_the_second)
+                patch.setattr(cells, "ranks_of", die_at_the_second)
                 with pytest.raises(KeyboardInterrupt):
                     run.execute("test")
             kept = [path for path in run.out.rglob("model.safetensors") if "seed-1" in path.parts]
@@ -307,6 +309,15 @@ def test_recformers_that_differ_share_what_they_have_in_common(study, small_data
         ({"recformers": {"a": ["finetune.lrr=1"]}}, "unknown key 'lrr'"),
         ({"recformers": {"a": ["finetune=null"]}}, r"FT vectors need recformer.finetune \(a has none\)"),
         ({"models": {"SASRec": {}, "BERT4Rec": None}}, "unknown model 'BERT4Rec'; there are: SASRec"),
+        ({"more": {"PT": "x"}}, "more.PT: PT are a RECFORMER's vectors"),
+        (
+            {"models": {"SASRec": {"grid": {"model.dim": [8]}}}, "headline": {}},
+            "models.SASRec.grid: a study's own search",
+        ),
+        (
+            {"models": {"SASRec": {"train": {"on": "train+valid"}}}, "headline": {}},
+            "trains on the items that rates are",
+        ),
         ({"headline": {"GRU4Rec": []}}, "unknown model 'GRU4Rec'; there are: BERT4Rec, SASRec"),
     ],
 )
@@ -322,6 +333,10 @@ def test_a_mistake_is_found_before_anything_runs(small_data, tmp_path, more, mes
         ({"target": "nowhere"}, "nowhere"),
         ({"protocols": ["elephant-100"]}, "100 negatives cannot be drawn"),
         ({"recformer": {"text": {"attributes": ["brand"]}}}, r"has none of llm.recformer.text.attributes \(brand\)"),
+        (
+            {"recformer": {"text": {"attributes": ["brand"]}}, "variants": [], "headline": {}},
+            "has none of llm.recformer",
+        ),
         (MORE | {"more": {"lm": "no-such-model"}}, "no-such-model is neither a run folder nor a model"),
         (MORE | {"more": {"lm": "BACKBONE"}, "item_text": "{tilte}"}, "llm.item_text names 'tilte'"),
         (MORE | {"more": {"lm": "BACKBONE"}, "models": NARROW}, "the vectors of lm have width 32, .* models.A is 16"),
@@ -345,6 +360,32 @@ def test_what_does_not_fit_the_data_or_the_backbone_is_said_before_anything_is_t
     assert not list(run.study.run.glob("pretrained-*"))
 
 
+def test_a_target_that_was_prepared_anew_does_not_go_into_a_study_that_has_begun(small_data, backbone, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(small_data.folder, data)
+    no_rows = {"variants": [], "headline": {}, "recformers": {"own": ["pretrain=null", "finetune=null"]}}
+    run = ElephantRun(recipe_of(tmp_path, data, backbone, **no_rows))
+    run._check()
+    run._check()
+    meta = json.loads((data / "meta.json").read_text())
+    (data / "meta.json").write_text(json.dumps(meta | {"content_hash": "another"}))
+    with pytest.raises(UserError, match=r"was prepared anew since .* was begun"):
+        run._check()
+
+
+def test_every_backbone_has_vanilla_vectors_of_its_own(small_data, backbone, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(backbone, other)
+    more = {
+        "recformers": {"a": [], "b": ["pretrain.share=0.5"], "other": [f"backbone={other}"]},
+        "variants": ["frozen vanilla"],
+        "headline": {},
+    }
+    run = ElephantRun(recipe_of(tmp_path, small_data.folder, backbone, **more))
+    cells = sorted((cell.model, cell.recformer) for cell in run.cells.all())
+    assert cells == [(model, name) for model in ("BERT4Rec", "SASRec") for name in ("a", "other")]
+
+
 def test_a_target_may_have_overrides_of_its_own_and_the_users_win(small_data, backbone, tmp_path):
     own = {"for_target": {"tiny": ["recformer.finetune.epochs=7", "rate_epochs=3"]}}
     path = recipe_of(tmp_path, small_data.folder, backbone, **own)
@@ -352,7 +393,7 @@ def test_a_target_may_have_overrides_of_its_own_and_the_users_win(small_data, ba
     changed = ElephantRun(path, ["rate_epochs=4"]).study
     assert (changed.recformer.finetune.epochs, changed.rate_epochs) == (7, 4)
     elsewhere = ElephantRun(path, [f"target={small_data.folder}"]).study
-    assert elsewhere.recformer.finetune.epochs == 2
+    assert elsewhere.recformer.finetune.epochs == 5
 
 
 @pytest.mark.parametrize(

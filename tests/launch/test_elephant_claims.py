@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from launch import elephant_claims
-from launch.elephant_config import Cell
+from launch.elephant import claims
+from launch.elephant.config import Cell
 from rec.evaluation import Metrics
 
 
@@ -32,7 +32,7 @@ def test_claims_answer_yes_and_no_under_every_protocol():
         ("RECFORMER", "RECFORMER FT2"): 0.38,
     }  # fmt: skip
     serving = {"SASRec": {"parameters": [5, 5], "latency_ratio": 1.02}}
-    found = elephant_claims.claims(made_up(paper), serving, "R")
+    found = claims.claims(made_up(paper), serving, "R")
     assert [claim["id"].count("elephant-100") for claim in found] == [1] * 7 + [0] * 8
     assert [claim["id"].count("elephant-full") for claim in found] == [0] * 7 + [1] * 7 + [0]
     assert [claim["holds"] for claim in found] == [True] * 15
@@ -42,14 +42,14 @@ def test_claims_answer_yes_and_no_under_every_protocol():
     other = {key: 0.7 - value for key, value in paper.items()}
     other["SASRec", "trainable vanilla"] = 0.69
     serving = {"SASRec": {"parameters": [5, 6], "latency_ratio": 1.0}}
-    found = elephant_claims.claims(made_up(other), serving, "R")
+    found = claims.claims(made_up(other), serving, "R")
     assert [claim["holds"] for claim in found][-8:] == [False] * 6 + [False, False]
-    assert elephant_claims.claims({}, {}, "R") == []
+    assert claims.claims({}, {}, "R") == []
 
 
 def test_the_best_of_all_is_undecided_where_the_next_is_as_good():
     near = {("SASRec", "further items"): 0.5025, ("SASRec", "trainable FT"): 0.5, ("SASRec", "random"): 0.1}
-    [claim, _] = elephant_claims.claims(made_up(near), {}, "R")
+    [claim, _] = claims.claims(made_up(near), {}, "R")
     assert claim["id"].startswith("SASRec: (d) further items beats trainable FT")
     assert claim["figure"] > 0
     assert not claim["holds"]
@@ -64,16 +64,31 @@ def test_a_difference_within_noise_is_neither_yes_nor_no(claim, one, other):
     model = "RECFORMER" if other == "RECFORMER FT2" else "SASRec"
     for difference in (-0.0025, 0.0025):
         ranks = made_up({("SASRec", one): 0.5 + difference, (model, other): 0.5})
-        found = elephant_claims.claims(ranks, {}, "R")[0]
+        found = claims.claims(ranks, {}, "R")[0]
         assert claim in found["id"]
         assert not found["holds"]
         assert found["undecided"]
+
+
+def test_variants_without_a_common_seed_are_not_compared():
+    """One of them diverged at the other's."""
+    found = {
+        Cell("SASRec", "random", "MiniLM", 1): {"full": metrics([1, 2, 3])},
+        Cell("SASRec", "trainable PT", "MiniLM", 2): {"full": metrics([1, 1, 1])},
+        Cell("SASRec", "frozen PT", "MiniLM", 2): {"full": metrics([1, 2, 1])},
+        Cell("SASRec", "further items", "MiniLM", 1): {"full": metrics([1, 1, 2])},
+    }
+    names = [claim["id"] for claim in claims.claims(found, {}, "MiniLM")]
+    assert [name.partition(" (NDCG")[0] for name in names] == [
+        "SASRec: (c) trainable PT beats frozen PT",
+        "SASRec: (d) further items beats random",
+    ]
 
 
 def test_figure_and_interval_are_of_the_seeds_that_both_have():
     ranks = made_up({("SASRec", "trainable PT"): 0.5, ("SASRec", "random"): 0.4})
     ranks |= made_up({("SASRec", "trainable PT"): 0.7, ("SASRec", "random"): 0.5}, seed=2)
     ranks |= made_up({("SASRec", "trainable PT"): 0.0}, seed=3)
-    claim = elephant_claims.claims(ranks, {}, "R")[0]
+    claim = claims.claims(ranks, {}, "R")[0]
     assert claim["figure"] == pytest.approx(0.15)
     assert claim["low"] < 0.15 < claim["high"]

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from launch.elephant_rates import choose, climb, load_chosen
+from launch.elephant.rates import choose, climb, load_chosen
 from rec.config import RecConfig
 from rec.items import save_vectors
 from rec.runtime.config import build

@@ -13,8 +13,8 @@ from pyarrow import parquet
 from align.config import MainJob, Stages
 from align.snapshots import SnapshotStore
 from launch import knowledge
+from launch.alignment.main_job import MainJobRun
 from launch.knowledge import ENCODER, VECTOR, encode
-from launch.main_job import MainJobRun
 from llm import knowledge as files
 from llm.knowledge import KnowledgeFile, Said, count_texts
 from rec.runtime.config import build

@@ -12,10 +12,10 @@ import pytest
 import torch
 import yaml
 
-from launch import lmrec_study
 from launch.bench.lmrec import padded_batches
 from launch.controls import Popularity, Transitions
-from launch.lmrec_study import LMRecStudyRun, claims
+from launch.lmrec import study
+from launch.lmrec.study import LMRecStudyRun, claims
 from llm.corpus import IGNORED
 from rec.config import EvaluateConfig
 from rec.evaluation import evaluate
@@ -63,6 +63,7 @@ def test_a_study_runs_its_variants_once_and_says_what_holds(tmp_path, recipe):
     assert [row["variant"] for row in result["rows"]] == list(STUDY["variants"])
     assert all(0 < row["HR@10"] <= 1 for row in result["rows"])
     by_name = {row["variant"]: row for row in result["means"]}
+    assert all(row["HR@10_se"] > 0 for row in result["means"] if row["seeds"])  # of one seed, over users
     assert by_name["LMRec"]["paper"] == STUDY["paper"]["LMRec"]
     assert {"popularity", "last-item transitions"} <= set(by_name)
     assert (by_name["BST"]["seeds"], by_name["BST"]["paper"]) == (0, STUDY["paper"]["BST"])
@@ -87,11 +88,21 @@ def test_a_study_runs_its_variants_once_and_says_what_holds(tmp_path, recipe):
 
 def test_kinds_of_user_features_are_rows_of_their_own(recipe, monkeypatch):
     facts = {"steps": 4, "parameters": 9, "tokens": 100, "seconds": 2.0}
-    monkeypatch.setattr(lmrec_study.pretraining, "pretrain", lambda job: {"rows": [], "training": facts})
+    monkeypatch.setattr(study.pretraining, "pretrain", lambda job: {"rows": [], "training": facts})
     kinds = [{"feature": kind, "HR@10": 0.1, "NDCG@10": 0.1} for kind in ("specific", "agnostic")]
-    monkeypatch.setattr(lmrec_study.probe, "run", lambda job, command: {"rows": kinds})
+    monkeypatch.setattr(study.probe, "run", lambda job, command: {"rows": kinds})
     found = LMRecStudyRun(recipe)._run(0, "LM probed")
     assert [row["variant"] for row in found] == ["LM probed, specific", "LM probed, agnostic"]
+
+
+def test_a_variant_that_is_null_is_left_out(recipe):
+    names = list(LMRecStudyRun(recipe).study.variants)
+    assert "LMRec -lm" in names
+    fewer = LMRecStudyRun(recipe, ["variants.LMRec -lm=null"])
+    assert list(fewer.study.variants) == [name for name in names if name != "LMRec -lm"]
+    assert not any(name == "LMRec -lm" for _, name in fewer.jobs)
+    with pytest.raises(UserError, match=r"variants\.LMRec -ml=null: there is no such variant to leave out"):
+        LMRecStudyRun(recipe, ["variants.LMRec -ml=null"])
 
 
 def test_impossible_studies_are_refused_before_anything_runs(tmp_path, recipe):
@@ -143,6 +154,26 @@ def test_one_seeds_difference_is_held_against_the_error_over_users(difference, h
     assert (claim["holds"], claim.get("undecided")) == (holds, undecided)
 
 
+def test_more_seeds_do_not_make_a_difference_from_a_control_any_surer():
+    """All of them are tested on the same users."""
+    control = {"variant": "popularity", "HR@10": 0.095, "NDCG@10": 0.1, "HR@10_se": 0.002, "NDCG@10_se": 0.002}
+    for seeds in (1, 3):
+        rows = [row_of("LMRec", seed, 0.1, 0.1) for seed in range(seeds)]
+        claim = claims(rows, {}, {}, [control])[0]
+        assert claim["id"] == "LMRec beats popularity in HR@10"
+        assert (claim["holds"], claim["undecided"], claim["se"]) == (False, True, 0.00283)
+
+
+def test_two_seeds_are_few_and_transfer_is_held_against_transfer():
+    rows = [
+        row_of("LMRec^TL, combine", 1, 0.12, 0.1), row_of("LMRec^TL -lm, combine", 1, 0.1, 0.1),
+        row_of("LMRec^TL, combine", 2, 0.13, 0.1), row_of("LMRec^TL -lm, combine", 2, 0.1, 0.1),
+    ]  # fmt: skip
+    claim = claims(rows, {}, {})[0]
+    assert claim["id"] == "LMRec^TL, combine beats LMRec^TL -lm, combine in HR@10"
+    assert (claim["holds"], claim["undecided"]) == (False, True)  # t of one degree of freedom is 5, 95 % need 12.7
+
+
 def row_of(variant: str, seed: int, hits: float, gain: float) -> dict:
     return {"variant": variant, "seed": seed, "HR@10": hits, "NDCG@10": gain, "HR@10_se": 0.002, "NDCG@10_se": 0.002}
 
@@ -188,7 +219,8 @@ def test_the_bench_measures_each_thing_once(tmp_path, recipe):
     result = json.loads((tmp_path / "bench" / "result.json").read_text())
     rows = {row["name"]: row for row in result["rows"]}
     assert all(rows[name]["tokens_per_s"] > 0 for name in ("packed", "padded", "padded-by-length", "trainer"))
-    assert rows["gpu"] == {"name": "gpu", "steps": 1, "not_measured": "no NVIDIA GPU here"}
+    assert rows["gpu"]["not_measured"] == "no NVIDIA GPU here"
+    assert all(row["machine"].startswith("CPU, ") for row in rows.values())
     assert len(result["claims"]) == 3
     before = (tmp_path / "bench" / "metrics.jsonl").read_bytes()
     assert recalign(*words, "packed,trainer").returncode == 0

@@ -191,7 +191,8 @@ def test_zero_three_trains_the_same_models_from_the_same_samples(finished, tmp_p
     two, three = final_weights(finished), final_weights(replay)
     assert set(two) == set(three)
     for name, value in two.items():
-        torch.testing.assert_close(three[name], value, rtol=0.02, atol=0.02, msg=lambda m, n=name: f"{n}: {m}")
+        close = {"rtol": 0.02, "atol": 0.02} if name.startswith("llm.") else {"rtol": 0, "atol": 0}
+        torch.testing.assert_close(three[name], value, **close, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_a_trainer_of_two_ranks_is_stopped_and_one_goes_on_with_the_same_samples(finished, tmp_path):
@@ -213,6 +214,9 @@ def test_a_trainer_of_two_ranks_is_stopped_and_one_goes_on_with_the_same_samples
     assert [row["reward"].hex() for row in ours] == [row["reward"].hex() for row in theirs]
     assert len(folder.events("train")) == STEPS
     assert [row["kl"].hex() for row in ours[:stopped_at]] == [row["kl"].hex() for row in theirs[:stopped_at]]
+    # The same texts, histories and weights as one rank's as they were as two ranks'.
+    for name in ("policy_loss", "kl", "text_logprob", "reward_drift"):
+        assert ours[stopped_at][name] == pytest.approx(theirs[stopped_at][name], rel=1e-3, abs=1e-6)
     for name, value in final_weights(folder).items():
         torch.testing.assert_close(value, final_weights(finished)[name], rtol=0.02, atol=0.02)
 

@@ -140,6 +140,11 @@ def test_the_plan_divides_what_can_be_divided_and_says_what_does_not_fit(job):
     assert small.best is None
     with pytest.raises(UserError, match=r"divide align\.trainer\.batch_size 48"):
         plan(job, Machines(2, 5, 80e9, Hardware()))
+    with pytest.raises(UserError, match="one GPU is shared"):
+        plan(job, Machines(1, 1, 80e9, Hardware()))
+    with pytest.raises(UserError, match="has measured nothing"):
+        plan(job, Machines(1, 8, 80e9, Hardware()), measured_in=job.run / "typo")
+    assert not (job.run / "typo").exists()
     with pytest.raises(UserError, match="too few to measure"):
         measured(RunFolder(job.run / "nowhere"))
 

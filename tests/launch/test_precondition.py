@@ -7,19 +7,19 @@ import torch
 
 from align.config import Stages, load_job
 from align.order import set_aside
-from launch.main_job import MainJobRun
-from launch.precondition import PRECONDITION, best_mixture, is_closed_world, precondition
+from launch.alignment.main_job import MainJobRun
+from launch.alignment.precondition import PRECONDITION, best_mixture, is_closed_world, precondition
 from llm.config import LMRecConfig
 from llm.lmrec import build_lmrec
 from llm.text_encoder import TextEncoder
 from llm.text_items import CatalogTexts
 from llm.tokenizer import train_tokenizer
+from rec.build import MODEL
 from rec.data.prepare import Filters, prepare
 from rec.data.prepared import Prepared
 from rec.data.readers import closed_world as world
 from rec.data.readers.closed_world import ATTRIBUTES
 from rec.models.sasrec import SASRec
-from rec.trainer import MODEL
 
 
 def value(log_likelihoods: torch.Tensor, shares: tuple[float, ...]) -> float:

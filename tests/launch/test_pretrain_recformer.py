@@ -72,7 +72,7 @@ def test_a_mistake_in_a_recipe_is_one_line(backbone, small_data, tmp_path, capsy
 @pytest.mark.slow
 def test_the_bench_measures_the_same_batches_four_ways(backbone, small_data, tmp_path):
     recipe = write_recipe(tmp_path, small_data.folder, backbone)
-    result = bench.run(recipe, ["llm.recformer.pretrain.bf16=false"], 2, 2, tmp_path / "bench", "test")
+    result = bench.run(recipe, ["llm.recformer.pretrain.precision=fp32"], 2, 2, tmp_path / "bench", "test")
     rows = {row["way"]: row for row in result["rows"]}
     assert list(rows) == list(bench.WAYS)
     assert {row["steps"] for row in rows.values()} == {4}

@@ -122,6 +122,13 @@ def test_what_is_no_result_is_one_clear_line(tmp_path, content):
     assert "\n" not in str(caught.value)
 
 
+def test_a_path_that_is_none_is_one_clear_line(tmp_path):
+    with pytest.raises(UserError, match=r"nope\.json is not there"):
+        report.write([tmp_path / "nope.json"], tmp_path / "report.html")
+    with pytest.raises(UserError, match="is a folder: name the page"):
+        report.write([finished(tmp_path / "one", 0.25)], tmp_path)
+
+
 def test_the_command(tmp_path, monkeypatch, capsys):
     folder, out = finished(tmp_path / "one", 0.25), tmp_path / "page.html"
     monkeypatch.setattr("sys.argv", ["recalign", "report", str(folder / "result.json"), "--out", str(out)])

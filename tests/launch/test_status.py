@@ -59,6 +59,24 @@ def test_the_steps_of_recformers_stages_are_progress_too(tmp_path):
     for event in ("pt_step", "ft1_step"):
         run.log(event, step=4, epoch=1, loss=2.5)
         assert any(line.startswith(f"{event}: 5; loss 2.5") for line in status(tmp_path).lines)
+    for title in ("pretrain", "finetune", "finetune"):  # a stage that was killed and went on
+        run.log("stage", title=title, seconds=1.0)
+    assert "stages done: 2, the last one 'finetune'" in status(tmp_path).lines
+
+
+def test_a_job_that_died_before_it_knew_its_run_is_not_called_waiting(tmp_path):
+    run = RunFolder(tmp_path)
+    submitted(run, 1)
+    out = tmp_path / "slurm" / "batch-7.out"
+    assert status(tmp_path).state == "submitted"
+    out.write_text("srun: error: execve(): /env/bin/python: No such file or directory\n")
+    assert status(tmp_path).state == "submitted", "it may be just beginning"
+    os.utime(out, (1, 1))
+    found = status(tmp_path)
+    assert (found.state, "execve(): /env/bin/python" in found.sentence) == ("failed", True)
+    assert len(list(follow(tmp_path, 5, forever=True))) == 1
+    note(run, "attempt")
+    assert status(tmp_path).state == "running"
 
 
 def test_the_state_of_a_run_is_read_off_its_folder(recipe, tmp_path):
@@ -102,6 +120,7 @@ def test_logs_are_those_of_the_latest_attempt_and_go_on_until_the_result(tmp_pat
         (folder / "train-0.log").write_text("".join(f"attempt {attempt} line {nth}\n" for nth in range(5)) + "half a l")
         os.utime(folder, (attempt, attempt))
     assert list(follow(tmp_path, 2, forever=False)) == ["train-0: attempt 1 line 3", "train-0: attempt 1 line 4"]
+    assert list(follow(tmp_path, 0, forever=False)) == []
     lines = follow(tmp_path, 1, forever=True)
     assert next(lines) == "train-0: attempt 1 line 4"
     with (tmp_path / "logs" / "job-7-1" / "train-0.log").open("a") as stream:

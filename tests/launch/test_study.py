@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from align.config import Stages
-from launch import closed_world, study, study_plot
-from launch.study import StudyRun, means
+from launch.alignment import closed_world, study, study_plot
+from launch.alignment.study import BY, StudyRun
+from launch.seeds import means
 from rec.data.prepare import Filters, prepare
 from rec.data.prepared import Prepared
 from rec.data.readers import closed_world as world
@@ -104,7 +105,7 @@ def test_means_and_standard_errors_over_seeds(recipe):
     assert row["seeds"] == 2
     assert row["HR@10"] == pytest.approx(3.6)
     assert row["HR@10_se"] == pytest.approx(0.5)  # of 3.1 and 4.1
-    [alone] = means([{"variant": "v", "model": "m", "method": "x", "HR@10": 0.5, "NDCG@10": 0.25}])
+    [alone] = means([{"variant": "v", "model": "m", "method": "x", "HR@10": 0.5, "NDCG@10": 0.25}], BY)
     assert (alone["HR@10"], alone["HR@10_se"], alone["seeds"]) == (0.5, None, 1)
 
 

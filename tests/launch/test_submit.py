@@ -1,17 +1,21 @@
 """Scripts, and what is submitted to the scheduler: frozen, and refused where it cannot run."""
 
 import os
+import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+from launch import cli
 from launch.cluster import submit
 from launch.cluster.status import status, submissions
 from launch.cluster.submit import Wish
 from launch.cluster.where import run_of, stages_of
 from rec.job import load_job
+from rec.runtime import files
 from rec.runtime.errors import RESUME_ANYWAY, UserError
 from rec.runtime.runfolder import CONFIG, RESULT, RunFolder
 from rec.runtime.stopping import STOP
@@ -84,6 +88,11 @@ def test_mistakes_are_found_before_anything_is_submitted(recipe, tmp_path, monke
     assert "--generator-nodes M" in refused(Wish(aligned, [], 2))
     assert "leaves none of 2 nodes" in refused(Wish(aligned, [], 2, 2))
     assert "divides one node, not 2" in refused(Wish(aligned, [], 2, 0))
+    assert "needs one generator" in refused(Wish(aligned, ["align.others=newest"], 4, 2))
+    assert "--sbatch-generators are for alignment" in refused(Wish(recipe, [], 1, generator_options=("--gpus=4",)))
+    plain = tmp_path / "plain.yaml"
+    plain.write_text(yaml.safe_dump({"data": "x", "run": "r", "llm": {"train": {"zero_stage": 0}}}))
+    assert "zero_stage=0 is one process, --nodes is 2" in refused(Wish(plain, [], 2))
     assert "site settings not found" in refused(Wish(recipe, [], 1, site=tmp_path / "none.sh"))
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "there is no sbatch here" in refused(Wish(recipe, [], 1))
@@ -148,6 +157,33 @@ def test_a_submission_is_frozen_before_the_scheduler_hears_of_it(recipe, tmp_pat
     submit.submit(Wish(recipe, [], 1), "test")
     assert [path.name.partition("-")[2] for path in submissions(run)] == ["1", "9", "10", "11"]
     assert any("submission-11" in line for line in status(run).lines)
+
+
+def test_a_talkative_site_and_a_host_without_git_do_not_matter(recipe, tmp_path, a_scheduler, monkeypatch):
+    site = tmp_path / "site.sh"
+    site.write_text("echo Loading cuda\n")
+    which = submit.shutil.which
+    monkeypatch.setattr(submit.shutil, "which", lambda name: None if name == "git" else which(name))
+    assert submit.submit(Wish(recipe, [], 1, site=site), "test")[1] == "4711"
+    facts = files.read_json(tmp_path / "run" / "slurm" / "submission-1" / "environment.json")
+    assert (facts["commit"], facts["job"]) == (None, "4711")
+
+
+def test_options_that_no_shell_would_read_are_one_line(recipe, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["recalign", "submit", str(recipe), '--sbatch=--comment="abc'])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capsys.readouterr().err == 'error: --sbatch=--comment="abc: no closing quotation\n'
+
+
+@pytest.mark.parametrize(
+    "words", [["submit", "x", "--nodes", "-2"], ["plan", "x", "--mfu", "0"], ["logs", "x", "-n", "-1"]]
+)
+def test_numbers_that_mean_nothing_are_refused(words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["recalign", *words])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert re.search(r"error: argument .*: \S+ is not (at least|above) ", capsys.readouterr().err)
 
 
 def test_each_half_of_a_heterogeneous_job_may_have_options_of_its_own(tmp_path, a_scheduler):

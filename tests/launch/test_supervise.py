@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from align.config import MainJob
-from launch.main_job import MainJobRun
-from launch.summary import verdict
+from launch.alignment.main_job import MainJobRun
+from launch.alignment.summary import verdict
 from launch.supervise import Child, cpu_split, watch_once
 from rec.runtime.config import build
 from rec.runtime.errors import UserError

@@ -2,6 +2,8 @@
 
 import operator
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -48,6 +50,27 @@ def test_what_it_needs_is_done_before_it_is_asked_what_to_do(tmp_path):
     tasks = tasks_of(path, {"a": []}) | {"nothing": Task(["a"], make)} | tasks_of(path, {"b": ["nothing"]})
     assert list(run_all(tasks, 1, tmp_path / "log")) == ["a", "b"]
     assert asked == [["a"]]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has died")
+def test_whoever_dies_takes_its_workers_along_even_while_they_start(tmp_path):
+    program = (
+        "import os, sys, threading, time\n"
+        "from pathlib import Path\n"
+        "from launch.task_pool import Task, run_all\n"
+        "import test_task_pool\n"
+        "if __name__ == '__main__':\n"
+        "    threading.Timer(0.3, lambda: os._exit(9)).start()\n"
+        "    path = Path(sys.argv[1])\n"
+        "    list(run_all({0: Task([], lambda: (test_task_pool.note, (path / 'notes', 'late')))}, 2, path / 'log'))\n"
+    )
+    (tmp_path / "study.py").write_text(program)
+    paths = os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parent)])
+    command = [sys.executable, str(tmp_path / "study.py"), str(tmp_path)]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, timeout=300)
+    # All that hold its standard output have ended when that is over.
+    assert done.returncode == 9, done.stderr
+    assert not (tmp_path / "notes").exists()
 
 
 def test_several_run_at_a_time_in_processes_of_their_own(tmp_path):

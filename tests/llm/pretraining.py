@@ -9,6 +9,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from llm.lmrec_job import LMRecJob
+from rec.data.prepared import Prepared
+from rec.runtime.config import build
+
 ROOT = Path(__file__).parents[2]
 STEPS = 12
 LLM = {
@@ -31,6 +35,13 @@ def recipe(folder: Path, data: Path, **train: object) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump({"data": str(data), "run": str(folder / "run"), "llm": llm}))
     return path
+
+
+def job(folder: Path, data: Prepared, **llm: object) -> LMRecJob:
+    """The same job for one plain process, with other sections of ``llm``; its run folder is ``folder``/run."""
+    content = {"data": str(data.folder), "run": str(folder / "run"), "llm": {**LLM, **llm}}
+    content["llm"]["train"] = {**LLM["train"], "zero_stage": 0, **llm.get("train", {})}
+    return build(LMRecJob, content)
 
 
 def start(path: Path, *overrides: str, ranks: int = 2, port: int = 29700, script: str = "") -> subprocess.Popen:

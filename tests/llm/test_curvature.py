@@ -2,7 +2,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from launch.lmrec_analysis import density
+from launch.lmrec.analysis import density
 from llm.curvature import top_eigenvalues
 
 

@@ -15,7 +15,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from llm.end_to_end import EndToEnd, logits_at, use_end_to_end
+from llm.end_to_end import EndToEnd, has_flash, logits_at, use_end_to_end
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 GROUPED = {**SIZES, "num_key_value_heads": 2, "vocab_size": 50, "max_position_embeddings": 40}
@@ -77,6 +77,15 @@ def test_attention_that_is_not_the_plain_one_is_left_alone():
         before = model.config._attn_implementation
         assert not use_end_to_end(model)
         assert model.config._attn_implementation == before
+
+
+def test_flash_attention_is_taken_for_what_it_computes_alone(monkeypatch):
+    monkeypatch.setattr("llm.end_to_end._VARLEN", print)
+    for capability, there in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda found=capability: found)
+        assert has_flash(torch.bfloat16, 64) == has_flash(torch.float16, 256) == there
+        for dtype, head_size in ((torch.float32, 64), (torch.bfloat16, 20), (torch.bfloat16, 264)):
+            assert not has_flash(dtype, head_size)
 
 
 @pytest.mark.gpu

@@ -6,11 +6,12 @@ from collections import defaultdict
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 from transformers import GPT2LMHeadModel
 
 from llm.config import LMRecConfig
 from llm.corpus import HistoryCorpus, ItemTokens, PackedBatches
-from llm.joint import Head, JointModel, pair_loss, softmax_loss
+from llm.joint import Head, JointModel, Statistics, pair_loss, softmax_loss
 from llm.lmrec import build_lmrec
 from llm.lmrec_evaluation import LMRecRecommender
 from llm.lmrec_job import RecommendConfig
@@ -102,6 +103,40 @@ def test_heads_standardise_by_the_batch_then_by_what_is_fixed_and_are_eq_4_witho
     torch.testing.assert_close(plain(other), other @ head.linear.weight.T)
     # The statistics of a batch are part of the function that is differentiated.
     assert torch.autograd.gradcheck(Head(4).double(), torch.randn(6, 4, dtype=torch.float64, requires_grad=True))
+
+
+def test_a_state_far_from_all_others_leaves_them_what_they_are():
+    torch.manual_seed(0)
+    near, way = 5 + 0.05 * torch.randn(40, 4), torch.tensor([3.0, 0, 0, 4])
+    head = Head(4)
+    expected, found = head(near), head(torch.cat([near, near[:1] + 100 * way]))
+    torch.testing.assert_close(found[:-1], expected, rtol=0.2, atol=0.05)
+    assert found[-1].isfinite().all()
+    # It is moved towards the median, no nearer than the others are, and gradients still turn it.
+    centre, reach, mean, deviation = Statistics.of(torch.cat([near, near[:1] + 100 * way]))
+    moved = Statistics(centre, reach, mean, deviation).within_reach(near[:1] + 100 * way)[0]
+    torch.testing.assert_close(F.normalize(moved, dim=0), way / 5, rtol=0, atol=1e-2)
+    assert moved.norm().item() == pytest.approx(reach.item())
+    assert reach > (near - centre).norm(dim=1).max()
+
+
+def test_the_median_of_many_states_is_told_by_some_of_them(monkeypatch):
+    torch.manual_seed(0)
+    states = torch.randn(1000, 3)
+    exact = Statistics.of(states)
+    monkeypatch.setattr("llm.joint.MEDIAN_STATES", 300)
+    about = Statistics.of(states)
+    assert not torch.equal(about.centre, exact.centre)
+    for name, close in (("centre", 0.2), ("reach", 0.8), ("deviation", 1e-4)):
+        torch.testing.assert_close(getattr(about, name), getattr(exact, name), rtol=0, atol=close)
+    # The centre is only where distances are taken from: the mean of what is within reach is the same.
+    torch.testing.assert_close(about.centre + about.mean, exact.centre + exact.mean, rtol=0, atol=1e-4)
+
+
+def test_states_that_are_all_alike_or_one_alone_are_standardised_to_0():
+    for states in (torch.full((5, 3), 2.0), torch.tensor([[1.0, 2.0, 3.0]])):
+        own = Statistics.of(states)
+        assert torch.equal((own.within_reach(states) - own.mean) / own.deviation, torch.zeros(states.shape))
 
 
 def test_a_head_that_is_not_used_gets_gradients_of_0(model, tokenizer):
@@ -214,8 +249,6 @@ def test_in_batch_negatives_are_a_softmax_over_the_pass_s_items_corrected_for_be
     task = make_task(small_data, tokens, settings=settings)
     joint = JointModel(model.decoder, ["target"], "softmax", standardise=False)
     joint.heads = model.heads
-    taken = [small_data.sequence[begin + 1 : end] - 1 for begin, end in task.spans.tolist()]
-    count = np.bincount(np.concatenate(taken), minlength=small_data.n_items)
     part = task.parts(2)[0][0]
     users = joint.user_vectors("target", part.histories, part.users)
     items = joint.item_vectors("target", part.items, part.vectors)
@@ -228,11 +261,47 @@ def test_in_batch_negatives_are_a_softmax_over_the_pass_s_items_corrected_for_be
     for user, positive in zip(users, part.positives.tolist(), strict=True):
         logits = []
         for number, item in zip(here, items, strict=True):
-            absent = (1 - count[number] / count.sum()) ** pairs * (1 - 4 / small_data.n_items)
+            absent = (1 - task.shares[number]) ** pairs * (1 - 4 / small_data.n_items)
             logits.append(torch.dot(user, item).item() - math.log(1 - absent))
         expected += math.log(sum(map(math.exp, logits))) - logits[positive]
     assert joint(part).item() == pytest.approx(expected / pairs, rel=1e-4)
     assert not any(bool(batch.presence.any()) for batch, _ in task.validation(9))  # comparable from recipe to recipe
+
+
+@pytest.mark.parametrize("prefixes", [2, 8])
+@pytest.mark.parametrize("long", [False, True])
+def test_an_items_share_is_how_often_it_is_drawn_as_a_target(small_data, tokens, prefixes, long):
+    """Of histories of unlike length, and of some that are read in windows."""
+    task = make_task(small_data, tokens, settings={"prefixes": prefixes})
+    if not long:
+        task.spans[:, 1] = task.spans[:, 0] + 2 + np.arange(len(task.spans)) % 5
+    rng, count = np.random.default_rng(3), np.zeros(small_data.n_items)
+    for _ in range(200):
+        for history in range(len(task.spans)):
+            (begin, end), cuts = task._window(history, rng)
+            np.add.at(count, task.items[begin:end][cuts], 1)
+    np.testing.assert_allclose(count / count.sum(), task.shares, atol=0.005)
+
+
+def test_validation_pairs_are_the_validation_items_after_all_that_was_before_them(small_data, tokens):
+    items, (users, ends) = (small_data.sequence - 1).numpy(), small_data.instances("valid")
+    expected = []
+    for user, end in zip(users.tolist(), ends.tolist(), strict=True):
+        history = items[int(small_data.offsets[user]) : end]
+        read = tokens.joined(tokens.that_fit(history, CONTEXT - 1))[0]
+        expected.append(([*read, tokens.eos], [*tokens.head[items[end]], tokens.eos]))
+
+    def document(packed, place: int) -> list[int]:
+        row, column = divmod(place, packed.ids.shape[1])
+        own = packed.documents[row] == packed.documents[row, column]
+        return packed.ids[row][own].tolist()
+
+    found = [
+        (document(batch.histories, place), document(batch.items, int(batch.vectors[positive])))
+        for batch, _ in make_task(small_data, tokens).validation(999)
+        for place, positive in zip(batch.users.tolist(), batch.positives.tolist(), strict=True)
+    ]
+    assert sorted(found) == sorted(expected)
 
 
 @pytest.mark.parametrize("prefixes", [1, 4, 16, 32])

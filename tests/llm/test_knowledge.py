@@ -180,6 +180,14 @@ def test_a_damaged_part_can_be_deleted_and_no_other_is_lost(tmp_path):
     assert sorted(file.texts()) == ["a", "b", "c"]
 
 
+def test_other_weights_are_another_model_in_any_file_that_transformers_reads(model, tmp_path):
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        (tmp_path / name).write_bytes(b"one")
+        before = fingerprint(tmp_path)
+        (tmp_path / name).write_bytes(b"two")
+        assert fingerprint(tmp_path) != before
+
+
 def test_a_model_that_is_not_there_is_named(tmp_path):
     with pytest.raises(UserError, match="is no language model"):
         fingerprint(str(tmp_path / "none"))

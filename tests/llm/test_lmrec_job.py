@@ -2,6 +2,7 @@
 
 import gzip
 import itertools
+import json
 import math
 import os
 import shutil
@@ -9,26 +10,21 @@ import signal
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from pretraining import LLM, STEPS, final, finish, recipe, start
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from pretraining import LLM, STEPS, final, finish, job, recipe, start
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
 )
 from worlds import make_raw
 
-from llm import joint
-from llm.corpus import ItemTokens
+from llm import joint, lmrec_run
 from llm.lmrec_job import LMRecEvaluation, LMRecJob, LMRecLLM, LMRecTrainConfig, load_job
 from llm.lmrec_run import _tasks, read_inputs, run
-from llm.tokenizer import ARROW, load_tokenizer, train_tokenizer
-from llm.training import STEP
+from llm.tokenizer import train_tokenizer
+from llm.training import STEP, Training
 from rec.data.prepare import Filters, prepare
 from rec.data.prepared import Prepared
 from rec.runtime.checkpoint import Checkpoints
@@ -43,7 +39,7 @@ def figures(folder, *names):
     return [tuple(row[name] for name in names if name in row) for row in RunFolder(folder).steps(STEP)]
 
 
-LOSSES = ("loss", "pairs_target", "valid_target", "lr", "weight")
+LOSSES = ("loss", "pairs_target", "valid_target", "lr", "weight", "gradient_norm")
 
 
 @pytest.fixture(scope="module")
@@ -111,12 +107,6 @@ def test_what_is_left_is_a_stock_model_heads_and_test_figures(plain):
     assert steps[-1]["loss"] < 0.8 * steps[0]["loss"]
 
 
-def job(folder, data, *overrides, **llm):
-    content = {"data": str(data.folder), "run": str(folder / "run"), "llm": {**LLM, **llm}}
-    content["llm"]["train"] = {**LLM["train"], "zero_stage": 0, **llm.get("train", {})}
-    return build(LMRecJob, content)
-
-
 def test_a_killed_and_resumed_plain_run_is_the_same_with_every_task_and_source(tmp_path, small_data, monkeypatch):
     (tmp_path / "text.txt").write_text("Once upon a time\n\nthere was a thing.\n\n" * 30)
     more = {
@@ -169,7 +159,30 @@ def test_the_in_house_protocol_holds_users_out_and_ranks_among_negatives(tmp_pat
     assert not held_out & set(trained_on.tolist())
 
 
-def test_training_stops_when_patience_runs_out_and_keeps_the_best(tmp_path, small_data):
+def test_rates_and_weights_of_the_log_are_the_recipes(plain):
+    job = load_job(plain / "config.yaml")
+    train, weight = job.llm.train, job.llm.recommend.recommendation_weight
+    warmup, final = max(1, round(train.warmup * train.steps)), train.final_fraction
+
+    def decayed(share: float) -> float:
+        return final + (1 - final) * (1 + math.cos(math.pi * share)) / 2
+
+    rows = figures(plain, "lr", "weight")
+    assert len(rows) == train.steps > warmup
+    for step, (lr, own) in enumerate(rows):
+        share = (step - warmup) / (train.steps - warmup)
+        assert lr == pytest.approx(train.lr * ((step + 1) / warmup if share < 0 else decayed(share)))
+        assert own == pytest.approx(weight * decayed(step / train.steps))
+
+
+def test_training_stops_when_patience_runs_out_and_keeps_the_best(tmp_path, small_data, monkeypatch):
+    validate, seen = Training._validate, {}
+
+    def validate_and_keep(self, step):
+        seen[step] = self.engine.weights()
+        return validate(self, step)
+
+    monkeypatch.setattr(Training, "_validate", validate_and_keep)
     settings = {"lr": 0.5, "steps": 60, "patience": 6, "clip_norm": 100.0}  # a rate that makes it worse
     run(job(tmp_path, small_data, train=settings), "test")
     rows = RunFolder(tmp_path / "run").steps(STEP)
@@ -177,6 +190,26 @@ def test_training_stops_when_patience_runs_out_and_keeps_the_best(tmp_path, smal
     best = min(valid, key=valid.get)
     assert len(rows) == best + 6 < 60
     assert RunFolder(tmp_path / "run").result()["training"]["best_step"] == best
+    saved = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert all(torch.equal(value, seen[best][f"decoder.{name}"]) for name, value in saved.items())
+
+
+def test_a_run_whose_data_were_prepared_anew_is_not_gone_on_with(tmp_path, small_data, monkeypatch):
+    data = tmp_path / "data"
+    shutil.copytree(small_data.folder, data)
+    own = job(tmp_path, Prepared.load(data))
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(lmrec_run, "_conclude", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(own, "test")
+    meta = json.loads((data / "meta.json").read_text())
+    (data / "meta.json").write_text(json.dumps(meta | {"content_hash": "another"}))
+    with pytest.raises(UserError, match=r"the data of .*run were prepared anew since it was begun"):
+        run(own, "test")
 
 
 def test_self_pretraining_starts_from_the_other_runs_weights(tmp_path, small_data):
@@ -193,48 +226,6 @@ def test_self_pretraining_starts_from_the_other_runs_weights(tmp_path, small_dat
     longer = job(tmp_path / "longer", small_data, **fine, lmrec={**LLM["lmrec"], "context": 64})
     with pytest.raises(UserError, match=r"context is 64, but .* has 48 positions"):
         run(longer, "test")
-
-
-@pytest.mark.parametrize("unknown", ["<|unk|>", None])
-def test_any_causal_lm_whose_tokenizer_has_no_arrow_of_its_own_is_trained_on(tmp_path, small_data, unknown):
-    tokenizer = foreign_tokenizer(unknown)
-    torch.manual_seed(0)
-    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    llama = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **size))
-    llama.save_pretrained(tmp_path / "llama")
-    tokenizer.save_pretrained(tmp_path / "llama")
-    own = job(tmp_path, small_data, model=str(tmp_path / "llama"))
-    assert run(own, "test")["rows"][0]["HR@10"] > 0
-    arrow = tokenizer(f" {ARROW}", add_special_tokens=False)["input_ids"]
-    assert len(arrow) > 1
-    tokens = ItemTokens(load_tokenizer(tmp_path / "llama"), ["one", "two", "three"], 40)
-    ids, ends = tokens.joined(np.array([0, 1, 2]))
-    assert ids == tokenizer(f"one {ARROW} two {ARROW} three")["input_ids"]
-    assert ends == [
-        len(tokenizer(text)["input_ids"]) for text in ("one", f"one {ARROW} two", f"one {ARROW} two {ARROW} three")
-    ]
-    assert tokens.length(np.array([0, 1, 2])) == len(ids)
-    assert tokens.that_fit(np.array([0, 1, 2]), len(ids)).tolist() == [0, 1, 2]
-    assert tokens.that_fit(np.array([0, 1, 2]), len(ids) - 1).tolist() == [1, 2]
-
-
-def test_a_tokenizer_that_cannot_write_the_arrow_would_join_items_by_nothing():
-    words = Tokenizer(models.WordLevel({"<|eos|>": 0, "one": 1, "two": 2}, unk_token="<|eos|>"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|eos|>", unk_token="<|eos|>")
-    with pytest.raises(UserError, match="cannot write '→', which joins items"):
-        ItemTokens(tokenizer, ["one", "two"], 40)
-
-
-def foreign_tokenizer(unknown: str | None) -> PreTrainedTokenizerFast:
-    """A byte-level one that has never seen an arrow."""
-    own = Tokenizer(models.BPE())
-    own.pre_tokenizer, own.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = ["<|end|>", *([unknown] if unknown else [])]
-    own.train_from_iterator(
-        ["one two three"], trainers.BpeTrainer(vocab_size=280, special_tokens=special, initial_alphabet=alphabet)
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=own, eos_token="<|end|>", unk_token=unknown)
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_checkpoint(tmp_path, small_data, monkeypatch):
@@ -263,8 +254,15 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_checkpoint(tmp
         ({"train": {"rows": 7, "processes": 2}}, "rows 7 is not divisible by processes 2"),
         ({"train": {"zero_stage": 0, "processes": 2}}, "zero_stage=0 is one process"),
         ({"train": {"zero_stage": 0, "precision": "fp16"}}, "loss scaling"),
-        ({"train": {"patience": 5, "validate_every": 20}}, "patience 5 ends training before its first validation"),
+        ({"train": {"patience": 5, "validate_every": 20}}, "patience 5 ends training before the next validation"),
+        (
+            {"train": {"patience": 50, "validate_every": 100, "patience_from": 1000}},
+            "patience 50 ends training before the next validation",
+        ),
         ({"tasks": {"target": {"data": "x"}}}, "names of tasks"),
+        ({"tasks": {"items": {"data": "x"}}}, "a task cannot be called 'items'"),
+        ({"tasks": {"loss": {"data": "x"}}}, "a task cannot be called 'loss'"),
+        ({"recommend": {"micro_histories": 1}}, "micro_histories=1 leaves nothing to standardise over"),
         ({"corpus": {"agnostic": [{"share": 0.3}]}}, "exactly one of"),
     ],
 )
@@ -281,6 +279,10 @@ def test_what_the_data_makes_impossible_is_one_line_too(tmp_path, small_data):
     (empty / "cut.txt.gz").write_bytes(gzip.compress(b"Some text. " * 50)[:20])
     with pytest.raises(UserError, match=r"cut.txt.gz cannot be read"):
         run(job(tmp_path / "e", small_data, corpus={"agnostic": [{"text": str(empty)}]}), "test")
+    greedy = job(tmp_path / "cutoffs", small_data)
+    greedy = greedy.model_copy(update={"rec": build(LMRecEvaluation, {"evaluate": {"cutoffs": [10, 31]}})})
+    with pytest.raises(UserError, match=r"rec.evaluate.cutoffs asks for the best 31 of 30 items"):
+        run(greedy, "test")
     with pytest.raises(UserError, match="the corpus is empty"):
         run(job(tmp_path / "b", small_data, corpus={"specific": 0.0}), "test")
     words = " ".join(f"{first}{second}" for first in "abcdefghij" for second in "klmnopqrst")

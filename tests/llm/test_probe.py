@@ -1,14 +1,19 @@
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from worlds import make_raw
 
 from llm import probe
 from llm.config import LMRecConfig
+from llm.joint import Heads
 from llm.lmrec import build_lmrec
-from llm.probe import load_job, run
+from llm.probe import run
+from llm.probe_features import FeatureReader, Features
+from llm.probe_job import load_job
 from llm.prompts import item_texts
+from llm.recommendation import TextRows
 from llm.tokenizer import ARROW, train_tokenizer
 from rec.data.prepare import Filters, prepare
 from rec.data.prepared import Prepared
@@ -65,8 +70,7 @@ def test_features_are_eos_states_of_the_texts_and_computed_once(tmp_path, small_
         ids = tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]
         return decoder.transformer(torch.tensor([ids])).last_hidden_state[0, -1]
 
-    [saved] = [path for path in (tmp_path / "run" / "features").iterdir() if path.name.startswith("specific")]
-    found = probe.Features(**probe.load_file(saved))
+    found = saved_features(tmp_path / "run", "specific")
     assert len(found.users) == 3 * small_data.n_users
     with torch.no_grad():
         for number in (0, 7, 29):
@@ -77,8 +81,7 @@ def test_features_are_eos_states_of_the_texts_and_computed_once(tmp_path, small_
             if len(tokenizer(alone)["input_ids"]) < 60:
                 own = found.users[found.owners == user][0]
                 torch.testing.assert_close(own, state(alone), atol=1e-5, rtol=0)
-    [saved] = [path for path in (tmp_path / "run" / "features").iterdir() if path.name.startswith("agnostic")]
-    agnostic = probe.Features(**probe.load_file(saved))
+    agnostic = saved_features(tmp_path / "run", "agnostic")
     with torch.no_grad():
         user = elsewhere.user_ids.index(small_data.user_ids[3])
         span = slice(int(elsewhere.offsets[user]), int(elsewhere.offsets[user + 1]))
@@ -92,22 +95,48 @@ def test_features_are_eos_states_of_the_texts_and_computed_once(tmp_path, small_
     # Other heads on the same features: nothing is computed again.
     (tmp_path / "run" / "result.json").unlink()
     (tmp_path / "run" / "config.yaml").unlink()
-    monkeypatch.setattr(probe._Reader, "_compute", None)
+    monkeypatch.setattr(FeatureReader, "_read", None)
     again = run(load_job(path, ["llm.probe.lr=0.1"]), "test")
     assert len(again["rows"]) == 3
 
 
 def test_prefixes_read_in_one_pass_are_those_read_one_by_one(tmp_path, small_data, model, monkeypatch):
-    path, found, fits = recipe(tmp_path, small_data, model), [], probe.TextRows.fits
+    path, found, fits = recipe(tmp_path, small_data, model), [], TextRows.fits
     # As if every third history were too long; and as if all were.
     for too_long in (lambda items: items[0] % 3 == 0, lambda items: True):
         with monkeypatch.context() as patch:
             patch.setattr(
-                probe.TextRows, "fits", lambda self, items, cuts, t=too_long: not t(items) and fits(self, items, cuts)
+                TextRows, "fits", lambda self, items, cuts, t=too_long: not t(items) and fits(self, items, cuts)
             )
-            found.append(probe._Reader(load_job(path), small_data)._compute("specific"))
+            found.append(FeatureReader(load_job(path), small_data)._of_training("specific"))
     for name, value in found[0].items():
         torch.testing.assert_close(value, found[1][name], atol=1e-5, rtol=1e-4)
+
+
+def test_a_kill_loses_the_features_of_no_part_that_was_done(tmp_path, small_data, model, monkeypatch):
+    reader, made = FeatureReader(load_job(recipe(tmp_path, small_data, model)), small_data), []
+    whole = reader.features("specific", tmp_path / "whole")
+    instances = FeatureReader._of_instances
+
+    def killed(self, kind, split):
+        made.append(split)
+        if made == ["valid", "test"]:
+            raise KeyboardInterrupt
+        return instances(self, kind, split)
+
+    monkeypatch.setattr(FeatureReader, "_of_instances", killed)
+    with pytest.raises(KeyboardInterrupt):
+        reader.features("specific", tmp_path / "killed")
+    monkeypatch.setattr(FeatureReader, "_of_training", None)
+    found = reader.features("specific", tmp_path / "killed")
+    assert made == ["valid", "test", "test"]
+    for name, value in vars(whole).items():
+        assert torch.equal(vars(found)[name], value)
+
+
+def saved_features(run, kind):
+    parts = [load_file(path) for path in (run / "features").glob(f"{kind}-*/*.safetensors")]
+    return Features(**{name: value for part in parts for name, value in part.items()})
 
 
 def found_cut(features, items, user):
@@ -121,11 +150,11 @@ def test_heads_learn_what_frozen_features_hold(tmp_path, small_data, model, monk
     path = recipe(tmp_path, small_data, model)
     one_hot = torch.eye(small_data.n_items, 32)  # as wide as the model
     monkeypatch.setattr(
-        probe._Reader, "_vectors", lambda self, rows, histories, title: one_hot[[own[-1] for own in histories]]
+        FeatureReader, "_vectors", lambda self, rows, histories, title: one_hot[[own[-1] for own in histories]]
     )
     # No history fits, so each prefix is read by itself.
-    monkeypatch.setattr(probe.TextRows, "fits", lambda self, items, cuts: False)
-    monkeypatch.setattr(probe._Reader, "_read", lambda self, made: one_hot)
+    monkeypatch.setattr(TextRows, "fits", lambda self, items, cuts: False)
+    monkeypatch.setattr(FeatureReader, "_read", lambda self, made: one_hot)
     [row] = run(load_job(path, ["llm.probe.loss=softmax", "llm.probe.negatives=30"]), "test")["rows"]
     assert row["HR@10"] > 0.8  # users walk one step along a ring four times out of five; chance is a third
     assert row["seconds"] < 60
@@ -135,6 +164,8 @@ def test_heads_learn_what_frozen_features_hold(tmp_path, small_data, model, monk
 def test_what_a_probe_cannot_do_is_one_line(tmp_path, small_data, model):
     with pytest.raises(UserError, match=r"need llm\.agnostic"):
         load_job(recipe(tmp_path, small_data, model, probe={"features": ["combine"]}))
+    with pytest.raises(UserError, match="patience 10 ends training before the next validation"):
+        load_job(recipe(tmp_path, small_data, model, probe={"patience": 10}))
     with pytest.raises(UserError, match=r"no causal LM|no usable tokenizer"):
         run(load_job(recipe(tmp_path, small_data, tmp_path / "nothing")), "test")
     same = {"agnostic": {"data": str(small_data.folder)}, "probe": {"features": ["agnostic"]}}
@@ -142,4 +173,4 @@ def test_what_a_probe_cannot_do_is_one_line(tmp_path, small_data, model):
         run(load_job(recipe(tmp_path / "same", small_data, model, **same)), "test")
     owners = torch.tensor([0, 1, 1])
     with pytest.raises(UserError, match="one test item a user"):
-        probe.Probe(probe.Heads(4), torch.zeros(5, 4), torch.zeros(3, 4), owners)
+        probe.Probe(Heads(4), torch.zeros(5, 4), torch.zeros(3, 4), owners)

@@ -6,6 +6,7 @@ import pyarrow as pa
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
+from transformers import RobertaConfig, RobertaModel
 
 from llm.config import EncoderConfig, LMRecConfig
 from llm.corpus import IGNORED, HistoryCorpus, KnowledgeCorpus, PaddedBatches
@@ -175,6 +176,20 @@ def test_no_text_is_zeros_with_a_tokenizer_that_puts_its_own_tokens_around_every
                    for texts in (["Toy Story", "", "GoldenEye"], ["Toy Story", "GoldenEye"]))  # fmt: skip
     torch.testing.assert_close(items.mean, told.mean)
     torch.testing.assert_close(items.deviation, told.deviation)
+
+
+def test_a_text_is_cut_at_what_the_tokenizer_says_where_positions_are_counted_from_the_padding(tmp_path, tokenizer):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    RobertaModel(RobertaConfig(vocab_size=len(tokenizer), max_position_embeddings=18, **sizes)).save_pretrained(
+        tmp_path
+    )
+    short = copy.deepcopy(tokenizer)
+    short.model_max_length = 16
+    short.save_pretrained(tmp_path)
+    encode = TextEncoder(tmp_path, EncoderConfig())
+    long = "Toy Story " * 20
+    assert encode.tokens([long]).shape == (1, 16)
+    assert encode([long]).any()
 
 
 def test_a_model_folder_without_tokenizer_is_one_clear_line(tmp_path):

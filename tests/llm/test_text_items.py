@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align.objective import recommender_loss
 from align.reader import Reader
@@ -12,6 +13,8 @@ from llm.lmrec import build_lmrec
 from llm.text_encoder import TextEncoder
 from llm.text_items import CatalogTexts, TrainedText, reader_of, vectors_by
 from llm.tokenizer import train_tokenizer
+from rec import item_encoder
+from rec.build import build_model
 from rec.config import RecConfig
 from rec.item_encoder import KnowledgeConcat
 from rec.models.sasrec import SASRec, SASRecConfig
@@ -19,7 +22,7 @@ from rec.runtime.checkpoint import Checkpoints
 from rec.runtime.config import build
 from rec.runtime.errors import UserError
 from rec.runtime.runfolder import RunFolder
-from rec.trainer import build_model, parameter_groups, train
+from rec.trainer import parameter_groups, train
 
 N, D, L = 5, 8, 4
 TEXTS = ["a red ball", "blue", "", "a long text about a green car", "a red ball"]
@@ -212,3 +215,14 @@ def test_alignment_trains_it_on_fresh_texts_and_refreshes_the_stored_ones(encode
             values.append(recommender_loss(log_p_y_given_xs(model, inputs)).item())
             weight.view(-1)[index] -= shift
     assert (values[1] - values[0]) / 2e-3 == pytest.approx(slope, rel=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_precision_encoder_is_trained_in_float32(folder, tmp_path, dtype):
+    model = AutoModelForCausalLM.from_pretrained(folder).to(dtype)
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
+    items = trained_items(TextEncoder(tmp_path, EncoderConfig(trained=True)))
+    assert {parameter.dtype for parameter in items.encoder.parameters()} == {torch.float32}
+    again = item_encoder.build(items.kind, items.settings())
+    assert {parameter.dtype for parameter in again.encoder.parameters()} == {torch.float32}

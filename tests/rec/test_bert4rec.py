@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from rec.batches import ClozeWindows, make_batches
+from rec.build import build_model
 from rec.config import RecConfig
 from rec.evaluation import evaluate
 from rec.item_encoder import IDTable, KnowledgeConcat
@@ -13,7 +14,7 @@ from rec.models.bert4rec import BERT4Rec, BERT4RecConfig
 from rec.runtime.config import build
 from rec.runtime.errors import UserError
 from rec.runtime.runfolder import RunFolder
-from rec.trainer import build_model, train
+from rec.trainer import train
 
 N, L, D = 12, 6, 8
 MASK = N + 1

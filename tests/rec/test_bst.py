@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from rec.build import build_model
 from rec.config import RecConfig
 from rec.evaluation import evaluate
-from rec.item_encoder import IDTable
+from rec.item_encoder import IDTable, KnowledgeConcat
 from rec.linear_cross_entropy import linear_cross_entropy
 from rec.models import bst
 from rec.models.base import Batch, Recommender
@@ -13,7 +14,7 @@ from rec.models.bst import BST, BSTConfig
 from rec.runtime.config import build
 from rec.runtime.errors import UserError
 from rec.runtime.runfolder import RunFolder
-from rec.trainer import build_model, train
+from rec.trainer import train
 
 N, L, D, P = 12, 6, 5, 3
 HISTORIES = [[1, 2, 3, 4, 5, 6], [7], [8, 9, 10, 9]]
@@ -152,3 +153,23 @@ def test_training_learns_the_ring(small_data, tmp_path, one_thread):
     before = evaluate(build_model(config, small_data), small_data, "test", config.evaluate)["HR@10"]
     trained = train(build_model(config, small_data), small_data, config, RunFolder(tmp_path), "test")
     assert evaluate(trained, small_data, "test", config.evaluate)["HR@10"] > max(0.55, before + 0.1)
+
+
+def test_candidates_carry_knowledge_only_if_asked_and_never_lose_their_ids():
+    for on_target in (False, True):
+        torch.manual_seed(0)
+        items = KnowledgeConcat(N, D, 4, on_target=on_target, id_dropout=1.0)
+        model = BST(BSTConfig(dim=D, position_dim=P, heads=2, mlp=(7,), max_length=L), items).eval()
+        torch.nn.init.normal_(items.fuse.weight)
+        torch.nn.init.normal_(items.ids.weight)
+        told = torch.randn(N, 4)
+        items.set_knowledge(told)
+        before = model.score_all(torch.zeros(3), ITEMS, LENGTHS)
+        told[11] += 1.0  # of item 12, which no history holds
+        items.set_knowledge(told)
+        moved = (model.score_all(torch.zeros(3), ITEMS, LENGTHS) - before).abs().amax(0)
+        assert moved[:11].max() == 0
+        assert bool(moved[11] > 0) == on_target
+        model.train()
+        other = model.rate(*model.read(ITEMS), items.table()[torch.tensor([[1, 2]] * 3)])
+        assert not torch.equal(other[:, 0], other[:, 1])

@@ -77,6 +77,10 @@ def test_checkpoints_of_every_nth_step_are_kept_for_good(tmp_path):
     for step in (26, 28, 30, 32):
         save(checkpoints, step)
     assert [found.step for found in checkpoints.examine()] == [32, 30, 28, 20, 10]
+    rare = Checkpoints(tmp_path / "rare", keep_last=1, keep_every=10)
+    for step in range(7, 50, 7):  # never at a multiple of ten: the next one after it
+        save(rare, step)
+    assert [found.step for found in rare.examine()] == [49, 42, 35, 21, 14]
 
 
 def test_what_is_named_like_a_checkpoint_and_is_none_is_named_with_its_reason(tmp_path):
@@ -167,7 +171,8 @@ def test_what_another_node_wrote_is_waited_for_as_who_wrote_it_sees_it(tmp_path,
 
 def test_the_random_state_is_that_of_one_gpu_and_fewer_may_be_there_when_it_goes_on(monkeypatch):
     restored = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("is_available", "is_initialized"):
+        monkeypatch.setattr(torch.cuda, name, lambda: True)
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: torch.tensor([7]))
     monkeypatch.setattr(torch.cuda, "set_rng_state", restored.append)
     restore_rng(rng_state())

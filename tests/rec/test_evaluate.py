@@ -74,7 +74,8 @@ def test_two_runs_are_compared(recalign, own_run):
     one, other = own_run("SASRec", "one"), own_run("GRU4Rec", "other")
     said = recalign("evaluate", one, "--against", other, "--protocol", "strict")
     assert "strict: 40 instances of both" in said
-    result = json.loads((one / "evaluations" / "against-other" / "result.json").read_text())
+    [folder] = (one / "evaluations").glob("against-other-*")
+    result = json.loads((folder / "result.json").read_text())
     by_metric = {row["metric"]: row for row in result["rows"]}
     figures = [evaluate_run(open_run(path), {"strict": preset("strict")})["strict"]["HR@10"] for path in (one, other)]
     assert by_metric["HR@10"]["difference"] == pytest.approx(figures[0] - figures[1])

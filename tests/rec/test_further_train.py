@@ -5,13 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from rec.build import build_model
+from rec.config import RecConfig
 from rec.items import save_vectors
 from rec.job import RecJob
 from rec.models.base import Recommender
 from rec.runtime.config import build
 from rec.runtime.errors import UserError
 from rec.train import run
-from rec.trainer import build_model
 
 MODEL = {"dim": 16, "heads": 2, "blocks": 1, "max_length": 8, "dropout": 0.0}
 
@@ -71,5 +72,32 @@ def test_what_cannot_be_started_from_is_one_clear_line(job, frozen, small_data, 
         build_model(job("a", trainable=True, start=str(tmp_path)).rec, small_data)
     with pytest.raises(UserError, match="another kind of model or items"):
         build_model(job("b", trainable=True, model="BERT4Rec", start=str(frozen)).rec, small_data)
+    other_heads = job("d", trainable=True, start=str(frozen)).rec
+    other_heads = other_heads.model_copy(update={"model": other_heads.model.model_copy(update={"heads": 1})})
+    with pytest.raises(UserError, match="another kind of model or items: its heads is 2, not 1"):
+        build_model(other_heads, small_data)
     with pytest.raises(UserError, match="tune=items leaves nothing to train"):
         build_model(job("c", trainable=False, start=str(frozen), tune="items").rec, small_data)
+
+
+def test_a_start_that_saw_the_validation_items_is_refused_where_they_are_to_stop_by(job, small_data):
+    own = job("saw-all", trainable=False, on="train+valid", epochs=1)
+    run(own, "test")
+    with pytest.raises(UserError, match=r"was trained on the validation items.*set train.on=train\+valid"):
+        build_model(job("e", trainable=True, start=str(own.run)).rec, small_data)
+    build_model(job("f", trainable=True, start=str(own.run), on="train+valid").rec, small_data)
+
+
+def test_fixed_vectors_are_those_of_the_recipes_file(job, small_data, vectors, tmp_path):
+    first = job("id-and-vectors", trainable=True)
+    items = {"kind": "id+vectors", "file": str(vectors)}
+    first = build(RecJob, first.model_dump() | {"rec": first.rec.model_dump() | {"items": items}})
+    run(first, "test")
+    content = first.rec.model_dump()
+    content["train"] |= {"start": str(first.run)}
+    build_model(build(RecConfig, content), small_data)
+    other = tmp_path / "other.safetensors"
+    save_vectors(other, small_data.items["item_id"].to_pylist(), torch.ones(small_data.n_items, 16), {})
+    content["items"] |= {"file": str(other)}
+    with pytest.raises(UserError, match=r"has other items.vectors than this recipe gives it"):
+        build_model(build(RecConfig, content), small_data)

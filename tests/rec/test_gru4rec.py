@@ -2,6 +2,7 @@
 
 import torch
 
+from rec.build import build_model
 from rec.config import RecConfig
 from rec.evaluation import evaluate
 from rec.item_encoder import IDTable
@@ -10,7 +11,7 @@ from rec.models.base import Batch, Recommender
 from rec.models.gru4rec import GRU4Rec, GRU4RecConfig
 from rec.runtime.config import build
 from rec.runtime.runfolder import RunFolder
-from rec.trainer import build_model, train
+from rec.trainer import train
 
 N, L, D, H = 12, 6, 4, 5
 

@@ -45,6 +45,15 @@ def test_columns_join_by_item_and_leave_order_and_own_columns_alone(raw, tmp_pat
     assert {row["item_id"]: row["story"] for row in items} == {"c": "of c", "a": "", "b": "of b", "d": "of d"}
 
 
+@pytest.mark.parametrize("text", ["story,item_id\nof a,a\n", "title,order,item_id,story\nother,1,a,of a\n"])
+def test_the_column_of_ids_may_stand_anywhere_and_others_have_any_name(raw, tmp_path, text):
+    joined = add_item_texts(raw, write(tmp_path, text)).items.to_pylist()
+    assert [(row["item_id"], row["title"], row["story"]) for row in joined] == [
+        ("c", "C", ""), ("a", "A", "of a"), ("b", "B", ""),
+    ]  # fmt: skip
+    assert [row.get("order") for row in joined] == (["", "1", ""] if "order" in text else [None] * 3)
+
+
 def test_another_file_is_another_prepared_folder(raw, tmp_path):
     path = write(tmp_path, "item_id,story\na,once\n")
     prepare("test", add_item_texts(raw, path), tmp_path / "out", Filters(k_core=0))

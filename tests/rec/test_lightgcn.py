@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from rec.build import build_model
 from rec.config import RecConfig
 from rec.data.prepared import Prepared
 from rec.evaluation import evaluate
@@ -13,7 +14,7 @@ from rec.models.lightgcn import LightGCN, LightGCNConfig
 from rec.runtime.config import build
 from rec.runtime.errors import UserError
 from rec.runtime.runfolder import RunFolder
-from rec.trainer import build_model, train
+from rec.trainer import train
 
 PAIRS = {(0, 1), (0, 3), (1, 3), (1, 4), (1, 5), (3, 2), (3, 5)}  # user 2 has none, nor has item 6
 USERS, N, D = 4, 6, 3

@@ -167,10 +167,13 @@ def test_max_length_matters_to_the_reference_alone():
 
 
 @pytest.mark.parametrize(("cls", "config"), [(LightSANs, {"interests": L}), (PAUP, {"slot": 1, "segments": L})])
-def test_on_a_full_history_the_modes_differ_in_the_axis_of_softmax_and_the_scale(cls, config):
+def test_on_a_full_history_the_modes_differ_in_the_axis_of_softmax_the_scale_and_eps(cls, config):
     """Without scores to normalise every weight is 1 / L on either axis, if summaries are as long as histories."""
     paper, reference = model_of(cls, "paper", **config), model_of(cls, "reference", **config)
     assert not torch.allclose(run(paper, HISTORIES[2:3]), run(reference, HISTORIES[2:3]))
+    for module in paper.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.eps = reference.norm.eps
     for model in (paper, reference):
         for layer in model.layers:
             for part in (layer.query, layer.position_query):

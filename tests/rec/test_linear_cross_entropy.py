@@ -25,6 +25,41 @@ def test_chunked_cross_entropy_equals_the_plain_one(monkeypatch, rows, chunk_row
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("rows", [1, 7, 64])
+@pytest.mark.parametrize("scale", [1.0, 60.0])
+def test_what_a_gpu_computes_is_the_same(monkeypatch, rows, scale):
+    """On the CPU here, in several chunks, by a table whose rows are padded."""
+    monkeypatch.setattr(module, "GPU_CHUNK_BYTES", 4 * 64 * 3)
+    monkeypatch.setattr(module, "LEAST_ROWS", 1)
+    torch.manual_seed(0)
+    given = scale * torch.randn(rows, 8), torch.randn(50, 8), torch.randint(50, (rows,))
+    for ours, theirs in zip(module._on_gpu(*given, True, True), module._on_cpu(*given, True, True), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    assert module._on_gpu(*given, False, False)[1:] == (None, None)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize(
+    ("precision", "scale", "close"),
+    # Logits of hundreds are rounded to multiples of 2 and more.
+    [(torch.float32, 1, 1e-4), (torch.float32, 30, 1e-4), (torch.bfloat16, 1, 1e-2), (torch.bfloat16, 30, 0.1)],
+)
+def test_a_gpu_computes_the_same(precision, scale, close):
+    torch.manual_seed(0)
+    states, table = scale * torch.randn(130, 64), torch.randn(701, 64)
+    states, table = states.to(precision).float().requires_grad_(), table.to(precision).float().requires_grad_()
+    targets = torch.randint(701, (130,))
+    expected = F.cross_entropy(states @ table.T, targets)
+    with torch.autocast("cuda", torch.bfloat16, enabled=precision != torch.float32):
+        found = linear_cross_entropy(states.cuda(), table.cuda(), targets.cuda())
+    assert found.item() == pytest.approx(expected.item(), rel=close)
+    for ours, theirs in zip(
+        torch.autograd.grad(found, (states, table)), torch.autograd.grad(expected, (states, table)), strict=True
+    ):
+        assert (ours - theirs).norm() < close * theirs.norm()
+
+
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_what_is_frozen_costs_nothing_and_changes_nothing(precision):
     torch.manual_seed(0)

@@ -141,3 +141,21 @@ def test_the_loss_of_logits_near_the_shift_is_the_plain_one():
         targets = torch.randint(50, (6,))
         plain = F.cross_entropy(states.double() @ table.double().T, targets)
         assert linear_cross_entropy(states, table, targets).item() == pytest.approx(plain.item(), rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sampled-softmax", "bpr"])
+def test_gradients_are_the_same_bits_every_time_with_several_threads(name):
+    """Rows of the table that are gathered often: indexing adds up what comes back for them in any order."""
+    torch.manual_seed(0)
+    states, table = torch.randn(512, 128), torch.randn(40, 128, requires_grad=True)
+    targets, threads = torch.randint(4, (512,)), torch.get_num_threads()
+    loss = make_loss(LossConfig(name=name, negatives=64), torch.ones(40))
+    torch.set_num_threads(2)
+    try:
+        found = []
+        for _ in range(60):
+            torch.manual_seed(1)
+            found.append(torch.autograd.grad(loss(states, table, targets), table)[0])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(own, found[0]) for own in found)

@@ -120,6 +120,16 @@ def test_every_model_is_registered_under_its_name_and_tested_here():
     assert SMALL.keys() == SEQUENCE_MODELS.keys()
 
 
+def test_a_state_depends_on_the_items_within_reach_and_on_no_others(model):
+    items, lengths = torch.randint(1, N + 1, (1, L)), torch.tensor([L])
+    state = model.last_states(items, lengths)
+    for place in range(L):
+        changed = items.clone()
+        changed[0, place] = items[0, place] % N + 1
+        same = torch.allclose(model.last_states(changed, lengths), state, atol=1e-6)
+        assert same == (place < L - model.reach)
+
+
 def test_the_future_never_changes_a_state(next_item_model):
     items = torch.randint(1, N + 1, (3, L))
     changed = items.clone()
@@ -345,6 +355,27 @@ def test_of_several_texts_training_reads_a_random_one_and_evaluation_the_first(t
     assert "draws" not in items.state_dict()
     items.set_knowledge(told[:, :1])
     assert items(numbers)[:, 1].tolist() == told[:, 0].tolist()
+
+
+@pytest.mark.parametrize("name", list(SEQUENCE_MODELS))
+def test_every_model_learns_to_read_where_ids_are_left_out(name):
+    """Items without ID and, at first, without weight on their knowledge are zeros, at which LayerNorm has gradients
+    that Adam squares to infinity: then the weights of knowledge would never move."""
+    torch.manual_seed(0)
+    items = KnowledgeConcat(N, D, K, id_dropout=0.5)
+    items.set_knowledge(torch.randn(N, K))
+    config = build(SEQUENCE_MODELS[name].config_class, {"dim": D, "max_length": L, **SMALL[name]})
+    model = SEQUENCE_MODELS[name](config, items).train()
+    optimizer, before = torch.optim.Adam(model.parameters(), lr=1e-3), items.fuse.weight[:, D:].detach().clone()
+    histories = [[item] for item in range(1, N)]  # of one item: nothing else can keep a state from being zeros
+    for _ in range(30):
+        numbers, lengths = padded(histories)
+        loss = -model.log_likelihood(numbers, lengths, numbers[:, 0] % N + 1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        assert items.fuse.weight.grad.abs().max() < 1e4
+        optimizer.step()
+    assert (items.fuse.weight[:, D:] - before).abs().mean() > 5e-3
 
 
 def test_id_dropout_leaves_out_the_id_of_so_many_items_while_training_alone():

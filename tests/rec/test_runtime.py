@@ -55,6 +55,12 @@ def test_a_wrong_key_or_value_is_one_clear_line(content, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_key_that_is_there_may_have_dots_of_its_own():
+    content = {"variants": {"1.7M": [], "7M": [], "1": {"7M": 3}}, "a.b": {"c": 1}}
+    found = config.apply_overrides(content, ["variants.1.7M=null", "variants.7M=x", "a.b.c=2", "a.d=4"])
+    assert found == {"variants": {"1.7M": None, "7M": "x", "1": {"7M": 3}}, "a.b": {"c": 2}, "a": {"d": 4}}
+
+
 def test_overrides_reach_nested_keys_and_parse_as_yaml():
     content = config.apply_overrides({"train": {"lr": 1}}, ["train.lr=1e-5", "train.name=null", "run=a/b"])
     built = config.build(Outer, content)
@@ -93,6 +99,17 @@ def test_a_folder_of_another_recipe_is_refused_and_the_key_named(tmp_path):
     run.claim(Outer())
     with pytest.raises(UserError, match=r"train\.lr: 0\.001 there, 0\.01 now"):
         run.claim(Outer(train=Inner(lr=0.01)))
+
+
+def test_a_metrics_line_that_a_full_disk_cut_spoils_no_other(tmp_path, monkeypatch):
+    run, write = RunFolder(tmp_path), os.write
+    run.log("first", step=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", lambda descriptor, line: write(descriptor, line[:9]))
+        with pytest.raises(OSError, match="No space left"):
+            run.log("second", step=2)
+    run.log("third", step=3)
+    assert [row["event"] for row in run.events()] == ["first", "third"]
 
 
 def test_a_metrics_line_cut_by_a_kill_is_left_out_and_a_repeated_step_counts_once(tmp_path):

@@ -92,6 +92,7 @@ def test_a_stop_in_the_middle_of_an_epoch_and_at_its_end_changes_nothing(recipe,
         assert Checkpoints(stopped.run / "checkpoints").newest().step == step
         with pytest.raises(Stopped):  # the file is still there, and nobody has lost anything by trying
             run(stopped, "")
+        assert Checkpoints(stopped.run / "checkpoints").newest().step == step + 1
     (stopped.run / STOP).unlink()
     torch.manual_seed(99)
     run(stopped, "")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -100,6 +101,25 @@ def test_a_wrong_key_of_the_grid_is_known_before_anything_runs(recipe):
     assert list(grid_of(build(RecConfig, {"grid": {"model": ["SASRec"]}}))) == ["model=SASRec"]
 
 
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("train.on", ["train", "train+valid"]),
+        ("train.valid_users", [None, 5]),
+        ("evaluate.candidates", ["all", "sampled"]),
+        ("evaluate", [{"ties": "optimistic"}]),
+    ],
+)
+def test_members_of_a_grid_are_judged_alike(key, values):
+    with pytest.raises(UserError, match=r"rec.grid, .*must be the same for all"):
+        grid_of(build(RecConfig, {"grid": {key: values}}))
+
+
+def test_a_member_of_a_grid_over_paths_is_one_folder():
+    names = grid_of(build(RecConfig, {"grid": {"train.start": ["runs/a", "runs/b"]}}))
+    assert list(names) == ["start=runs%2Fa", "start=runs%2Fb"]
+
+
 def test_training_on_validation_items_runs_all_epochs_and_says_so(recipe, small_data):
     job = load_job(recipe(train={"on": "train+valid"}))
     result = run(job, "")
@@ -170,6 +190,10 @@ def test_the_last_epoch_is_validated_whatever_the_rhythm(recipe):
         ({"train": {"prefixes_per_user": 3}}, "SASRec is not trained on prefixes"),
         ({"model": {"name": "LightSANs"}, "train": {"windows": "last"}}, "LightSANs is not trained on windows"),
         ({"model": {"name": "BST"}, "loss": {"negatives": 7}}, "BST has a loss of its own"),
+        ({"loss": {"negatives": 3000}}, "negatives is no option of cross-entropy"),
+        ({"loss": {"name": "bce", "log_q": True}}, "log_q is no option of bce"),
+        ({"loss": {"name": "sampled-softmax", "calibration": 0.5}}, "calibration is no option of sampled-softmax"),
+        ({"train": {"seed": -1}}, "seed"),
     ],
 )
 def test_an_option_that_would_not_be_used_is_refused(rec, message):
@@ -180,6 +204,22 @@ def test_an_option_that_would_not_be_used_is_refused(rec, message):
 def test_cutoffs_above_the_catalog_are_known_before_training(recipe):
     with pytest.raises(UserError, match=r"rec.evaluate.cutoffs asks for the best 31 of 30 items"):
         run(load_job(recipe(evaluate={"cutoffs": [10, 31]})), "")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "own"), [("split", "time", "leave-one-out"), ("trained_on", "train+valid", "train")]
+)
+def test_a_split_or_part_that_the_run_does_not_have_is_known_before_training(recipe, key, value, own):
+    with pytest.raises(UserError, match=rf"rec.evaluate.{key} is {re.escape(value)}, that of this run is {own}"):
+        run(load_job(recipe(evaluate={key: value})), "")
+
+
+@pytest.mark.parametrize("on", ["train", "train+valid"])
+def test_too_many_negatives_are_known_before_training(recipe, on):
+    job = load_job(recipe(train={"on": on}, evaluate={"candidates": "sampled", "negatives": 29}))
+    with pytest.raises(UserError, match="29 negatives cannot be drawn for user number"):
+        run(job, "")
+    assert not RunFolder(job.run).events("epoch")
 
 
 def test_data_without_validation_needs_another_way_to_stop(recipe, small_data, tmp_path):
@@ -275,6 +315,7 @@ def test_a_killed_job_of_two_processes_goes_on_where_it_was(recipe):
     process = launch(killed, 2)
     said, _ = process.communicate(timeout=900)
     assert process.returncode == 0, said
+    assert [row["step"] for row in folder.events("epoch")].count(0) == 1  # it went on, and did not start over
     one, other = (open_run(load_job(path).run).model.state_dict() for path in (whole, killed))
     for name, value in one.items():
         assert torch.equal(value, other[name]), name

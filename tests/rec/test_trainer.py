@@ -5,6 +5,7 @@ import torch
 
 from rec import trainer
 from rec.averaging import WeightAverage
+from rec.build import build_model
 from rec.config import RecConfig
 from rec.evaluation import evaluate, some_instances
 from rec.item_encoder import KnowledgeConcat
@@ -13,7 +14,7 @@ from rec.runtime.checkpoint import Checkpoints
 from rec.runtime.config import build
 from rec.runtime.errors import UserError
 from rec.runtime.runfolder import RunFolder
-from rec.trainer import build_model, train
+from rec.trainer import train
 
 CONFIG = build(
     RecConfig,
@@ -88,6 +89,7 @@ def test_a_killed_and_resumed_run_equals_an_undisturbed_one(small_data, tmp_path
         assert torch.equal(value, weights(resumed)[name]), name
     a, b = (RunFolder(tmp_path / name).steps("epoch") for name in "ab")
     assert [row["loss"].hex() for row in a] == [row["loss"].hex() for row in b]
+    assert len(RunFolder(tmp_path / "b").events("epoch")) == len(b) + 1  # of all epochs, it repeats the one it lost
 
 
 def test_the_average_of_weights_is_what_its_loop_gives():
@@ -134,8 +136,9 @@ def test_a_trained_model_never_loses_to_its_own_first_epoch(small_data, tmp_path
     """Finishing starts from a trained model: with a ruinous learning rate it must come back as it went in."""
     good = train(build_model(CONFIG, small_data), small_data, CONFIG, RunFolder(tmp_path / "a"), "test")
     before = good.items.ids.weight.clone()
-    ruin = CONFIG.model_copy(update={"train": CONFIG.train.model_copy(update={"lr": 10.0, "patience": 2})})
+    ruin = CONFIG.model_copy(update={"train": CONFIG.train.model_copy(update={"lr": 1.0, "patience": 2})})
     after = train(good, small_data, ruin, RunFolder(tmp_path / "b"), "test")
+    assert RunFolder(tmp_path / "b").steps("epoch")
     assert torch.equal(after.items.ids.weight, before)
 
 

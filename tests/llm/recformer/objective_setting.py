@@ -46,7 +46,7 @@ def make_setting(bert: Path, data: Path, out: Path, stage: dict[str, Any]) -> tu
 def main(bert: Path, data: Path, out: Path) -> None:
     torch.distributed.init_process_group("gloo")
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    stage = {"part_tokens": 64, "recompute": True, "mlm_weight": 0.3, "bf16": False}
+    stage = {"part_tokens": 64, "recompute": True, "mlm_weight": 0.3, "precision": "fp32"}
     objective, batch = make_setting(bert, data, out, stage)
     wrapped = torch.nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False)
     loss, _ = wrapped(batch)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from launch import elephant_attention
+from launch.elephant import attention
 from llm.fused_attention import NAME
 from llm.recformer.attention import AttentionMap, attention_map, figures, layer_similarity, stratification
 from llm.recformer.batches import SequenceMaker, pad
@@ -86,7 +86,7 @@ def test_lines_and_names_of_the_picture_are_where_its_items_are():
     items = np.array([0, 1, 1, 1, 2, 3, 3])
     cls = torch.rand(6, 2, 7)
     own = AttentionMap(cls, None, items, items)
-    figure = elephant_attention.draw({"backbone": own, "tuned": own})
+    figure = attention.draw({"backbone": own, "tuned": own})
     for layer in range(6):
         axis = figure.axes[2 * layer + 1]
         [image] = axis.images
@@ -102,7 +102,7 @@ def test_both_models_are_drawn_side_by_side(bert, small_data, tmp_path):
     config, model, _, tokenizer = setting(bert, small_data)
     model.save_pretrained(tmp_path / "tuned")
     tokenizer.save_pretrained(tmp_path / "tuned")
-    found = elephant_attention.analyse(config, tmp_path / "tuned", small_data, tmp_path / "tokens", tmp_path, 5)
+    found = attention.analyse(config, tmp_path / "tuned", small_data, tmp_path / "tokens", tmp_path, 5)
     assert found["backbone"] == found["tuned"]
     assert found["tuned"]["histories"] == 5
     assert len(found["tuned"]["layer_similarity"]) == 3

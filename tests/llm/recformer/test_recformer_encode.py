@@ -1,12 +1,13 @@
 """The encoding of catalogs: in chunks that are kept, and by several ranks."""
 
+import shutil
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_recformer import RECFORMER, popen
 
 from llm.recformer import encode as encoding
@@ -51,7 +52,7 @@ def encoded(bert: Path, small_data: Prepared, tmp_path_factory) -> Encoded:
         own.save_pretrained(folder / "model")
     tokens = item_tokens(small_data, settings.text, tokenizer, folder / "tokens")
     maker = SequenceMaker(tokens, settings.size, tokenizer.cls_token_id)
-    parts = Parts(model, tokenizer.pad_token_id, OptimizerConfig(bf16=False))
+    parts = Parts(model, tokenizer.pad_token_id, OptimizerConfig(precision="fp32"))
     return Encoded(folder / "model", encode_items(model, maker, parts))
 
 
@@ -71,8 +72,17 @@ def test_a_catalog_is_encoded_in_chunks_that_are_kept(encoded, small_data, tmp_p
     assert not out.exists()
 
     monkeypatch.setattr(encoding, "encode", lambda *inputs: (calls.append(1), original(*inputs))[1])
+    elsewhere = tmp_path / "interrupted"
+    shutil.copytree(out.parent, elsewhere)
     vectors_of_model(encoded.model, small_data, out)
     assert len(calls) == 4
+
+    other = tmp_path / "other"  # a model of other weights takes none of its chunks
+    shutil.copytree(encoded.model, other)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: value * 1.5 for name, value in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    vectors_of_model(other, small_data, elsewhere / out.name)
+    assert len(calls) == 8
     torch.testing.assert_close(load_file(out)["vectors"], encoded.vectors, rtol=1e-4, atol=1e-5)
     assert not out.with_name(f"{out.name}.parts").exists()
 

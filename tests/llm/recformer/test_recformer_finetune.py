@@ -31,7 +31,7 @@ from rec.runtime.runfolder import RunFolder
 
 
 def make_job(bert: Path, data: Prepared, out: Path, **finetune_settings: object) -> RecformerJob:
-    stage = {**RECFORMER["finetune"], "bf16": False, **finetune_settings}
+    stage = {**RECFORMER["finetune"], "precision": "fp32", **finetune_settings}
     recformer = {**RECFORMER, "backbone": str(bert), "pretrain": None, "finetune": stage}
     return build(RecformerJob, {"data": str(data.folder), "run": str(out), "llm": {"recformer": recformer}})
 
@@ -49,7 +49,7 @@ def alone(stage: Stage, item: int) -> torch.Tensor:
     """The vector of one item, encoded by itself without padding."""
     own = pad(stage.maker([np.array([item])]), np.array([0]), stage.tokenizer.pad_token_id)
     with torch.no_grad():
-        return stage.loss.model.eval()(own).last_hidden_state[0, 0]
+        return stage.loss.model.eval()(own.to(stage.engine.device)).last_hidden_state[0, 0]
 
 
 def test_the_table_is_every_item_encoded_alone_and_what_the_loss_sees(stage, small_data):
@@ -64,7 +64,7 @@ def test_the_table_is_every_item_encoded_alone_and_what_the_loss_sees(stage, sma
     losses = []
     for history, target in zip(histories, targets.tolist(), strict=True):
         own = pad(stage.maker([history]), np.array([0]), stage.tokenizer.pad_token_id)
-        state = stage.loss.model(own).last_hidden_state[0, 0]
+        state = stage.loss.model(own.to(stage.engine.device)).last_hidden_state[0, 0]
         scores = [math.nan] * small_data.n_items
         for item in range(small_data.n_items):
             row = stage.loss.table[item]
@@ -145,7 +145,7 @@ def test_the_second_stage_trains_the_encoder_from_the_firsts_best_and_the_table_
         assert all(row["loss"] > 0 for row in rows)
         # What it begins with is judged too, and is FT1's best: it can only get better.
         assert facts["FT2"]["valid_NDCG@10"] >= facts["FT1"]["valid_NDCG@10"]
-        state = torch.load(folders[1] / "checkpoints/step-15/rank-0.pt", weights_only=True)["state"]
+        state = torch.load(folders[1] / "checkpoints/step-15/rank-0.pt", "cpu", weights_only=True)["state"]
         last, first = state["module"], load_file(folders[0] / "model/model.safetensors")
         assert any(not torch.equal(last[f"model.{key}"], value) for key, value in first.items())
         found[name].append(last["table"])
@@ -187,7 +187,7 @@ def test_scores_are_cosines_over_the_temperature_and_ranks_share_the_evaluation(
     items, lengths = small_data.histories("test", [0, 5], 6)
     with torch.no_grad():
         scores = scorer.score_all(torch.tensor([0, 5]), items, lengths)
-        states = model.vectors(pad(stage.maker([row.numpy() for row in items]), np.arange(2), 0))
+        states = model.vectors(pad(stage.maker([row.numpy() for row in items]), np.arange(2), 0).to(table.device))
     expected = F.cosine_similarity(states[:, None], table[None], dim=-1) / 0.05
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
 
@@ -208,6 +208,41 @@ def test_scores_are_cosines_over_the_temperature_and_ranks_share_the_evaluation(
         joined = recommender._joined([own[name] for own in found])
         assert torch.equal(joined.instances, metrics.instances)
         torch.testing.assert_close(joined.ranks, metrics.ranks)
+
+
+def test_validation_is_of_the_validation_items_with_the_table_as_it_is(stage, small_data):
+    stage._refresh_table(0)
+    parts = Parts(stage.loss.model, stage.tokenizer.pad_token_id, stage.stage)
+    scorer = RecformerRecommender(stage.loss.model, stage.loss.table.detach(), stage.maker, parts).eval()
+    protocols = {"own": stage.stage.evaluate.protocol}
+    by_hand = evaluate_many(scorer, small_data, "valid", protocols, 7)["own"].summary()
+    assert stage._judge(0) == pytest.approx(by_hand)
+    assert by_hand != pytest.approx(evaluate_many(scorer, small_data, "test", protocols, 7)["own"].summary())
+
+
+def test_a_stage_that_gets_no_better_ends_after_its_patience(bert, small_data, tmp_path):
+    still = {"lr": 1e-12, "epochs": 9, "fixed_epochs": 0, "evaluate_every": 1, "patience": 2}
+    job = make_job(bert, small_data, tmp_path / "run", **still)
+    assert finetune(job)["FT1"]["best_epoch"] == -1
+    assert len(RunFolder(job.run).steps("ft1_step")) == 2 * 5
+
+
+def test_gradients_are_clipped(bert, small_data, tmp_path):
+    moved = {}
+    for clip in (None, 1e-12):  # far below AdamW's epsilon, which alone lets a gradient's size matter
+        job = make_job(bert, small_data, tmp_path / str(clip), epochs=1, fixed_epochs=0, patience=99, clip_norm=clip)
+        finetune(job)
+        state = torch.load(job.finetune_folder / "FT1/checkpoints/step-3/rank-0.pt", "cpu", weights_only=True)["state"]
+        before = load_recformer(job.settings)[0].state_dict()
+        moved[clip] = max((state["module"][f"model.{name}"] - value).abs().max() for name, value in before.items())
+    assert moved[1e-12] < 1e-3 * moved[None]
+
+
+def test_a_last_batch_without_a_row_for_every_rank_is_left_out(small_data, monkeypatch):
+    stage = build(RecformerJob, {"data": "x", "run": "y", "llm": {"recformer": {"finetune": {"batch_size": 13}}}})
+    assert Prefixes(small_data, stage.settings.finetune).steps == 4  # 13, 13, 13 and 1 of the 40 users
+    monkeypatch.setattr(Ranks, "current", classmethod(lambda cls: cls(0, 2)))
+    assert Prefixes(small_data, stage.settings.finetune).steps == 3
 
 
 def test_nothing_is_tuned_with_none_and_the_stages_are_only_judged(bert, small_data, tmp_path):

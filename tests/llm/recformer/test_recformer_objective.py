@@ -42,7 +42,8 @@ def naive_contrast(histories, next_items, numbers, temperature, mask_duplicates)
 @pytest.mark.parametrize("mask_duplicates", [True, False])
 def test_the_contrast_equals_a_loop(mask_duplicates):
     torch.manual_seed(0)
-    histories, next_items = (torch.randn(6, 5, dtype=torch.double, requires_grad=True) for _ in range(2))
+    histories = torch.randn(6, 5, dtype=torch.double, requires_grad=True)
+    next_items = (histories.detach() + torch.randn(6, 5, dtype=torch.double)).requires_grad_()
     numbers = torch.tensor([3, 1, 3, 2, 5, 1])
     found, hits = item_contrast(histories, next_items, numbers, 0.2, mask_duplicates)
     expected = naive_contrast(histories, next_items, numbers, 0.2, mask_duplicates)
@@ -50,7 +51,12 @@ def test_the_contrast_equals_a_loop(mask_duplicates):
     own = torch.autograd.grad(found, (histories, next_items))
     for one, other in zip(own, torch.autograd.grad(expected, (histories, next_items)), strict=True):
         torch.testing.assert_close(one, other)
-    assert hits.shape == (6,)
+    cosines = torch.nn.functional.cosine_similarity(histories[:, None], next_items[None], dim=-1)
+    for row in range(6):
+        twins = [other for other in range(6) if mask_duplicates and other != row and numbers[other] == numbers[row]]
+        others = [cosines[row, other] for other in range(6) if other not in (row, *twins)]
+        assert bool(hits[row]) == bool(cosines[row, row] > max(others))
+    assert 0 < hits.sum() < 6
 
 
 def naive_objective(objective: Objective, batch) -> torch.Tensor:
@@ -98,7 +104,7 @@ WAYS = {
 def test_loss_and_gradient_are_those_of_one_big_batch_however_it_is_divided(
     bert, small_data, tmp_path, way, shared_pass
 ):
-    stage = {**WAYS[way], "shared_pass": shared_pass, "mlm_weight": 0.3, "bf16": False}
+    stage = {**WAYS[way], "shared_pass": shared_pass, "mlm_weight": 0.3, "precision": "fp32"}
     objective, batch = make_setting(bert, small_data.folder, tmp_path, stage)
     found, figures = objective(batch)
     own = gradients(objective, found)
@@ -114,7 +120,7 @@ def test_loss_and_gradient_are_those_of_one_big_batch_however_it_is_divided(
 
 @pytest.mark.parametrize(("contrast", "mlm_weight"), [(1, 0.3), (0, 0.3), (2, 0)])
 def test_the_weights_say_what_the_loss_is_made_of(bert, small_data, tmp_path, contrast, mlm_weight):
-    stage = {"contrast_weight": contrast, "mlm_weight": mlm_weight, "shared_pass": False, "bf16": False}
+    stage = {"contrast_weight": contrast, "mlm_weight": mlm_weight, "shared_pass": False, "precision": "fp32"}
     objective, batch = make_setting(bert, small_data.folder, tmp_path, stage)
     loss, figures = objective(batch)
     torch.testing.assert_close(loss, contrast * figures["contrast"] + mlm_weight * figures["mlm"])
@@ -124,10 +130,12 @@ def test_the_weights_say_what_the_loss_is_made_of(bert, small_data, tmp_path, co
 def test_a_loss_of_nothing_is_refused():
     with pytest.raises(UserError, match="mlm_weight and contrast_weight are both 0"):
         build(RecformerSettings, {"pretrain": {"mlm_weight": 0, "contrast_weight": 0}})
+    with pytest.raises(UserError, match="the stage would tune nothing; leave it out with pretrain=null"):
+        build(RecformerSettings, {"pretrain": {"tune_layers": "none"}})
 
 
 def test_passes_of_their_own_are_padded_to_the_longest_of_a_micro_batch(bert, small_data, tmp_path):
-    stage = {"by_length": False, "micro_batch": 3, "bf16": False}
+    stage = {"by_length": False, "micro_batch": 3, "precision": "fp32"}
     objective, batch = make_setting(bert, small_data.folder, tmp_path, stage)
     lengths, padded = batch.plain.lengths, 0
     for side in (lengths[:8], lengths[8:]):
@@ -138,7 +146,7 @@ def test_passes_of_their_own_are_padded_to_the_longest_of_a_micro_batch(bert, sm
 
 
 def test_without_masked_language_modelling_the_loss_is_the_contrast(bert, small_data, tmp_path):
-    objective, batch = make_setting(bert, small_data.folder, tmp_path, {"mlm_weight": 0, "bf16": False})
+    objective, batch = make_setting(bert, small_data.folder, tmp_path, {"mlm_weight": 0, "precision": "fp32"})
     found, _ = objective(batch)
     torch.testing.assert_close(found, naive_objective(objective, batch), rtol=1e-5, atol=1e-6)
 
@@ -152,7 +160,7 @@ def test_frozen_words_cost_no_gradient_of_the_vocabulary(bert, small_data, tmp_p
         "linear_cross_entropy",
         lambda states, table, labels: (tables.append(table), plain(states, table, labels))[1],
     )
-    stage = {"freeze_word_embeddings": frozen, "bf16": False}
+    stage = {"freeze_word_embeddings": frozen, "precision": "fp32"}
     objective, batch = make_setting(bert, small_data.folder, tmp_path, stage)
     loss, _ = objective(batch)
     loss.backward()
@@ -168,7 +176,7 @@ def test_dropout_of_parts_that_are_recomputed_is_drawn_alike(tmp_path, small_dat
     folder = save_bert(tmp_path / "bert", dropout=0.2)
     found = []
     for recompute in (False, True):
-        stage = {"part_tokens": 64, "recompute": recompute, "bf16": False}
+        stage = {"part_tokens": 64, "recompute": recompute, "precision": "fp32"}
         objective, batch = make_setting(folder, small_data.folder, tmp_path, stage)
         objective.train()
         torch.manual_seed(7)
@@ -181,7 +189,7 @@ def test_dropout_of_parts_that_are_recomputed_is_drawn_alike(tmp_path, small_dat
 
 @pytest.mark.distributed
 def test_two_ranks_have_the_loss_and_gradient_of_one_big_batch(bert, small_data, tmp_path):
-    stage = {"part_tokens": 64, "recompute": True, "mlm_weight": 0.3, "bf16": False}
+    stage = {"part_tokens": 64, "recompute": True, "mlm_weight": 0.3, "precision": "fp32"}
     objective, batch = make_setting(bert, small_data.folder, tmp_path, stage)
     loss, _ = objective(batch)
     reference = gradients(objective, loss)
@@ -230,7 +238,17 @@ def test_sources_never_give_what_is_held_out(small_data):
         begin, end = small_data.offsets[user], small_data.train_ends[user]
         expected = small_data.sequence[begin:end].numpy() + (held_out if row >= 40 else 0)
         np.testing.assert_array_equal(sequence, expected)
-    assert len(sources.valid) == 80
+    users, ends = small_data.instances("valid")
+    expected = []
+    for more in (0, held_out):
+        for user, end in zip(users.tolist(), ends.tolist(), strict=True):
+            items = small_data.sequence[small_data.offsets[user] : end + 1] + more
+            expected.append(items.tolist())
+    found = [
+        [*history.tolist(), int(item)]
+        for history, item in zip(sources.valid.histories, sources.valid.next_items, strict=True)
+    ]
+    assert sorted(found) == sorted(expected)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +270,7 @@ def test_batches_do_not_depend_on_how_they_are_shared_out(bert, small_data, tmp_
     found = []
     for rank in range(2):
         monkeypatch.setattr(Ranks, "current", classmethod(lambda cls, rank=rank: cls(rank, 2)))
-        monkeypatch.setattr(Ranks, "barrier", lambda self: None)
+        monkeypatch.setattr(Ranks, "from_first", lambda self, compute: compute())
         found.append(make_setting(bert, small_data.folder, tmp_path, {})[1])
     monkeypatch.undo()
     count = len(whole.numbers)

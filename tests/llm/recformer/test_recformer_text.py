@@ -1,6 +1,8 @@
 """Items as key-value text, histories as token sequences, and the parts in which they are encoded."""
 
+import copy
 import logging
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +15,7 @@ from llm.recformer.config import SizeConfig, TextConfig
 from llm.recformer.mlm import mask_tokens
 from llm.recformer.text import CLS, KEY, PADDING, VALUE, ItemTokens, item_tokens, tokenise
 from rec.runtime.errors import UserError
+from rec.runtime.ranks import Ranks
 
 ITEMS = pa.table(
     {
@@ -126,6 +129,16 @@ def test_tokens_are_made_once_for_what_decides_them(small_data, tokenizer, tmp_p
         again = item_tokens(small_data, config, tokenizer, tmp_path)
     for name, value in vars(made).items():
         np.testing.assert_array_equal(value, vars(again)[name])
+    cut = TextConfig(attributes=["title", "kind"], attribute_tokens=2)
+    assert item_tokens(small_data, cut, tokenizer, tmp_path / "cut").lengths.max() < made.lengths.max()
+    names = {path.name for folder in (tmp_path, tmp_path / "cut") for path in folder.glob("items-*")}
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["number"])
+    item_tokens(small_data, config, other, tmp_path / "other")
+    names |= {path.name for path in (tmp_path / "other").iterdir()}
+    assert len(names) == 3  # no two of them are taken for each other
+    for folder in ("cut", "other"):
+        shutil.rmtree(tmp_path / folder)
     item_tokens(small_data, TextConfig(attributes=["kind"]), tokenizer, tmp_path)
     [kept] = [path for path in tmp_path.iterdir() if len(ItemTokens(**text.load_file(path)).ids) == len(made.ids)]
     assert len(list(tmp_path.iterdir())) == 2
@@ -134,6 +147,33 @@ def test_tokens_are_made_once_for_what_decides_them(small_data, tokenizer, tmp_p
     assert swapped.ids.tolist() != made.ids.tolist()
     kept.write_bytes(kept.read_bytes()[:50])  # as a kill of another program might leave it
     np.testing.assert_array_equal(item_tokens(small_data, config, tokenizer, tmp_path).ids, made.ids)
+
+
+def test_the_limits_that_a_tokenizer_comes_with_do_not_decide(small_data, tokenizer, tmp_path):
+    """all-MiniLM's tokenizer.json cuts and pads to 128, which the first call takes off."""
+    config = TextConfig(attributes=["title", "kind"])
+    plain = item_tokens(small_data, config, tokenizer, tmp_path)
+    limited = copy.deepcopy(tokenizer)
+    limited.backend_tokenizer.enable_truncation(4)
+    limited.backend_tokenizer.enable_padding(length=4)
+    for _ in range(2):
+        np.testing.assert_array_equal(item_tokens(small_data, config, limited, tmp_path / "limited").ids, plain.ids)
+    assert [path.name for path in tmp_path.glob("*/items-*")] == [path.name for path in tmp_path.glob("items-*")]
+
+
+def test_ranks_read_the_file_that_the_first_one_names(small_data, tokenizer, tmp_path):
+    config = TextConfig(attributes=["title", "kind"])
+    made = item_tokens(small_data, config, tokenizer, tmp_path)
+    [path] = tmp_path.glob("items-*")
+
+    class Second(Ranks):
+        def from_first(self, compute):
+            return path
+
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["number"])  # whatever this rank would have made of its own tokenizer
+    again = item_tokens(small_data, config, other, tmp_path, Second(1, 2))
+    np.testing.assert_array_equal(again.ids, made.ids)
 
 
 def test_catalogs_are_joined_one_after_the_other(tokenizer):

@@ -1,0 +1,5 @@
+"""``python -m launch.cli``: the ``recalign`` command."""
+
+from launch.cli import main
+
+main()
