@@ -169,6 +169,13 @@ class Engine:
         self._reload(weights_iterator=iter(weights.items()))
         self._have_changed(version)
 
+    def close(self) -> None:
+        """Give back memory and vLLM's process group, which a training job in this process would take for its own."""
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        del self.llm
+        cleanup_dist_env_and_memory()
+
     def _have_changed(self, version: str) -> None:
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM refused to reset its prefix cache after a change of weights")

@@ -2,8 +2,6 @@
 
 import os
 
-import torch
-
 ASKED = "RECALIGN_DETERMINISTIC"
 
 
@@ -14,6 +12,8 @@ def be_deterministic_if_asked() -> None:
     such kernel raises a RuntimeError that names it.
     """
     if os.environ.get(ASKED) == "1":
+        import torch  # seconds, which --help need not wait for
+
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False

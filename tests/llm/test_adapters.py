@@ -4,10 +4,12 @@ In a file of its own, for two engines of one process do not live beside each oth
 """
 
 import json
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -54,25 +56,26 @@ def llama(tmp_path_factory) -> tuple[Path, list[Path]]:
 @pytest.mark.vllm
 def test_adapters_come_and_go_and_nothing_of_an_old_one_is_left(llama):
     base, adapters = llama
-    engine = Engine(base, EngineConfig(), max_length=64, lora_rank=4)
     original = reference(AutoModelForCausalLM.from_pretrained(base), TOKENS)
-    torch.testing.assert_close(
-        torch.tensor(engine.logprobs_of(TOKENS)),
-        original,
-        rtol=0,
-        atol=1e-3,
-    )
-    for version, adapter in enumerate([*adapters, adapters[0], *adapters]):
-        engine.load_weights(adapter, f"v{version}")
-        peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
-        [text] = engine.generate([TOKENS[:9]], [7], 8)
-        for tokens, found in (
-            (TOKENS, engine.logprobs_of(TOKENS)),
-            (TOKENS[:9] + text.token_ids, [*engine.logprobs_of(TOKENS[:9]), *text.logprobs]),
-        ):
-            torch.testing.assert_close(torch.tensor(found), reference(peft, tokens), rtol=0, atol=1e-3)
-        assert engine.llm.llm_engine.list_loras() == {version + 1}
+    with closing(Engine(base, EngineConfig(), max_length=64, lora_rank=4)) as engine:
+        torch.testing.assert_close(
+            torch.tensor(engine.logprobs_of(TOKENS)),
+            original,
+            rtol=0,
+            atol=1e-3,
+        )
+        for version, adapter in enumerate([*adapters, adapters[0], *adapters]):
+            engine.load_weights(adapter, f"v{version}")
+            peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+            [text] = engine.generate([TOKENS[:9]], [7], 8)
+            for tokens, found in (
+                (TOKENS, engine.logprobs_of(TOKENS)),
+                (TOKENS[:9] + text.token_ids, [*engine.logprobs_of(TOKENS[:9]), *text.logprobs]),
+            ):
+                torch.testing.assert_close(torch.tensor(found), reference(peft, tokens), rtol=0, atol=1e-3)
+            assert engine.llm.llm_engine.list_loras() == {version + 1}
     assert not torch.allclose(reference(peft, TOKENS), original, atol=0.1)
+    assert not dist.is_initialized()
 
 
 def test_an_adapter_has_the_fingerprint_of_itself_and_of_its_model(llama):

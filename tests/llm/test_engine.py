@@ -1,5 +1,7 @@
 """The real vLLM: what it computes is what transformers computes, before and after a change of weights."""
 
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -35,10 +37,11 @@ def reference(folder: Path, tokens: list[int]) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory) -> tuple[Engine, Path, Path]:
+def engine(tmp_path_factory) -> Iterator[tuple[Engine, Path, Path]]:
     folder = tmp_path_factory.mktemp("models")
     first, second = make_model(folder / "a", 1), make_model(folder / "b", 2)
-    return Engine(first, EngineConfig(), max_length=64), first, second
+    with closing(Engine(first, EngineConfig(), max_length=64)) as engine:
+        yield engine, first, second
 
 
 @pytest.mark.vllm

@@ -1,5 +1,7 @@
 """A catalog's knowledge, by the real vLLM: whole after any interruption, and only what is new is generated."""
 
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -41,8 +43,9 @@ def model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def engine(model) -> Engine:
-    return Engine(model, EngineConfig(), max_length=64)
+def engine(model) -> Iterator[Engine]:
+    with closing(Engine(model, EngineConfig(), max_length=64)) as engine:
+        yield engine
 
 
 @pytest.fixture
