@@ -102,7 +102,7 @@ class PlainEngine:
         self.model, self.clip_norm, self.gradient_norm = model.to(self.device).train(), clip_norm, 0.0
         self.optimizer = torch.optim.AdamW(
             parameter_groups(model, weight_decay, heads_lr_factor), lr=lr, betas=betas, eps=eps,
-            fused=self.device.type == "cuda" or None,
+            fused=True,
         )  # fmt: skip
 
     def step(self, parts: Sequence[Part], lr: float) -> list[float]:

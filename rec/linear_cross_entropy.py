@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-CHUNK_BYTES = 9 * 2**20
+CHUNK_BYTES = 18 * 2**20
+SLICE_ROWS = 4096
 # Fewer rows at a time would read a table of hundreds of thousands of items from memory again for each few of them.
 LEAST_ROWS = 64
 GPU_CHUNK_BYTES = 288 * 2**20
@@ -42,7 +43,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        by_states, by_table = (None if own is None else own * grad.to(own.dtype) for own in ctx.saved_tensors)
+        # In place: a copy of a table's gradient is not little memory.
+        by_states, by_table = (None if own is None else own.mul_(grad.to(own.dtype)) for own in ctx.saved_tensors)
         return by_states, by_table, None
 
 
@@ -152,7 +154,9 @@ def _add_product(into: Tensor, e: Tensor, scaled: Tensor) -> None:
     elif e.is_cuda:
         torch.addmm(into, e.T, scaled, out_dtype=torch.float32, out=into)
     else:
-        into += torch.mm(e.T, scaled)
+        # The product is bfloat16 and becomes float32 before it is added: in slices that stay in the cache meanwhile.
+        for own, columns in zip(into.split(SLICE_ROWS), e.split(SLICE_ROWS, dim=1), strict=True):
+            own += torch.mm(columns.T, scaled)
 
 
 def _row_sums(e: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ examples:
 
     lmrec = add_command(names, "lmrec", _lmrec, "LMRec's training step beside transformers' Trainer", """\
 examples:
-  recalign bench lmrec                                 # 20M preset, bf16, context 512: about 10 minutes on 2 cores
+  recalign bench lmrec                                 # 20M preset, bf16, context 512: 2 to 10 minutes on 2 cores
   recalign bench lmrec my.yaml --steps 20 --only packed,padded llm.lmrec.context=1024
 """)  # fmt: skip
     lmrec.add_argument("recipe", type=Path, nargs="?", help="of a pretraining (default: the benchmark's own)")
