@@ -1,9 +1,9 @@
 """The recipe of the Elephant's study."""
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import ClassVar, Literal, NamedTuple, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from llm.recformer.config import RecformerSettings
 from rec.config import RecConfig
@@ -75,11 +75,6 @@ class ElephantStudy(Section):
     """Held-out items that never occur in training; the paper leaves these instances out."""
     parallel: int = Field(1, ge=1)
     """Recommenders that are trained at a time, each in a process with its share of the cores."""
-
-    @field_validator("models", mode="before")
-    @classmethod
-    def _null_is_none_at_all(cls, given: Any) -> Any:
-        return {name: rec for name, rec in given.items() if rec is not None} if isinstance(given, dict) else given
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Self:

@@ -30,7 +30,7 @@ from rec.evaluation import Metrics, load_ranks, require_cutoffs
 from rec.negatives import require_negatives
 from rec.protocol import Protocol, preset
 from rec.runtime import files
-from rec.runtime.config import apply_overrides, build, hash_of, read_recipe
+from rec.runtime.config import apply_overrides, build, hash_of, leave_out_nulls, read_recipe
 from rec.runtime.errors import UserError
 from rec.runtime.runfolder import RunFolder
 
@@ -47,10 +47,8 @@ class ElephantRun:
     """
 
     def __init__(self, path: Path, overrides: Sequence[str] = ()) -> None:
-        content = read_recipe(path)
-        study = build(ElephantStudy, apply_overrides(content, overrides))
-        own = study.for_target.get(study.target, ())
-        self.study = study = build(ElephantStudy, apply_overrides(content, [*own, *overrides]))
+        study = _read(path, overrides)
+        self.study = study = _read(path, [*study.for_target.get(study.target, ()), *overrides])
         self.data = study.targets.get(study.target, study.target)
         self.out = study.run / Path(study.target).name
         self.settings = {name: self._settings(changes) for name, changes in study.recformers.items()}
@@ -295,6 +293,16 @@ class _Watch:
         now = time.monotonic()
         self.folder.log("studied", seconds=round(now - self.begin, 1))
         self.begin = now
+
+
+def _read(path: Path, overrides: Sequence[str]) -> ElephantStudy:
+    """The recipe; a model that an override leaves out takes its headline with it."""
+    recipe = read_recipe(path)
+    content = leave_out_nulls(apply_overrides(recipe, overrides), recipe, "models")
+    if isinstance(headline := content.get("headline"), dict):
+        gone = set(recipe.get("models") or {}) - set(content["models"])
+        content["headline"] = {name: own for name, own in headline.items() if name not in gone}
+    return build(ElephantStudy, content)
 
 
 def _untuned(settings: RecformerSettings) -> str:

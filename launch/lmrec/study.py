@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import matplotlib
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from launch import pretraining
 from launch.bench.lmrec import packed_and_padded
@@ -28,7 +28,7 @@ from llm.probe_job import ProbeJob
 from llm.training import STEP
 from rec.evaluation import evaluate
 from rec.job import open_data
-from rec.runtime.config import Section, apply_overrides, build, hash_of, read_recipe
+from rec.runtime.config import Section, apply_overrides, build, hash_of, leave_out_nulls, read_recipe
 from rec.runtime.errors import UserError
 from rec.runtime.runfolder import RunFolder
 
@@ -93,11 +93,6 @@ class LMRecStudy(Section):
     paper: dict[str, dict[str, float]] = Field(default_factory=dict)
     """The paper's HR@10 and NDCG@10 by variant, printed beside ours."""
 
-    @field_validator("variants", mode="before")
-    @classmethod
-    def _null_is_none_at_all(cls, given: Any) -> Any:
-        return {name: own for name, own in given.items() if own is not None} if isinstance(given, dict) else given
-
 
 class LMRecStudyRun:
     """One study in its run folder.
@@ -114,11 +109,7 @@ class LMRecStudyRun:
         self.of_job = [override.removeprefix("job.") for override in overrides if override.startswith("job.")]
         of_study = [override for override in overrides if not override.startswith("job.")]
         given = read_recipe(path)
-        content = apply_overrides(given, of_study)
-        for name, own in (content.get("variants") or {}).items():
-            if own is None and name not in (given.get("variants") or {}):
-                raise UserError(f"variants.{name}=null: there is no such variant to leave out")
-        self.study = build(LMRecStudy, content)
+        self.study = build(LMRecStudy, leave_out_nulls(apply_overrides(given, of_study), given, "variants"))
         self.out = self.study.run
         self.recipe = path.parent / self.study.pretrain
         for name in self.study.variants:

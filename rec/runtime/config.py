@@ -137,6 +137,21 @@ def without(content: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
     return result
 
 
+def leave_out_nulls(content: dict[str, Any], recipe: dict[str, Any], section: str) -> dict[str, Any]:
+    """``content`` without the null entries of ``section``: an override leaves out one of ``recipe``'s by that.
+
+    Raises:
+        UserError: naming one that the recipe does not have, for it may be misspelt.
+    """
+    given, known = content.get(section), recipe.get(section) or {}
+    if not isinstance(given, dict):
+        return content
+    kept = {name: own for name, own in given.items() if own is not None}
+    if strange := [name for name in given if name not in kept and name not in known]:
+        raise UserError(f"{section}.{strange[0]}=null: there is none to leave out; there are: {', '.join(known)}")
+    return {**content, section: kept}
+
+
 def hash_of(content: Any) -> str:
     """The first 16 hex digits of the SHA-256 of ``content``'s canonical JSON form."""
     if isinstance(content, Section):
@@ -162,7 +177,9 @@ def _one_line(root: type[Section], problem: ErrorDetails) -> str:
         context = problem["ctx"]
         key = str(context["discriminator"]).strip("'")
         return f"{'.'.join(location)}.{key}: {context['tag']!r} is none of {context['expected_tags']}"
-    return f"{'.'.join(location)}: {problem['msg']}, got {problem['input']!r}"
+    # A whole section would hide what is said about it.
+    got = "" if isinstance(problem["input"], dict) else f", got {problem['input']!r}"
+    return f"{'.'.join(location)}: {problem['msg']}{got}"
 
 
 def _where(root: type[Section], path: list[str]) -> tuple[list[str], type[Section] | None]:

@@ -1,7 +1,6 @@
 """The Elephant's study end to end on a tiny catalog, and the vectors of its RECFORMERs."""
 
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "llm" / "recformer"))
 from backbones import save_bert
-from tiny_recformer import RECFORMER
+from tiny_elephant import recipe_of
 
 from launch import vectors
 from launch.elephant import cells, claims
@@ -30,40 +29,6 @@ from rec.protocol import Protocol
 from rec.runtime.config import build
 from rec.runtime.errors import UserError
 from rec.runtime.runfolder import RunFolder
-
-ROOT = Path(__file__).parents[2]
-MORE = {"variants": ["random", "frozen lm"], "headline": {}}
-NARROW = {"A": {"model": {"dim": 16}}}
-
-
-def recipe_of(folder: Path, data: Path, backbone: Path, **more: object) -> Path:
-    recformer = {**RECFORMER, "backbone": str(backbone)}
-    recformer["pretrain"] = {**recformer["pretrain"], "sources": [str(data)], "epochs": 2}
-    recformer["finetune"] = {**recformer["finetune"], "epochs": 5, "fixed_epochs": 1, "evaluate_every": 1}
-    model = {"dim": 32, "heads": 2, "blocks": 1, "max_length": 8}
-    train = {"batch_size": 16, "epochs": 2}
-    evaluate = {"cutoffs": [5, 10]}
-    content = {
-        "run": str(folder / "out"),
-        "target": "tiny",
-        "targets": {"tiny": str(data)},
-        "recformer": recformer,
-        "models": {
-            name: {"model": {"name": name, **model}, "train": train, "evaluate": evaluate}
-            for name in ("SASRec", "BERT4Rec")
-        },
-        "lrs": [1e-3, 5e-3],
-        "rate_epochs": 1,
-        "seeds": [1, 2],
-        "stds": [0.02, None],
-        "headline": {name: ["random", "further items"] for name in ("SASRec", "BERT4Rec")},
-        "protocols": ["elephant-full"],
-        "cutoffs": [5, 10],
-        **more,
-    }
-    path = folder / "study.yaml"
-    path.write_text(yaml.safe_dump(content))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -298,113 +263,3 @@ def test_recformers_that_differ_share_what_they_have_in_common(study, small_data
     of_each = [(variant, name) for name in ("fixed table", "less") for variant in ("trainable PT", "id+PT")]
     assert sorted(cells) == sorted([("random", "fixed table"), *of_each])
     assert (run.out / "sizes.png").is_file()
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        ({"variants": ["frozen LF"]}, "unknown variant 'frozen LF'"),
-        ({"protocols": ["full"]}, "unknown protocol 'full'"),
-        ({"recformers": {"a/b": []}}, "'a/b' names a folder"),
-        ({"recformers": {"a": ["finetune.lrr=1"]}}, "unknown key 'lrr'"),
-        ({"recformers": {"a": ["finetune=null"]}}, r"FT vectors need recformer.finetune \(a has none\)"),
-        ({"models": {"SASRec": {}, "BERT4Rec": None}}, "unknown model 'BERT4Rec'; there are: SASRec"),
-        ({"more": {"PT": "x"}}, "more.PT: PT are a RECFORMER's vectors"),
-        (
-            {"models": {"SASRec": {"grid": {"model.dim": [8]}}}, "headline": {}},
-            "models.SASRec.grid: a study's own search",
-        ),
-        (
-            {"models": {"SASRec": {"train": {"on": "train+valid"}}}, "headline": {}},
-            "trains on the items that rates are",
-        ),
-        ({"headline": {"GRU4Rec": []}}, "unknown model 'GRU4Rec'; there are: BERT4Rec, SASRec"),
-    ],
-)
-def test_a_mistake_is_found_before_anything_runs(small_data, tmp_path, more, message):
-    with pytest.raises(UserError, match=message):
-        ElephantRun(recipe_of(tmp_path, small_data.folder, tmp_path, **more))
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        ({"cutoffs": [10, 50]}, "the best 50 of 30 items"),
-        ({"target": "nowhere"}, "nowhere"),
-        ({"protocols": ["elephant-100"]}, "100 negatives cannot be drawn"),
-        ({"recformer": {"text": {"attributes": ["brand"]}}}, r"has none of llm.recformer.text.attributes \(brand\)"),
-        (
-            {"recformer": {"text": {"attributes": ["brand"]}}, "variants": [], "headline": {}},
-            "has none of llm.recformer",
-        ),
-        (MORE | {"more": {"lm": "no-such-model"}}, "no-such-model is neither a run folder nor a model"),
-        (MORE | {"more": {"lm": "BACKBONE"}, "item_text": "{tilte}"}, "llm.item_text names 'tilte'"),
-        (MORE | {"more": {"lm": "BACKBONE"}, "models": NARROW}, "the vectors of lm have width 32, .* models.A is 16"),
-        (
-            {"models": NARROW, "headline": {}},
-            "width 32, the dim of models.A is 16: .*projection",
-        ),
-    ],
-)
-def test_what_does_not_fit_the_data_or_the_backbone_is_said_before_anything_is_trained(
-    small_data, backbone, tmp_path, more, message
-):
-    path = recipe_of(tmp_path, small_data.folder, backbone)
-    content = yaml.safe_load(path.read_text().replace("BACKBONE", str(backbone)))
-    more = yaml.safe_load(yaml.safe_dump(more).replace("BACKBONE", str(backbone)))
-    content |= more | {"recformer": content["recformer"] | more.get("recformer", {})}
-    path.write_text(yaml.safe_dump(content))
-    run = ElephantRun(path)
-    with pytest.raises(UserError, match=message):
-        run.execute("test")
-    assert not list(run.study.run.glob("pretrained-*"))
-
-
-def test_a_target_that_was_prepared_anew_does_not_go_into_a_study_that_has_begun(small_data, backbone, tmp_path):
-    data = tmp_path / "data"
-    shutil.copytree(small_data.folder, data)
-    no_rows = {"variants": [], "headline": {}, "recformers": {"own": ["pretrain=null", "finetune=null"]}}
-    run = ElephantRun(recipe_of(tmp_path, data, backbone, **no_rows))
-    run._check()
-    run._check()
-    meta = json.loads((data / "meta.json").read_text())
-    (data / "meta.json").write_text(json.dumps(meta | {"content_hash": "another"}))
-    with pytest.raises(UserError, match=r"was prepared anew since .* was begun"):
-        run._check()
-
-
-def test_every_backbone_has_vanilla_vectors_of_its_own(small_data, backbone, tmp_path):
-    other = tmp_path / "other"
-    shutil.copytree(backbone, other)
-    more = {
-        "recformers": {"a": [], "b": ["pretrain.share=0.5"], "other": [f"backbone={other}"]},
-        "variants": ["frozen vanilla"],
-        "headline": {},
-    }
-    run = ElephantRun(recipe_of(tmp_path, small_data.folder, backbone, **more))
-    cells = sorted((cell.model, cell.recformer) for cell in run.cells.all())
-    assert cells == [(model, name) for model in ("BERT4Rec", "SASRec") for name in ("a", "other")]
-
-
-def test_a_target_may_have_overrides_of_its_own_and_the_users_win(small_data, backbone, tmp_path):
-    own = {"for_target": {"tiny": ["recformer.finetune.epochs=7", "rate_epochs=3"]}}
-    path = recipe_of(tmp_path, small_data.folder, backbone, **own)
-    assert ElephantRun(path).study.recformer.finetune.epochs == 7
-    changed = ElephantRun(path, ["rate_epochs=4"]).study
-    assert (changed.recformer.finetune.epochs, changed.rate_epochs) == (7, 4)
-    elsewhere = ElephantRun(path, [f"target={small_data.folder}"]).study
-    assert elsewhere.recformer.finetune.epochs == 5
-
-
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "launch/recipes/reproduce").glob("elephant-*.yaml")), ids=lambda p: p.stem
-)
-def test_every_shipped_study_is_in_order(path, tmp_path):
-    run = ElephantRun(path, [f"run={tmp_path}"])
-    assert path.read_text().startswith(f"# recalign reproduce {path.stem} --target {run.study.target}\n")
-    assert run.data == run.study.targets[run.study.target]
-    for variant in run.study.variants:
-        for model in run.study.models:
-            rec = run.study.models[model]
-            assert rec.model.dim == 384
-            assert variant

@@ -101,7 +101,7 @@ def test_a_variant_that_is_null_is_left_out(recipe):
     fewer = LMRecStudyRun(recipe, ["variants.LMRec -lm=null"])
     assert list(fewer.study.variants) == [name for name in names if name != "LMRec -lm"]
     assert not any(name == "LMRec -lm" for _, name in fewer.jobs)
-    with pytest.raises(UserError, match=r"variants\.LMRec -ml=null: there is no such variant to leave out"):
+    with pytest.raises(UserError, match=r"variants\.LMRec -ml=null: there is none to leave out; there are: "):
         LMRecStudyRun(recipe, ["variants.LMRec -ml=null"])
 
 

@@ -1,0 +1,144 @@
+"""Mistakes in a study's recipe are found before anything runs, and what a recipe may leave out."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "llm" / "recformer"))
+from backbones import save_bert
+from tiny_elephant import recipe_of
+
+from launch.elephant.study import ElephantRun
+from rec.runtime.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+MORE = {"variants": ["random", "frozen lm"], "headline": {}}
+NARROW = {"A": {"model": {"dim": 16}}}
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory) -> Path:
+    return save_bert(tmp_path_factory.mktemp("bert") / "model")
+
+
+def test_a_model_that_is_null_is_left_out_with_its_headline(small_data, tmp_path):
+    recipe = recipe_of(tmp_path, small_data.folder, tmp_path)
+    study = ElephantRun(recipe, ["models.SASRec=null"]).study
+    assert list(study.models) == list(study.headline) == ["BERT4Rec"]
+    with pytest.raises(
+        UserError, match=r"models\.SASRecc=null: there is none to leave out; there are: BERT4Rec, SASRec"
+    ):
+        ElephantRun(recipe, ["models.SASRecc=null"])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"variants": ["frozen LF"]}, "unknown variant 'frozen LF'"),
+        ({"protocols": ["full"]}, "unknown protocol 'full'"),
+        ({"recformers": {"a/b": []}}, "'a/b' names a folder"),
+        ({"recformers": {"a": ["finetune.lrr=1"]}}, "unknown key 'lrr'"),
+        ({"recformers": {"a": ["finetune=null"]}}, r"FT vectors need recformer.finetune \(a has none\)"),
+        ({"more": {"PT": "x"}}, "more.PT: PT are a RECFORMER's vectors"),
+        (
+            {"models": {"SASRec": {"grid": {"model.dim": [8]}}}, "headline": {}},
+            "models.SASRec.grid: a study's own search",
+        ),
+        (
+            {"models": {"SASRec": {"train": {"on": "train+valid"}}}, "headline": {}},
+            "trains on the items that rates are",
+        ),
+        ({"headline": {"GRU4Rec": []}}, "unknown model 'GRU4Rec'; there are: BERT4Rec, SASRec"),
+    ],
+)
+def test_a_mistake_is_found_before_anything_runs(small_data, tmp_path, more, message):
+    with pytest.raises(UserError, match=message):
+        ElephantRun(recipe_of(tmp_path, small_data.folder, tmp_path, **more))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"cutoffs": [10, 50]}, "the best 50 of 30 items"),
+        ({"target": "nowhere"}, "nowhere"),
+        ({"protocols": ["elephant-100"]}, "100 negatives cannot be drawn"),
+        ({"recformer": {"text": {"attributes": ["brand"]}}}, r"has none of llm.recformer.text.attributes \(brand\)"),
+        (
+            {"recformer": {"text": {"attributes": ["brand"]}}, "variants": [], "headline": {}},
+            "has none of llm.recformer",
+        ),
+        (MORE | {"more": {"lm": "no-such-model"}}, "no-such-model is neither a run folder nor a model"),
+        (MORE | {"more": {"lm": "BACKBONE"}, "item_text": "{tilte}"}, "llm.item_text names 'tilte'"),
+        (MORE | {"more": {"lm": "BACKBONE"}, "models": NARROW}, "the vectors of lm have width 32, .* models.A is 16"),
+        (
+            {"models": NARROW, "headline": {}},
+            "width 32, the dim of models.A is 16: .*projection",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_data_or_the_backbone_is_said_before_anything_is_trained(
+    small_data, backbone, tmp_path, more, message
+):
+    path = recipe_of(tmp_path, small_data.folder, backbone)
+    content = yaml.safe_load(path.read_text().replace("BACKBONE", str(backbone)))
+    more = yaml.safe_load(yaml.safe_dump(more).replace("BACKBONE", str(backbone)))
+    content |= more | {"recformer": content["recformer"] | more.get("recformer", {})}
+    path.write_text(yaml.safe_dump(content))
+    run = ElephantRun(path)
+    with pytest.raises(UserError, match=message):
+        run.execute("test")
+    assert not list(run.study.run.glob("pretrained-*"))
+
+
+def test_a_target_that_was_prepared_anew_does_not_go_into_a_study_that_has_begun(small_data, backbone, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(small_data.folder, data)
+    no_rows = {"variants": [], "headline": {}, "recformers": {"own": ["pretrain=null", "finetune=null"]}}
+    run = ElephantRun(recipe_of(tmp_path, data, backbone, **no_rows))
+    run._check()
+    run._check()
+    meta = json.loads((data / "meta.json").read_text())
+    (data / "meta.json").write_text(json.dumps(meta | {"content_hash": "another"}))
+    with pytest.raises(UserError, match=r"was prepared anew since .* was begun"):
+        run._check()
+
+
+def test_every_backbone_has_vanilla_vectors_of_its_own(small_data, backbone, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(backbone, other)
+    more = {
+        "recformers": {"a": [], "b": ["pretrain.share=0.5"], "other": [f"backbone={other}"]},
+        "variants": ["frozen vanilla"],
+        "headline": {},
+    }
+    run = ElephantRun(recipe_of(tmp_path, small_data.folder, backbone, **more))
+    cells = sorted((cell.model, cell.recformer) for cell in run.cells.all())
+    assert cells == [(model, name) for model in ("BERT4Rec", "SASRec") for name in ("a", "other")]
+
+
+def test_a_target_may_have_overrides_of_its_own_and_the_users_win(small_data, backbone, tmp_path):
+    own = {"for_target": {"tiny": ["recformer.finetune.epochs=7", "rate_epochs=3"]}}
+    path = recipe_of(tmp_path, small_data.folder, backbone, **own)
+    assert ElephantRun(path).study.recformer.finetune.epochs == 7
+    changed = ElephantRun(path, ["rate_epochs=4"]).study
+    assert (changed.recformer.finetune.epochs, changed.rate_epochs) == (7, 4)
+    elsewhere = ElephantRun(path, [f"target={small_data.folder}"]).study
+    assert elsewhere.recformer.finetune.epochs == 5
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "launch/recipes/reproduce").glob("elephant-*.yaml")), ids=lambda p: p.stem
+)
+def test_every_shipped_study_is_in_order(path, tmp_path):
+    run = ElephantRun(path, [f"run={tmp_path}"])
+    assert path.read_text().startswith(f"# recalign reproduce {path.stem} --target {run.study.target}\n")
+    assert run.data == run.study.targets[run.study.target]
+    for variant in run.study.variants:
+        for model in run.study.models:
+            rec = run.study.models[model]
+            assert rec.model.dim == 384
+            assert variant
