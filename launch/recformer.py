@@ -101,14 +101,15 @@ def _watch(job: RecformerJob, stage: str) -> None:
     try:
         child.start()
         follow = supervise.Follower(folder)
-        with progress(stage, config.epochs) as advance:
+        with progress(stage, config.epochs + getattr(config, "fixed_epochs", 0)) as advance:
             while child.process.poll() != 0:
                 supervise.restart_if_dead(child, pretraining.MAX_RESTARTS, folder)
                 row = follow.newest(*EVENTS[stage])
                 if row:
                     title = row["event"].removesuffix("_step").upper()
                     speed = row["tokens"] / row["seconds"]
-                    advance(row["epoch"], f"epochs of stage-{title}  loss {row['loss']:.3f}  {speed:,.0f} tokens/s")
+                    epoch = row["epoch"] + (config.epochs if title == "FT2" else 0)
+                    advance(epoch, f"epochs, stage-{title}  loss {row['loss']:.3f}  {speed:,.0f} tokens/s")
                 time.sleep(supervise.POLL_S)
     finally:
         child.stop()
