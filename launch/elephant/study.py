@@ -300,7 +300,7 @@ def _read(path: Path, overrides: Sequence[str]) -> ElephantStudy:
     recipe = read_recipe(path)
     content = leave_out_nulls(apply_overrides(recipe, overrides), recipe, "models")
     if isinstance(headline := content.get("headline"), dict):
-        gone = set(recipe.get("models") or {}) - set(content["models"])
+        gone = set(recipe.get("models") or {}) - set(content.get("models") or {})
         content["headline"] = {name: own for name, own in headline.items() if name not in gone}
     return build(ElephantStudy, content)
 
