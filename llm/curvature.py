@@ -12,9 +12,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llm.joint import JointModel, PairBatch
 
+ITERATIONS = 100
+TOLERANCE = 1e-3
+
 
 def top_eigenvalues(
-    loss: Tensor, parameters: Sequence[nn.Parameter], count: int, iterations: int = 30, seed: int = 0
+    loss: Tensor, parameters: Sequence[nn.Parameter], count: int, tolerance: float = TOLERANCE, seed: int = 0
 ) -> Tensor:
     """[count] eigenvalues of the Hessian that are largest in magnitude, largest first.
 
@@ -22,18 +25,21 @@ def top_eigenvalues(
         loss: a scalar that can be differentiated twice.
         parameters: by which.
         count: how many.
-        iterations: of the subspace; the error of an eigenvalue falls with the square of its ratio to the next one.
+        tolerance: the largest step of an iteration, as a share of the largest eigenvalue, at which they count as found;
+            a hundred iterations are the end of it.
         seed: of the vectors that it begins with.
     """
     gradients = torch.autograd.grad(loss, parameters, create_graph=True)
     generator = torch.Generator().manual_seed(seed)
     size = sum(parameter.numel() for parameter in parameters)
     basis = torch.linalg.qr(torch.randn(size, count, generator=generator).to(loss.device)).Q
-    values = torch.zeros(count)
-    for _ in range(iterations):
+    values = torch.zeros(count, device=basis.device)
+    for _ in range(ITERATIONS):
         product = torch.stack([_product(gradients, parameters, column) for column in basis.T], 1)
-        values = torch.linalg.eigvalsh((basis.T @ product + product.T @ basis) / 2)
+        before, values = values, torch.linalg.eigvalsh((basis.T @ product + product.T @ basis) / 2)
         basis = torch.linalg.qr(product).Q
+        if (values - before).abs().max() <= tolerance * values.abs().max():
+            break
     return values[values.abs().argsort(descending=True)].cpu()
 
 
@@ -45,9 +51,9 @@ def _product(gradients: Sequence[Tensor], parameters: Sequence[nn.Parameter], ve
     return torch.cat([part.flatten() for part in found])
 
 
-def curvature(model: JointModel, batches: Sequence[PairBatch], count: int = 5, iterations: int = 30) -> Tensor:
-    """[batches, count] of L2 by the decoder's weights, batch by batch, in float32."""
+def curvature(model: JointModel, batch: PairBatch, count: int = 5) -> Tensor:
+    """[count] of a batch's L2 by the decoder's weights, in float32."""
     model.bf16 = False
     parameters = [parameter for parameter in model.decoder.parameters() if parameter.requires_grad]
     with sdpa_kernel(SDPBackend.MATH):  # fused attention cannot be differentiated twice
-        return torch.stack([top_eigenvalues(model(batch), parameters, count, iterations) for batch in batches])
+        return top_eigenvalues(model(batch), parameters, count)

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,23 +56,25 @@ def inference(job: LMRecJob, users: int) -> list[dict[str, Any]]:
     return [row | {"speedup": round(found[0]["seconds"] / row["seconds"], 1)} for row in found]
 
 
-def eigenvalues(job: LMRecJob, batches: int, settings: RecommendConfig) -> list[float]:
-    """Fig. 5: the top eigenvalues of L2's Hessian at a run's weights, over ``batches`` training batches.
+def eigenvalues(job: LMRecJob, batches: range, settings: RecommendConfig) -> Iterator[list[float]]:
+    """Fig. 5: the top eigenvalues of L2's Hessian at a run's weights, training batch by training batch.
 
     Args:
         job: the run. A language model alone has no heads; it gets those that recommendation training would begin with.
-        batches: how many.
+        batches: which.
         settings: which L2, the same for all runs that are compared.
     """
+    if not batches:
+        return
     inputs = read_inputs(job, RunFolder(job.run), Ranks())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     small = settings.model_copy(update={"pairs": 4 * settings.prefixes})
     target, context = inputs.tasks[TARGET], job.llm.lmrec.context
     tokens = ItemTokens(inputs.tokenizer, target.texts, context - 1)
     task = RecommendationTask(TARGET, 0, target.data, tokens, small, context, job.llm.train.seed)
-    model = _at_the_end(job, inputs, settings, task, device)
-    chosen = [part.to(device) for step in range(batches) for part in task.parts(step)[0][:1]]
-    return curvature(model.to(device), chosen).flatten().tolist()
+    model = _at_the_end(job, inputs, settings, task, device).to(device)
+    for step in batches:
+        yield curvature(model, task.parts(step)[0][0].to(device)).tolist()
 
 
 def draw_inference(path: Path, rows: Sequence[dict[str, Any]]) -> None:

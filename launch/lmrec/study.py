@@ -23,7 +23,7 @@ from launch.controls import Popularity, Transitions
 from launch.lmrec import analysis
 from launch.seeds import METRICS, means
 from llm import probe
-from llm.lmrec_job import LMRecJob, load_job
+from llm.lmrec_job import LMRecJob, RecommendConfig, load_job
 from llm.probe_job import ProbeJob
 from llm.training import STEP
 from rec.evaluation import evaluate
@@ -228,13 +228,22 @@ class LMRecStudyRun:
             found["inference"] = analysis.inference(joint, study.inference_users)
             analysis.draw_inference(folder.path / "inference.png", found["inference"])
         if study.curvature_batches and joint is not None:
-            known = {row["variant"]: row["values"] for row in folder.events("eigenvalues")}
-            for (seed, name), own in self.jobs.items():
-                if seed == study.seeds[0] and name not in known:
-                    known[name] = analysis.eigenvalues(own[-1], study.curvature_batches, joint.llm.recommend)
-                    folder.log("eigenvalues", variant=name, values=known[name])
+            known = self._eigenvalues(folder, joint.llm.recommend)
             found["eigenvalues"] = [analysis.summary(name, values) for name, values in known.items()]
             analysis.draw_eigenvalues(folder.path / "eigenvalues.png", known)
+        return found
+
+    def _eigenvalues(self, folder: RunFolder, settings: RecommendConfig) -> dict[str, list[float]]:
+        """By variant, of the first seed's models."""
+        seed, wanted, found = self.study.seeds[0], self.study.curvature_batches, {}
+        for name in self.study.variants:
+            rows = [row for row in folder.events("eigenvalues") if row["variant"] == name]
+            known = [row["values"] for row in rows][:wanted]
+            for values in analysis.eigenvalues(self.jobs[seed, name][-1], range(len(known), wanted), settings):
+                known.append(values)
+                folder.log("eigenvalues", variant=name, values=values)
+                log.info("Eigenvalues of %s: batch %d of %d", name, len(known), wanted)
+            found[name] = [value for values in known for value in values]
         return found
 
     def _draw(self, folder: RunFolder) -> None:

@@ -20,6 +20,7 @@ from llm.corpus import IGNORED
 from rec.config import EvaluateConfig
 from rec.evaluation import evaluate
 from rec.runtime.errors import UserError
+from rec.runtime.runfolder import RunFolder
 
 ROOT = Path(__file__).parents[2]
 JOB = {
@@ -31,7 +32,7 @@ JOB = {
 }
 STUDY = {
     "pretrain": "job.yaml", "run": "unused", "seeds": [0, 1], "packing_steps": 1,
-    "sizes": True, "inference_users": 8, "curvature_batches": 1,
+    "sizes": True, "inference_users": 8, "curvature_batches": 2,
     "variants": {
         "LMRec -lm": ["llm.language=false"],
         "LMRec": [],
@@ -81,9 +82,14 @@ def test_a_study_runs_its_variants_once_and_says_what_holds(tmp_path, recipe):
     own = tmp_path / "study" / "seed-0"
     assert (own / "SelfPretrain" / "then" / "model" / "model.safetensors").exists()
     before = (own / "LMRec" / "metrics.jsonl").read_bytes()
+    lines = (tmp_path / "study" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "study" / "metrics.jsonl").write_text("".join(lines[:-1]))  # killed in the last batch
     again = recalign("reproduce", recipe, "seeds=[0]")
     assert again.returncode == 0, again.stderr[-3000:]
     assert (own / "LMRec" / "metrics.jsonl").read_bytes() == before
+    kept = RunFolder(tmp_path / "study").events("eigenvalues")
+    assert len(kept) == 2 * len(STUDY["variants"])
+    assert kept[-1]["values"] == json.loads(lines[-1])["values"]
 
 
 def test_kinds_of_user_features_are_rows_of_their_own(recipe, monkeypatch):
