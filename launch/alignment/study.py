@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -38,6 +38,8 @@ COMPLETE, STUDIED = "complete", "studied.json"
 
 class Study(Section):
     """The recipe of a study."""
+
+    selection: ClassVar[tuple[str, ...]] = ("seeds", "variants")
 
     job: str
     """The recipe of the main job, relative to this one."""

@@ -29,6 +29,7 @@ class ElephantStudy(Section):
     """The recipe of such a study."""
 
     placement: ClassVar[tuple[str, ...]] = ("parallel", "recformer.processes")
+    selection: ClassVar[tuple[str, ...]] = ("seeds", "headline")
 
     run: Path
     """The run folder."""

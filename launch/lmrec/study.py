@@ -12,7 +12,7 @@ import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import matplotlib
 from pydantic import Field, model_validator
@@ -71,6 +71,16 @@ class VariantConfig(Section):
 
 class LMRecStudy(Section):
     """The recipe of such a study."""
+
+    selection: ClassVar[tuple[str, ...]] = (
+        "seeds",
+        "variants",
+        "controls",
+        "sizes",
+        "inference_users",
+        "curvature_batches",
+        "paper",
+    )
 
     pretrain: str
     """The recipe of the pretraining, relative to this one."""
@@ -235,13 +245,14 @@ class LMRecStudyRun:
 
     def _eigenvalues(self, folder: RunFolder, settings: RecommendConfig) -> dict[str, list[float]]:
         """By variant, of the first seed's models."""
-        seed, wanted, found = self.study.seeds[0], self.study.curvature_batches, {}
+        wanted, found = self.study.curvature_batches, {}
         for name in self.study.variants:
-            rows = [row for row in folder.events("eigenvalues") if row["variant"] == name]
-            known = [row["values"] for row in rows][:wanted]
-            for values in analysis.eigenvalues(self.jobs[seed, name][-1], range(len(known), wanted), settings):
+            job = self.jobs[self.study.seeds[0], name][-1]
+            of = {"run": job.identity, "loss": hash_of(settings)}
+            known = [row["values"] for row in folder.events("eigenvalues") if of.items() <= row.items()][:wanted]
+            for values in analysis.eigenvalues(job, range(len(known), wanted), settings):
                 known.append(values)
-                folder.log("eigenvalues", variant=name, values=values)
+                folder.log("eigenvalues", **of, values=values)
                 log.info("Eigenvalues of %s: batch %d of %d", name, len(known), wanted)
             found[name] = [value for values in known for value in values]
         return found

@@ -23,6 +23,9 @@ class Section(BaseModel):
 
     placement: ClassVar[tuple[str, ...]] = ()
     """Dotted keys that say on how many processes the job runs: a run may go on with other values."""
+    selection: ClassVar[tuple[str, ...]] = ()
+    """Dotted keys of a study that say which of its parts are done: each part has a run folder, which claims its recipe,
+    so a study may go on with more seeds or without a variant."""
 
 
 AnySection = TypeVar("AnySection", bound=Section)

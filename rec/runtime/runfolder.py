@@ -62,7 +62,8 @@ class RunFolder:
     def check(self, recipe: config.Section) -> None:
         """Check that this folder is new, or holds a run of the same recipe.
 
-        It may have moved, and the recipe's placement (on how many processes it runs) may be another.
+        It may have moved, and the recipe's placement (on how many processes it runs) and selection (a study's seeds)
+        may be others.
 
         Raises:
             UserError: if the folder holds a run of another recipe, naming the first key that differs, or a
@@ -72,7 +73,7 @@ class RunFolder:
         if target.exists() and not is_run_config(target):
             raise UserError(f"{target} is not a run's; use another run folder")
         if target.exists():
-            now, ignored = recipe.model_dump(mode="json"), ("run", *recipe.placement)
+            now, ignored = recipe.model_dump(mode="json"), ("run", *recipe.placement, *recipe.selection)
             before, after = (config.without(content, ignored) for content in (config.read_recipe(target), now))
             if before != after:
                 refuse_unless_told(

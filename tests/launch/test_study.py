@@ -82,6 +82,10 @@ def test_what_comes_before_alignment_is_done_once_for_those_that_have_it_in_comm
             assert not list(run.glob(".*"))
     assert {(row["seed"], row["variant"]) for row in result["rows"]} >= {(3, "plain"), (4, "aside and slow")}
     assert StudyRun(recipe).execute("test")["rows"] == result["rows"]
+    fewer = StudyRun(recipe, ["seeds=[4]", "variants={plain: []}"]).execute("test")
+    assert fewer["rows"] == [row for row in result["rows"] if (row["seed"], row["variant"]) == (4, "plain")]
+    with pytest.raises(UserError, match="holds a run of another recipe"):
+        StudyRun(recipe, ["seeds=[4]", "job.rec.train.epochs=7"]).execute("test")
 
 
 def test_another_recommender_shares_the_llm_and_another_llm_the_recommender(recipe):
