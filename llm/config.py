@@ -75,7 +75,7 @@ class PretrainConfig(Section):
     precision: Precision = "auto"
     checkpoint_every: int = Field(200, ge=1)
     """Steps."""
-    seed: int = 42
+    seed: int = Field(42, ge=0)
 
     @model_validator(mode="after")
     def _knowledge_has_columns(self) -> Self:
@@ -99,7 +99,7 @@ class KnowledgeConfig(Section):
     texts: int = Field(1, ge=1)
     """Texts of each item. A recommender that is trained on several reads a random one each time, and the first one
     otherwise."""
-    seed: int = 42
+    seed: int = Field(42, ge=0)
 
 
 class EncoderConfig(Section):

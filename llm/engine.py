@@ -24,7 +24,7 @@ from rec.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
 
-MIN_HEAD_DIM_ON_CPU = 32
+HEAD_DIMS_ON_CPU = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of vLLM's CPU attention
 BATCHED_TOKENS_ON_CPU = 4096
 ADAPTER = "adapter_config.json"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM makes room for
@@ -231,8 +231,8 @@ def check_model(model: str | Path, max_length: int = 0) -> None:
     """Refuse early, in one line, what vLLM refuses late, in a hundred.
 
     Raises:
-        UserError: if there is no such model, it cannot read ``max_length`` tokens, or its heads are too small for
-            vLLM on CPU.
+        UserError: if there is no such model, it cannot read ``max_length`` tokens, or its heads are of a size
+            that vLLM on CPU cannot compute.
     """
     try:
         config = AutoConfig.from_pretrained(str(model))
@@ -268,10 +268,10 @@ def check_head_dim(name: str, head_dim: int) -> None:
     """Refuse heads that vLLM's attention on CPU cannot compute.
 
     Raises:
-        UserError: on a machine without a GPU, if they are too small.
+        UserError: on a machine without a GPU, if they are of another size.
     """
-    if not torch.cuda.is_available() and head_dim < MIN_HEAD_DIM_ON_CPU:
+    if not torch.cuda.is_available() and head_dim not in HEAD_DIMS_ON_CPU:
         raise UserError(
-            f"{name} has attention heads of {head_dim}; vLLM on CPU needs at least {MIN_HEAD_DIM_ON_CPU}:"
-            " use fewer heads or a wider model"
+            f"{name} has attention heads of {head_dim}; vLLM on CPU needs one of"
+            f" {', '.join(map(str, HEAD_DIMS_ON_CPU))}: use other heads or another width"
         )

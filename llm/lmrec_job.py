@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 from torch.nn import ModuleDict
@@ -15,6 +15,7 @@ from rec.runtime.errors import UserError
 from rec.runtime.runfolder import is_run_config
 
 TARGET = "target"
+Beta = Annotated[float, Field(ge=0, lt=1)]
 # Table 9, the columns that are not sizes.
 TABLE_9 = {
     "1.7M": {"recommendation_weight": 1e-2, "pairs": 256, "lr": 5e-3, "weight_decay": 1e-2},
@@ -133,7 +134,7 @@ class LMRecTrainConfig(Section):
     lr: float = Field(2e-3, gt=0)
     weight_decay: float = Field(1e-2, ge=0)
     """Of matrices alone."""
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[Beta, Beta] = (0.9, 0.98)
     eps: float = Field(1e-6, gt=0)
     warmup_fraction: float = Field(0.01, ge=0, le=1)
     warmup_steps: int = Field(100, ge=0)
@@ -157,7 +158,7 @@ class LMRecTrainConfig(Section):
     """Newest checkpoints that are kept."""
     keep_checkpoint_every: int | None = Field(None, ge=1)
     """The first checkpoint of every so many steps is kept for good; null for none."""
-    seed: int = 42
+    seed: int = Field(42, ge=0)
 
     @property
     def warmup(self) -> float:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from llm.causal_lm import load_causal_lm
 from llm.corpus import ItemTokens, PackedBatches
 from llm.joint import JointModel, PairBatch, has_plain_head
+from llm.knowledge import fingerprint
 from llm.lmrec import build_lmrec
 from llm.lmrec_evaluation import LMRecRecommender, load_heads, save_heads, save_model
 from llm.lmrec_job import TARGET, LMRecJob, LMRecTrainConfig, TaskConfig
@@ -48,18 +49,21 @@ class Inputs:
         tasks: by name, the target first.
         sources: of task-agnostic text.
         tokenizer: of all of it.
+        start: a hash of the weights to start from, empty for none.
     """
 
     tasks: dict[str, TaskData]
     sources: list[Source]
     tokenizer: PreTrainedTokenizerBase
+    start: str = ""
 
     @property
     def data_hash(self) -> str:
-        """Of everything that is trained on."""
+        """Of everything that is trained on, or from."""
         prepared = [task.data for task in self.tasks.values()] + [s.prepared for s in self.sources if s.prepared]
         texts = [source.texts for source in self.sources if not source.prepared]
-        return hash_of([[data.meta["content_hash"] for data in prepared], texts])
+        content = [[data.meta["content_hash"] for data in prepared], texts]
+        return hash_of([*content, self.start] if self.start else content)
 
 
 def run(job: LMRecJob, command: str) -> dict[str, Any] | None:
@@ -85,7 +89,7 @@ def run(job: LMRecJob, command: str) -> dict[str, Any] | None:
         begin = time.monotonic()
         inputs = read_inputs(job, folder, ranks)
         if ranks.is_first:
-            _require_the_same_data(inputs, folder)
+            folder.require_the_same_inputs({"data_hash": inputs.data_hash})
         with left_together():
             if not ranks.broadcast((folder.path / FINISHED).exists()):
                 _train(job, inputs, folder, ranks)
@@ -97,19 +101,6 @@ def run(job: LMRecJob, command: str) -> dict[str, Any] | None:
             return None  # rank 0 alone ranks the test items
         folder.log("pretrained", seconds=round(time.monotonic() - begin, 1))
         return _conclude(job, inputs, folder, command)
-
-
-def _require_the_same_data(inputs: Inputs, folder: RunFolder) -> None:
-    """Raise a UserError if what the recipe names was prepared anew since the run began: its tokenizer, its checkpoints
-    and its model belong to what it was then."""
-    path, now = folder.path / "inputs.json", {"data_hash": inputs.data_hash}
-    if not path.exists():
-        files.write_json(path, now)
-    elif files.read_json(path) != now:
-        raise UserError(
-            f"the data of {folder.path} were prepared anew since it was begun: start over with --fresh, or take another"
-            " run folder"
-        )
 
 
 def read_inputs(job: LMRecJob, folder: RunFolder, ranks: Ranks) -> Inputs:
@@ -130,9 +121,10 @@ def read_inputs(job: LMRecJob, folder: RunFolder, ranks: Ranks) -> Inputs:
     if llm.recommend is not None:
         require_possible(job.rec.evaluate, tasks[TARGET].data)
     sources = [Source(source) for source in llm.corpus.agnostic]
-    path = folder.path / TOKENIZER
+    path, start = folder.path / TOKENIZER, ""
     if llm.model is not None:
         path = starting_model(llm.model)
+        start = fingerprint(path)
     elif ranks.is_first and not path.exists():
         texts = [text for task in tasks.values() for text in task.texts]
         texts += [text for source in sources for text in source.texts]
@@ -145,7 +137,7 @@ def read_inputs(job: LMRecJob, folder: RunFolder, ranks: Ranks) -> Inputs:
         raise UserError(
             f"{path} has {len(tokenizer)} tokens, llm.lmrec.vocabulary is {llm.lmrec.vocabulary}: use a new run folder"
         )
-    return Inputs(tasks, sources, tokenizer)
+    return Inputs(tasks, sources, tokenizer, start)
 
 
 def starting_model(name: str) -> Path | str:
@@ -276,6 +268,7 @@ def _engine(model: JointModel, job: LMRecJob) -> Engine:
 
 def _train(job: LMRecJob, inputs: Inputs, folder: RunFolder, ranks: Ranks) -> None:
     model = build_model(job, inputs.tokenizer)
+    size = _count(model)  # now: what ZeRO-3 has sharded has no elements
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     plan = make_plan(job, inputs, ranks, model, device)
     train = job.llm.train
@@ -291,7 +284,7 @@ def _train(job: LMRecJob, inputs: Inputs, folder: RunFolder, ranks: Ranks) -> No
     weights = training.best_or_last()
     if ranks.is_first:
         save_model(folder.path, model, weights, inputs.tokenizer, MODEL)
-        facts = {"steps": steps, "best_step": training.best_step, "parameters": _count(model)}
+        facts = {"steps": steps, "best_step": training.best_step, "parameters": size}
         if plan.tasks:
             facts["valid_loss"] = training.best
         if isinstance(plan.language, PackedBatches):

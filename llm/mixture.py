@@ -1,7 +1,6 @@
 """Task-specific and task-agnostic documents, mixed as a recipe says (LMRec, section 2.2 and Table 5)."""
 
 import gzip
-import logging
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,8 +17,6 @@ from llm.tokenizer import token_ids
 from rec.data.prepared import Prepared
 from rec.data.readers.table import read_items
 from rec.runtime.errors import UserError
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,7 @@ def mix(
     task-specific corpus has, as in Table 5.
 
     Raises:
-        UserError: if nothing is left to model.
+        UserError: if a source has fewer tokens than its share asks for, or nothing is left to model.
     """
     specific = [ids for task in tasks for ids in histories(task, tokenizer, context, seed)]
     whole = sum(map(len, specific))
@@ -91,8 +88,11 @@ def mix(
         documents = source.documents(tokenizer, context, seed)
         if source.config.share is not None:
             wanted = source.config.share * whole
-            if sum(map(len, documents)) < wanted:
-                log.warning("source %d has %d tokens, %.0f were asked for", number, sum(map(len, documents)), wanted)
+            if (known := sum(map(len, documents))) < wanted:
+                raise UserError(
+                    f"llm.corpus.agnostic: source {number} has {known:,} tokens, its share of {source.config.share:g}"
+                    f" asks for {wanted:,.0f}: lower it, or leave it out to read all there are"
+                )
             documents = _some(documents, wanted, seed + number)
         found = found + documents
     if not found:

@@ -35,11 +35,13 @@ def run(job: ProbeJob, command: str) -> dict[str, Any]:
     folder = RunFolder(job.run)
     with folder.lock("launcher"):
         folder.claim(job)
+        data, begin, rows = open_data(job.data, folder.path / "data"), time.monotonic(), []
+        _require_instances(data)
+        reader, protocol = FeatureReader(job, data), job.rec.evaluate.protocol.of_run(data, "train")
+        folder.require_the_same_inputs(reader.hashes)
         done = folder.result()
         if done is not None:
             return done
-        data, begin, rows = open_data(job.data, folder.path / "data"), time.monotonic(), []
-        reader, protocol = FeatureReader(job, data), job.rec.evaluate.protocol.of_run(data, "train")
         for kind in job.llm.probe.features:
             found = reader.features(kind, folder.path / "features")
             started = time.monotonic()
@@ -62,11 +64,22 @@ def run(job: ProbeJob, command: str) -> dict[str, Any]:
         )
 
 
+def _require_instances(data: Prepared) -> None:
+    """Raise a UserError if there is nothing to stop by, or more to rank than one vector a user can."""
+    owners = data.instances("test")[0]
+    if len(owners.unique()) != len(owners):
+        raise UserError("a probe needs one test item a user: prepare with a leave-one-out split, or one by users")
+    if not len(data.instances("valid")[0]):
+        raise UserError(f"{data.folder} has no validation items to stop by")
+
+
 def train_heads(features: Features, data: Prepared, config: ProbeConfig) -> tuple[Heads, int]:
     """W_u and W_i by Eq. 5 on frozen features, stopped by the validation loss; and the steps that it took."""
     torch.manual_seed(config.seed)
     heads = Heads(features.items.shape[1])
-    heads.user.fix(features.users)
+    # Where few are known elsewhere, most features are zeros, which tell nothing of how the others are spread.
+    known = features.users[features.users.any(1)]
+    heads.user.fix(known if len(known) else features.users)
     heads.item.fix(features.items)
     optimizer = torch.optim.AdamW(heads.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     loss_of, count = (pair_loss if config.loss == "bce" else softmax_loss), min(config.negatives, data.n_items)
@@ -105,17 +118,12 @@ class Probe(Recommender):
         items: [N, D].
         users: [M, D] of the test instances.
         owners: [M] their users, each once.
-
-    Raises:
-        UserError: if a user has several test items, whose histories would need a vector each.
     """
 
     architecture = "LMRec^TL"
 
     def __init__(self, heads: Heads, items: Tensor, users: Tensor, owners: Tensor) -> None:
         nn.Module.__init__(self)
-        if len(owners.unique()) != len(owners):
-            raise UserError("a probe needs one test item a user: prepare with a leave-one-out split, or one by users")
         self.config = ReaderConfig(max_length=1)
         self.heads = heads
         with torch.no_grad():

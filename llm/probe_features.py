@@ -68,12 +68,13 @@ class FeatureReader:
         self.others = None if other is None else _matched(data, self.agnostic)
         self.times = None if other is None else data.timestamps.numpy()
         self.texts, self.model, self.rows = texts, None, None
+        known = [data] if other is None else [data, self.agnostic]
+        self.hashes = {"model": fingerprint(self.path), "data": [own.meta["content_hash"] for own in known]}
 
     def features(self, kind: Feature, folder: Path) -> Features:
         """Of one kind, from the cache if they are there."""
         probe = self.job.llm.probe
-        hashes = [self.data.meta["content_hash"], self.agnostic and self.agnostic.meta["content_hash"]]
-        key = hash_of([fingerprint(self.path), hashes, self.texts, kind, probe.prefixes, probe.seed])
+        key = hash_of([self.hashes, self.texts, kind, probe.prefixes, probe.seed])
         found, own = {}, folder / f"{kind}-{key}"
         own.mkdir(parents=True, exist_ok=True)
         for name, compute in self._parts(kind).items():

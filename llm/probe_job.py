@@ -9,7 +9,6 @@ from pydantic import Field, model_validator
 from llm.lmrec_job import LMRecEvaluation
 from llm.lmrec_job import read as read_content
 from rec.runtime.config import Section, build
-from rec.runtime.errors import UserError
 
 Feature = Literal["specific", "agnostic", "combine"]
 
@@ -61,6 +60,12 @@ class ProbeLLM(Section):
     agnostic: AgnosticConfig | None = None
     probe: ProbeConfig = ProbeConfig()
 
+    @model_validator(mode="after")
+    def _knows_the_other_service(self) -> Self:
+        if self.agnostic is None and set(self.probe.features) != {"specific"}:
+            raise ValueError("probe.features other than specific need agnostic")
+        return self
+
 
 class ProbeJob(Section):
     """A recipe of ``recalign probe``."""
@@ -74,7 +79,4 @@ class ProbeJob(Section):
 
 def load_job(path: Path, overrides: Sequence[str] = ()) -> ProbeJob:
     """Read a recipe; raises UserError on a missing file, an unknown key or an impossible value."""
-    job = build(ProbeJob, read_content(path, overrides))
-    if job.llm.agnostic is None and set(job.llm.probe.features) != {"specific"}:
-        raise UserError("llm.probe.features other than specific need llm.agnostic")
-    return job
+    return build(ProbeJob, read_content(path, overrides))

@@ -47,7 +47,10 @@ def item_texts(items: pa.Table, template: str) -> list[str]:
     for name in fields:
         require_column(items, name, "llm.item_text")
     rows = items.select(list(dict.fromkeys(fields))).to_pylist()
-    return [_tidy(template.format_map(row)) or NO_TEXT for row in rows]
+    try:
+        return [_tidy(template.format_map(row)) or NO_TEXT for row in rows]
+    except (ValueError, TypeError) as error:  # of a format or a conversion that columns do not have
+        raise UserError(f"llm.item_text: {error}: {template!r}") from None
 
 
 def require_column(items: pa.Table, name: str, asked_by: str) -> None:

@@ -138,9 +138,8 @@ class RecommendationTask:
         for group, share in list(zip(groups, shares, strict=True))[self.rank :: self.world]:
             own = [(int(self.data.offsets[users[row]]), int(ends[row])) for row in group]
             histories, places = self.rows.histories([self.items[begin:end] for begin, end in own])
-            known = [self.items[begin:end] for begin, end in own]
             targets = [self.items[end : end + 1] for _, end in own]
-            found.append((self._pairs(histories, places, targets, known, negatives, in_batch=False), share))
+            found.append((self._pairs(histories, places, targets, negatives), share))
         return found
 
     def _histories(self) -> int:
@@ -184,7 +183,7 @@ class RecommendationTask:
         windows = [self.items[begin:end] for begin, end in spans]
         histories, places = self.rows.prefixes(windows, cuts)
         targets = [items[own] for items, own in zip(windows, cuts, strict=True)]
-        return self._pairs(histories, places, targets, [self._known(begin) for begin, _ in spans], negatives)
+        return self._pairs(histories, places, targets, negatives, [self._known(begin) for begin, _ in spans])
 
     def _known(self, place: int) -> np.ndarray:
         """All training items of the user who has the interaction at ``place``."""
@@ -196,20 +195,19 @@ class RecommendationTask:
         histories: Packed,
         places: Tensor,
         targets_of: list[np.ndarray],
-        known: list[np.ndarray],
         negatives: np.ndarray,
-        in_batch: bool | None = None,
+        known: list[np.ndarray] | None = None,
     ) -> PairBatch:
-        """Pairs of histories with ``targets_of`` each, whose users took the items ``known``; ``in_batch`` is the
-        recipe's unless it is given."""
+        """Pairs of histories with ``targets_of`` each. In training, ``known`` is what their users took: then the recipe
+        says which negatives there are, otherwise they are all but a pair's own target, as at test."""
         targets, presence = np.concatenate(targets_of), None
         numbers = np.unique(np.concatenate([targets, negatives]))
         items, vectors = self.rows.items(numbers)
-        if self.config.in_batch if in_batch is None else in_batch:
+        if known and self.config.in_batch:
             absent = (1 - self.shares[numbers]) ** len(targets) * (1 - len(negatives) / self.data.n_items)
             negatives, presence = numbers, torch.from_numpy(np.log1p(-absent)).float()
         allowed = self.text_of[negatives] != self.text_of[targets][:, None]
-        if self.config.exclude == "taken":
+        if known and self.config.exclude == "taken":
             free = np.stack([~np.isin(negatives, own) for own in known])
             allowed &= free.repeat([len(own) for own in targets_of], axis=0)
         positives, others = (torch.from_numpy(np.searchsorted(numbers, own)) for own in (targets, negatives))

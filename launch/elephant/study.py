@@ -113,7 +113,7 @@ class ElephantRun:
         sources = {name for own in self.settings.values() if own.pretrain for name in own.pretrain.sources}
         found = {name: Prepared.load(Path(name)) for name in sorted({self.data, *sources})}
         target = found[self.data]
-        self._require_the_same_target(target)
+        RunFolder(self.out).require_the_same_inputs({"target": target.meta["content_hash"]})
         for protocol in self.protocols.values():
             require_cutoffs(protocol, target, "cutoffs")
             require_negatives(protocol, target, "test")
@@ -128,16 +128,6 @@ class ElephantRun:
                 vectors.require_untuned(own.backbone)
         for name in kinds.intersection(self.study.more):
             self._check_width(name, vectors.width_of_source(self.study.more[name], target, self.study.item_text))
-
-    def _require_the_same_target(self, target: Prepared) -> None:
-        """What is kept of an interrupted study was computed from the target as it was when the study began."""
-        path, now = self.out / "target.json", {"content_hash": target.meta["content_hash"]}
-        if not path.exists():
-            files.write_json(path, now)
-        elif files.read_json(path) != now:
-            raise UserError(
-                f"{self.data} was prepared anew since {self.out} was begun: delete that folder, or take another run=..."
-            )
 
     def _check_width(self, name: str, width: int) -> None:
         for model, rec in self.study.models.items():

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 # A file server may keep the lock of a node that has died until its lease is over.
 DEAD_NODE_S = 300.0
 
-CONFIG, METRICS, RESULT = "config.yaml", "metrics.jsonl", "result.json"
+CONFIG, METRICS, RESULT, INPUTS = "config.yaml", "metrics.jsonl", "result.json", "inputs.json"
 # Tells the resolved recipe of a run from a recipe of a user's that happens to have the same name.
 CONFIG_HEADER = "# Written by recalign: the resolved recipe of this run folder.\n"
 
@@ -80,6 +80,24 @@ class RunFolder:
                     f"{self.path} holds a run of another recipe ({_first_difference(before, after)})",
                     "use another run folder, start over with --fresh",
                 )
+
+    def require_the_same_inputs(self, hashes: dict[str, Any]) -> None:
+        """Check that what the recipe names still holds what it held when this run was begun.
+
+        Args:
+            hashes: of the contents of data and models, by a name.
+
+        Raises:
+            UserError: if not: what lies here already was computed from what there was then.
+        """
+        path = self.path / INPUTS
+        if not path.exists():
+            files.write_json(path, hashes)
+        elif files.read_json(path) != hashes:
+            raise UserError(
+                f"the data or the model that {self.path} reads were made anew since it was begun: start over with"
+                " --fresh, or take another run folder"
+            )
 
     def log(self, event: str, **fields: Any) -> None:
         """Append one line to the metrics file; one write call, so that lines of several processes never mix.

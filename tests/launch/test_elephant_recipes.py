@@ -104,7 +104,7 @@ def test_a_target_that_was_prepared_anew_does_not_go_into_a_study_that_has_begun
     run._check()
     meta = json.loads((data / "meta.json").read_text())
     (data / "meta.json").write_text(json.dumps(meta | {"content_hash": "another"}))
-    with pytest.raises(UserError, match=r"was prepared anew since .* was begun"):
+    with pytest.raises(UserError, match=r"the data or the model that .* reads were made anew since it was begun"):
         run._check()
 
 

@@ -118,6 +118,10 @@ def test_impossible_studies_are_refused_before_anything_runs(tmp_path, recipe):
         LMRecStudyRun(recipe, ["variants.LMRec={first: []}"])
     with pytest.raises(UserError, match="it names a folder"):
         LMRecStudyRun(recipe, ["variants={a/b: []}"])
+    with pytest.raises(UserError, match="other than specific need agnostic"):
+        LMRecStudyRun(recipe, ["variants={probed: {first: [], probe: ['llm.probe.features=[agnostic]']}}"])
+    with pytest.raises(UserError, match=r"llm.train.seed"):
+        LMRecStudyRun(recipe, ["seeds=[-1]"])
     assert not (tmp_path / "study").exists()
 
 

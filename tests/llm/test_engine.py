@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from llm.config import EngineConfig, LMRecConfig
-from llm.engine import BATCHED_TOKENS_ON_CPU, Engine, check_model
+from llm.engine import BATCHED_TOKENS_ON_CPU, HEAD_DIMS_ON_CPU, Engine, check_model
 from llm.lmrec import build_lmrec
 from llm.tokenizer import load_tokenizer, train_tokenizer
 from rec.runtime.errors import UserError
@@ -118,11 +118,18 @@ def test_a_seed_decides_a_text_whoever_is_in_the_batch(engine):
     assert together[0].token_ids != alone.token_ids
 
 
+@pytest.mark.vllm
+def test_the_sizes_of_heads_are_those_that_vllm_computes_on_a_cpu():
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    assert CPUAttentionBackend.get_supported_head_sizes() == list(HEAD_DIMS_ON_CPU)
+
+
 def test_heads_too_small_for_vllm_on_cpu_are_refused_at_once(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("a GPU runs them")
     build_lmrec(LMRecConfig(dim=32, heads=4, layers=1, context=16), 300, 0).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="attention heads of 8; vLLM on CPU needs at least 32"):
+    with pytest.raises(UserError, match="attention heads of 8; vLLM on CPU needs one of 32, 64, "):
         check_model(tmp_path)
 
 

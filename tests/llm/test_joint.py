@@ -327,7 +327,7 @@ def test_items_of_one_text_are_no_negatives_of_each_other(small_data, texts, tok
     tokens = ItemTokens(tokenizer, same, CONTEXT - 1)
     task = make_task(small_data, tokens, settings={"negatives": small_data.n_items})
     negatives, targets = np.arange(small_data.n_items), [np.array([0, 5]), np.array([1])]
-    batch = task._pairs(*task.rows.histories([np.array([2])]), targets, [np.array([2])] * 2, negatives)
+    batch = task._pairs(*task.rows.histories([np.array([2])]), targets, negatives, [np.array([2])] * 2)
     assert [(~row).nonzero().flatten().tolist() for row in batch.allowed] == [[0, 1], [5], [0, 1]]
 
 
@@ -358,6 +358,13 @@ def test_a_step_is_the_same_on_any_number_of_ranks(small_data, tokens, model):
     for world in (2, 4):
         for name, value in gradient(world).items():
             torch.testing.assert_close(value, alone[name], rtol=1e-4, atol=1e-6)
+
+
+def test_validation_ranks_what_the_user_took_as_the_test_does(small_data, tokens):
+    task = make_task(small_data, tokens, settings={"exclude": "taken"})
+    assert any((~part.allowed).sum(1).max() > 1 for part in task.parts(0)[0])
+    for batch, _ in task.validation(17):
+        assert ((~batch.allowed).sum(1) == 1).all()  # the pair's own target
 
 
 def test_validation_shares_add_up_on_any_number_of_ranks(small_data, tokens):

@@ -111,7 +111,7 @@ def test_a_killed_and_resumed_plain_run_is_the_same_with_every_task_and_source(t
     (tmp_path / "text.txt").write_text("Once upon a time\n\nthere was a thing.\n\n" * 30)
     more = {
         "tasks": {"second": {"data": str(small_data.folder), "item_text": "{kind}: {title}"}},
-        "corpus": {"specific": 0.7, "agnostic": [{"text": str(tmp_path / "text.txt"), "share": 0.3}]},
+        "corpus": {"specific": 0.7, "agnostic": [{"text": str(tmp_path / "text.txt"), "share": 0.05}]},
         "recommend": {**LLM["recommend"], "standardise": True, "heads_lr_factor": 3},
         "train": {"patience": 6, "activation_checkpointing": True},
     }
@@ -208,7 +208,7 @@ def test_a_run_whose_data_were_prepared_anew_is_not_gone_on_with(tmp_path, small
             run(own, "test")
     meta = json.loads((data / "meta.json").read_text())
     (data / "meta.json").write_text(json.dumps(meta | {"content_hash": "another"}))
-    with pytest.raises(UserError, match=r"the data of .*run were prepared anew since it was begun"):
+    with pytest.raises(UserError, match=r"the data or the model that .*run reads were made anew since it was begun"):
         run(own, "test")
 
 
@@ -264,6 +264,8 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_checkpoint(tmp
         ({"tasks": {"loss": {"data": "x"}}}, "a task cannot be called 'loss'"),
         ({"recommend": {"micro_histories": 1}}, "micro_histories=1 leaves nothing to standardise over"),
         ({"corpus": {"agnostic": [{"share": 0.3}]}}, "exactly one of"),
+        ({"train": {"seed": -1}}, r"llm.train.seed"),
+        ({"train": {"betas": [0.9, 1.0]}}, r"llm.train.betas"),
     ],
 )
 def test_impossible_recipes_are_one_line(llm, message):
@@ -276,6 +278,12 @@ def test_what_the_data_makes_impossible_is_one_line_too(tmp_path, small_data):
     empty.mkdir()
     with pytest.raises(UserError, match="holds no text"):
         run(job(tmp_path, small_data, corpus={"agnostic": [{"text": str(empty)}]}), "test")
+    (empty / "few.txt").write_text("Some text.")
+    with pytest.raises(UserError, match=r"source 1 has \d+ tokens, its share of 2 asks for"):
+        run(job(tmp_path / "f", small_data, corpus={"agnostic": [{"text": str(empty), "share": 2}]}), "test")
+    for template in ("{title:d}", "{title!z}"):
+        with pytest.raises(UserError, match=r"llm.item_text: .*title"):
+            run(job(tmp_path / "t", small_data, item_text=template), "test")
     (empty / "cut.txt.gz").write_bytes(gzip.compress(b"Some text. " * 50)[:20])
     with pytest.raises(UserError, match=r"cut.txt.gz cannot be read"):
         run(job(tmp_path / "e", small_data, corpus={"agnostic": [{"text": str(empty)}]}), "test")

@@ -1,17 +1,18 @@
+import shutil
+
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from worlds import make_raw
 
 from llm import probe
 from llm.config import LMRecConfig
-from llm.joint import Heads
 from llm.lmrec import build_lmrec
 from llm.probe import run
 from llm.probe_features import FeatureReader, Features
-from llm.probe_job import load_job
+from llm.probe_job import ProbeConfig, load_job
 from llm.prompts import item_texts
 from llm.recommendation import TextRows
 from llm.tokenizer import ARROW, train_tokenizer
@@ -162,7 +163,7 @@ def test_heads_learn_what_frozen_features_hold(tmp_path, small_data, model, monk
 
 
 def test_what_a_probe_cannot_do_is_one_line(tmp_path, small_data, model):
-    with pytest.raises(UserError, match=r"need llm\.agnostic"):
+    with pytest.raises(UserError, match=r"other than specific need agnostic"):
         load_job(recipe(tmp_path, small_data, model, probe={"features": ["combine"]}))
     with pytest.raises(UserError, match="patience 10 ends training before the next validation"):
         load_job(recipe(tmp_path, small_data, model, probe={"patience": 10}))
@@ -171,6 +172,33 @@ def test_what_a_probe_cannot_do_is_one_line(tmp_path, small_data, model):
     same = {"agnostic": {"data": str(small_data.folder)}, "probe": {"features": ["agnostic"]}}
     with pytest.raises(UserError, match="the task's own data"):
         run(load_job(recipe(tmp_path / "same", small_data, model, **same)), "test")
-    owners = torch.tensor([0, 1, 1])
+    prepare("test", make_raw(tmp_path / "raw"), tmp_path / "many", Filters(split="ratio", test_fraction=0.3))
     with pytest.raises(UserError, match="one test item a user"):
-        probe.Probe(Heads(4), torch.zeros(5, 4), torch.zeros(3, 4), owners)
+        run(load_job(recipe(tmp_path / "m", Prepared.load(tmp_path / "many"), model)), "test")
+    prepare("test", make_raw(tmp_path / "raw2"), tmp_path / "none", Filters(split="users", valid_fraction=0))
+    with pytest.raises(UserError, match="no validation items to stop by"):
+        run(load_job(recipe(tmp_path / "n", Prepared.load(tmp_path / "none"), model)), "test")
+
+
+def test_figures_of_a_decoder_that_was_trained_again_are_not_given_as_its_own(tmp_path, small_data, model):
+    shutil.copytree(model, tmp_path / "model")
+    job = load_job(recipe(tmp_path, small_data, tmp_path / "model", probe={"steps": 20}))
+    assert run(job, "test") == run(job, "test")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    save_file({name: value + 1 for name, value in weights.items()}, tmp_path / "model" / "model.safetensors")
+    with pytest.raises(UserError, match=r"the data or the model that .*run reads were made anew"):
+        run(job, "test")
+
+
+def test_users_who_are_not_known_elsewhere_do_not_decide_how_the_others_are_spread(small_data):
+    """Of 1,000 pairs 50 have a history in the other service, the others a vector of zeros."""
+    torch.manual_seed(0)
+    users = torch.zeros(1000, 16)
+    users[::20] = torch.randn(50, 16) + 3
+    spare, items = torch.zeros(len(small_data.instances("valid")[0]), 16), torch.randn(small_data.n_items, 16)
+    features = Features(users, torch.arange(1000), torch.zeros(1000, dtype=torch.long), spare, spare, items)
+    heads, _ = probe.train_heads(features, small_data, ProbeConfig(steps=1, validate_every=1, negatives=5))
+    own = heads.user.statistics
+    read = (own.within_reach(users[::20]) - own.mean) / own.deviation
+    torch.testing.assert_close(read.std(0, correction=0), torch.ones(16), atol=0.02, rtol=0)
+    assert heads.user(users[:2]).isfinite().all()
