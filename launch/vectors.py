@@ -12,6 +12,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from llm.config import EncoderConfig
 from llm.eos_vectors import eos_vectors
+from llm.knowledge import fingerprint
 from llm.prompts import item_texts
 from llm.recformer.encode import vectors_of_backbone, vectors_of_model
 from llm.recformer.job import FINISHED, RecformerJob, Stage, load_job
@@ -66,6 +67,15 @@ def width_of_source(source: str, data: Prepared, item_text: str | None = None) -
     else:
         item_texts(data.items, template)
     return config.hidden_size
+
+
+def hash_of_source(source: str) -> str:
+    """Of the weights and the tokenizer that ``write`` would read of a source that is no fresh RECFORMER's run."""
+    job = _recformer_run(source, None)
+    if job is None:
+        return fingerprint(_model_of(source, None)[0])
+    stage = _stage_of(job, None)
+    return fingerprint((job.finetune_folder / "FT1" if stage == "FT" else job.pretrain_folder) / "model")
 
 
 def _recformer_run(source: str, item_text: str | None) -> RecformerJob | None:

@@ -55,7 +55,7 @@ def run(recipe: Path, overrides: Sequence[str], steps: int, rounds: int, out: Pa
             stage._step(0)  # in which kernels are made
         found: dict[str, list[dict[str, float]]] = {name: [] for name in WAYS}
         for number, (name, stage) in itertools.product(range(rounds), ways.items()):
-            found[name] += [stage._step(1 + (number * steps + step) % (stage.total - 1)) for step in range(steps)]
+            found[name] += [stage._step(1 + (number * steps + step) % max(1, stage.total - 1)) for step in range(steps)]
         rows = [{"way": name, **_summary(own)} for name, own in found.items()]
         rates = {row["way"]: row["tokens_per_s"] for row in rows}
         speedup = rates["recalign"] / rates[OFFICIAL]

@@ -56,7 +56,8 @@ def choose(rec: RecConfig, data: str, folder: Path, lrs: Sequence[float], stds: 
     for std in stds[1:] if by_lr[best] else ():
         by_std[std] = judge("std", std, _at(at_rate(rec, best), "items", std=std))
     # Those that were not tried come last: a training that diverges at the best takes the next.
-    order = sorted(lrs, key=lambda lr: by_lr.get(lr, -1.0), reverse=True) if by_lr[best] else []
+    rest = sorted((lr for lr in lrs if lr != best), key=lambda lr: by_lr.get(lr, -1.0), reverse=True)
+    order = [best, *rest] if by_lr[best] else []
     chosen = Chosen(order, max(by_std, key=by_std.__getitem__))
     tried = {"by_lr": [*by_lr.items()], "by_std": [*by_std.items()]}
     files.write_json(folder / CHOSEN, chosen._asdict() | tried)

@@ -71,8 +71,9 @@ class ElephantRun:
         folder = RunFolder(self.out)
         RunFolder(self.study.run)
         with folder.lock("launcher"):
-            folder.claim(self.study)
+            folder.check(self.study)
             self._check()
+            folder.claim(self.study)
             rows = [row for name in self.settings for row in self._recformer_rows(name)]
             watch = _Watch(folder)
             for cell in self.cells.all():
@@ -80,8 +81,10 @@ class ElephantRun:
             watch.count()
             cells = self.cells.train(watch.count)
             ranks = {cell: ranks_of(self.cells.folder(cell), self.protocols) for cell in cells}
+            target = Prepared.load(Path(self.data))
+            protocols = {name: protocol.of_run(target, "train") for name, protocol in self.protocols.items()}
             rows += [
-                {**self.cells.facts(cell), "protocol": protocol, "protocol_hash": self.protocols[protocol].hash}
+                {**self.cells.facts(cell), "protocol": protocol, "protocol_hash": protocols[protocol].hash}
                 | metrics.summary()
                 for cell, found in ranks.items()
                 for protocol, metrics in found.items()
@@ -89,7 +92,7 @@ class ElephantRun:
             ranks |= self._recformer_ranks()
             serving = claims.serving({cell: self.cells.folder(cell) for cell in cells})
             figures = self._attention()
-            described = {name: protocol.described() for name, protocol in self.protocols.items()}
+            described = {name: protocol.described() for name, protocol in protocols.items()}
             summed = claims.means(rows)
             sizes.draw(self.out, summed, self._users())
             held = claims.claims(ranks, serving, self.first)
@@ -97,7 +100,7 @@ class ElephantRun:
             return folder.write_result(
                 command,
                 hash_of(self.study),
-                {"hash": hash_of([protocol.hash for protocol in self.protocols.values()]), **described},
+                {"hash": hash_of([protocol.hash for protocol in protocols.values()]), **described},
                 rows,
                 self._recformer_s() + sum(row["seconds"] for row in folder.events("studied")),
                 held,
@@ -113,7 +116,6 @@ class ElephantRun:
         sources = {name for own in self.settings.values() if own.pretrain for name in own.pretrain.sources}
         found = {name: Prepared.load(Path(name)) for name in sorted({self.data, *sources})}
         target = found[self.data]
-        RunFolder(self.out).require_the_same_inputs({"target": target.meta["content_hash"]})
         for protocol in self.protocols.values():
             require_cutoffs(protocol, target, "cutoffs")
             require_negatives(protocol, target, "test")
@@ -128,6 +130,10 @@ class ElephantRun:
                 vectors.require_untuned(own.backbone)
         for name in kinds.intersection(self.study.more):
             self._check_width(name, vectors.width_of_source(self.study.more[name], target, self.study.item_text))
+        more = {name: vectors.hash_of_source(source) for name, source in self.study.more.items()}
+        RunFolder(self.out).require_the_same_inputs(
+            {"data": {name: data.meta["content_hash"] for name, data in found.items()}, "more": more}
+        )
 
     def _check_width(self, name: str, width: int) -> None:
         for model, rec in self.study.models.items():
@@ -138,11 +144,12 @@ class ElephantRun:
                 )
 
     def _settings(self, changes: Sequence[str]) -> RecformerSettings:
-        content = self.study.recformer.model_dump(mode="json")
-        if (own := content["finetune"]) is not None:  # judged as the recommenders are
+        content = apply_overrides(self.study.recformer.model_dump(mode="json"), changes)
+        if (own := content.get("finetune")) is not None:  # judged as the recommenders are
             own |= {"protocols": self.study.protocols, "cold_targets": self.study.cold_targets}
-            own["evaluate"] |= {"cutoffs": self.study.cutoffs, "cold_targets": self.study.cold_targets}
-        return build(RecformerSettings, apply_overrides(content, changes))
+            judged = {"cutoffs": self.study.cutoffs, "cold_targets": self.study.cold_targets}
+            own["evaluate"] = (own.get("evaluate") or {}) | judged
+        return build(RecformerSettings, content)
 
     # stage-PT, FT1, FT2
 

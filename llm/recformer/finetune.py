@@ -260,6 +260,11 @@ class Stage:
         if not len(self.valid_rows):
             raise UserError(f"{self.data.folder} has no validation part to stop by: prepare it with one")
         figures = self.evaluate("valid")["valid"].summary()
+        if math.isnan(figures[STOP_METRIC]):
+            raise UserError(
+                "none of the validation items that stage-FT1 and FT2 stop by occurs in training: raise"
+                " llm.recformer.finetune.valid_users, or set cold_targets=rank"
+            )
         if figures[STOP_METRIC] > self.best:
             self.best, self.best_epoch, self.waited = figures[STOP_METRIC], epoch, 0
             self.best_weights = {name: value.detach().cpu().clone() for name, value in self.loss.state_dict().items()}

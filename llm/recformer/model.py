@@ -110,10 +110,13 @@ class RecformerModel(PreTrainedModel):
 
     @property
     def layers(self) -> nn.ModuleList:
-        """The Transformer layers."""
+        """The Transformer layers; raises a UserError where the backbone has no list of them (ALBERT's are one)."""
         count = self.backbone.config.num_hidden_layers
-        lists = (module for module in self.backbone.modules() if isinstance(module, nn.ModuleList))
-        return next(found for found in lists if len(found) == count)
+        for module in self.backbone.modules():
+            if isinstance(module, nn.ModuleList) and len(module) == count:
+                return module
+        kind = self.backbone.config.model_type
+        raise UserError(f"tune_layers: the layers of {kind} cannot be told apart; tune all or none of them")
 
     def forward(self, batch: TokenBatch, output_attentions: bool = False) -> BaseModelOutput:
         """Hidden states [B, T, D] of a padded batch."""

@@ -79,7 +79,8 @@ class Pretraining:
         self.best, self.best_step, self.best_weights = -1.0, 0, self.engine.weights()
 
     def loop(self) -> Path:
-        """Train to the last step; returns the folder of the model with the best validation accuracy."""
+        """Train to the last step; returns the folder of the model that is kept: the one with the best validation
+        accuracy, the last where there is no contrast or nothing to validate it by."""
         found = self.engine.resume(self.checkpoints, self.meta)
         done = 0
         if found is not None:
@@ -123,8 +124,8 @@ class Pretraining:
     def _validate(self, step: int) -> float | None:
         """Share of validation histories that are nearer to their own next item than to any other of their batch."""
         accuracy = accuracy_of(self.engine.module, self.sources, self.batches)
-        # Without a validation part the last weights are kept.
-        if accuracy is None or accuracy > self.best:
+        # The last weights are kept without a validation part, and without a contrast, whose accuracy this is.
+        if accuracy is None or not self.stage.contrast_weight or accuracy > self.best:
             self.best, self.best_step = accuracy if accuracy is not None else -1.0, step
             self.best_weights = self.engine.weights()
         return accuracy

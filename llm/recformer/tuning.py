@@ -11,9 +11,10 @@ def choose_tuned(model: RecformerModel, stage: OptimizerConfig) -> None:
     Raises:
         UserError: if it names a layer that the backbone does not have.
     """
-    layers, wanted = model.layers, stage.tune_layers
+    wanted = stage.tune_layers
     model.requires_grad_(wanted == "all")
     if wanted not in ("all", "none"):
+        layers = model.layers
         if beyond := [number for number in wanted if number >= len(layers)]:
             raise UserError(
                 f"tune_layers {beyond[0]}: the backbone has {len(layers)} layers, counted from 0 to {len(layers) - 1}"

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from launch.elephant import rates
 from launch.elephant.rates import choose, climb, load_chosen
 from rec.config import RecConfig
 from rec.items import save_vectors
@@ -68,6 +69,16 @@ def test_what_validation_says_best_is_chosen_and_kept_with_all_figures(rec, smal
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     choose(rec, str(small_data.folder), folder, RATES, [0.02, None])
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_of_rates_that_are_worth_the_same_one_is_chosen_for_the_deviation_and_the_cells(
+    rec, small_data, tmp_path, monkeypatch
+):
+    judged = []
+    monkeypatch.setattr(rates, "_valid", lambda own, data, run: judged.append((own.train.lr, own.items.std)) or 0.02)
+    choose(rec, str(small_data.folder), tmp_path / "tie", RATES, [0.02, None])
+    assert judged == [(1e-3, 0.02), (3e-3, 0.02), (3e-4, 0.02), (1e-3, None)]
+    assert load_chosen(tmp_path / "tie").lrs[0] == 1e-3
 
 
 def test_rates_that_diverge_are_worth_nothing(rec, small_data, tmp_path):

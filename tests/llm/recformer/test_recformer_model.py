@@ -8,7 +8,17 @@ import pytest
 import torch
 from backbones import save_bert
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertModel, RobertaConfig, RobertaModel
+from transformers import (
+    AlbertConfig,
+    AlbertModel,
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    RobertaConfig,
+    RobertaModel,
+)
 
 from llm.recformer.batches import SequenceMaker, TokenBatch, pad
 from llm.recformer.config import OptimizerConfig, RecformerSettings
@@ -235,6 +245,15 @@ def test_a_layer_that_is_not_there_is_one_clear_line_and_words_can_be_frozen(ber
     choose_tuned(model, OptimizerConfig(freeze_word_embeddings=True))
     assert not model.backbone.embeddings.word_embeddings.weight.requires_grad
     assert model.backbone.embeddings.position_embeddings.weight.requires_grad
+
+
+def test_layers_that_share_their_weights_are_tuned_all_or_none():
+    sizes = {"embedding_size": 8, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
+    model = wrap(AlbertModel(AlbertConfig(vocab_size=50, num_hidden_layers=3, **sizes)), settings(Path("albert")))
+    choose_tuned(model, OptimizerConfig())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    with pytest.raises(UserError, match="the layers of albert cannot be told apart; tune all or none"):
+        choose_tuned(model, OptimizerConfig(tune_layers=[0]))
 
 
 def test_the_masked_lm_head_is_the_backbones_own_where_it_has_one(bert, longformer):
