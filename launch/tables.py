@@ -166,7 +166,7 @@ def _world_table(worlds: list[dict[str, Any]]) -> Table:
             f"{row['true_after']:.2f}",
             str(row["steps_to_relevant"] or "never"),
             *(f"{row[name]:.3f}" for name in ("base", "na", "aligned", "oracle")),
-            f"{row['gap_closed']:.0%}",
+            "-" if row["gap_closed"] is None else f"{row['gap_closed']:.0%}",
             f"{(row['shared_s'] + row['wall_s']) / 60:.1f}",
         )
     return table

@@ -5,7 +5,6 @@ on more or fewer of them. The universal one holds whole states, a folder for eac
 """
 
 import logging
-import shutil
 import subprocess
 import sys
 import time
@@ -23,6 +22,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 UNIVERSAL = "universal"
+POLL_S = 0.2
+LONGEST_S = 6 * 3600
 
 
 def make_universal(saved: Path, tag: str, ranks: Ranks) -> Path:
@@ -34,27 +35,44 @@ def make_universal(saved: Path, tag: str, ranks: Ranks) -> Path:
 
     Raises:
         RuntimeError: if DeepSpeed cannot convert it.
+        TimeoutError: if that takes longer than ``LONGEST_S``.
     """
-    final, problem = saved.with_name(f"{saved.name}-{UNIVERSAL}"), None
-    if ranks.is_first and not final.exists():
-        temporary, begin = saved.with_name(f"{files.TEMPORARY_PREFIX}{final.name}"), time.monotonic()
-        shutil.rmtree(temporary, ignore_errors=True)
-        # AdamW keeps no count that the conversion needs in the place where it looks for it.
-        command = [
-            sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state",
-            "--input_folder", str(saved / tag), "--output_folder", str(temporary / tag),
-        ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            problem = f"DeepSpeed cannot convert {saved / tag}: {said[-1]}"
-        else:
-            files.publish_folder(temporary, final)
-            log.info("%s converted for another number of ranks in %.0f s", saved, time.monotonic() - begin)
-    problem = ranks.broadcast(problem)
-    if problem:
-        raise RuntimeError(problem)
+    final = saved.with_name(f"{saved.name}-{UNIVERSAL}")
+    failed = final.with_name(f"{final.name}.failed")
+    if ranks.is_first:
+        failed.unlink(missing_ok=True)
+    if ranks.broadcast(final.exists()):
+        return final
+    if ranks.is_first:
+        _convert(saved, tag, final, failed)
+    # Not in a collective, whose time-out is that of a step: large models take longer.
+    begin = time.monotonic()
+    while not (final.exists() or failed.exists()):
+        if time.monotonic() - begin > LONGEST_S:
+            raise TimeoutError(f"rank 0 has not converted {saved} within {LONGEST_S} s")
+        time.sleep(POLL_S)
+    ranks.barrier()
+    if failed.exists():
+        raise RuntimeError(failed.read_text())
     return final
+
+
+def _convert(saved: Path, tag: str, final: Path, failed: Path) -> None:
+    """Make ``final``, or ``failed`` with the reason."""
+    # A name of its own: what a rank that was killed had started may still be writing.
+    temporary, begin = files.beside(final), time.monotonic()
+    # AdamW keeps no count that the conversion needs in the place where it looks for it.
+    command = [
+        sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state",
+        "--input_folder", str(saved / tag), "--output_folder", str(temporary / tag),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        files.write_text(failed, f"DeepSpeed cannot convert {saved / tag}: {said[-1]}")
+    else:
+        files.publish_folder(temporary, final)
+        log.info("%s converted for another number of ranks in %.0f s", saved, time.monotonic() - begin)
 
 
 def restore(engine: "DeepSpeedEngine", saved: Path, tag: str, world_size: int, strict: bool = True) -> None:

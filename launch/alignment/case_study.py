@@ -25,7 +25,8 @@ def case_study(job: MainJob, data: Prepared) -> dict[str, Any]:
     stages = Stages(job.run)
     before, after = (SequenceRecommender.from_pretrained(folder / MODEL) for folder in (stages.na, stages.final))
     protocol = job.rec.evaluate
-    found = [evaluate(model, data, "test", protocol) for model in (before, after)]
+    on = job.rec.train.on
+    found = [evaluate(model, data, "test", protocol, trained_on=on) for model in (before, after)]
     ranks, instances = torch.stack([metrics.ranks for metrics in found]), found[0].instances
     gain = ranks[0].log() - ranks[1].log()
     shown = ranks[1] <= 10

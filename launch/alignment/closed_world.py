@@ -37,6 +37,7 @@ def figures(job: MainJob) -> dict[str, Any]:
     attribute of every item.
     """
     stages, run = Stages(job.run), RunFolder(job.run)
+    steps = run.steps("train")
     data = training_data(job, Prepared.load(stages.data_folder(job.data)))
     driving = data.meta["options"]["driving"]
     found = {row["method"]: row[METRIC] for row in run.result()["rows"]}
@@ -55,7 +56,9 @@ def figures(job: MainJob) -> dict[str, Any]:
         "oracle": oracle[METRIC],
         "oracle_se": oracle[f"{METRIC}_se"],
         "gap_closed": gap_closed(na, aligned, oracle[METRIC]),
-        "steps_to_relevant": steps_to(run.steps("train"), f"said_{driving}", RELEVANT),
+        "steps_to_relevant": steps_to(steps, f"said_{driving}", RELEVANT),
+        "lag_steps_mean": sum(row["lag_steps_mean"] for row in steps) / len(steps),
+        "draw_effective_fraction_least": min(row["draw_effective_fraction"] for row in steps),
         # As it was measured before the first step.
         "precondition": next(iter(run.events(PRECONDITION)), None) or precondition(job, data),
     }
@@ -152,7 +155,8 @@ def draw(folder: Path, jobs: dict[tuple[int, str], MainJob]) -> Path:
 def _oracle(job: MainJob, data: Prepared, facts: list[str]) -> dict[str, float]:
     folder = job.run / "oracle"
     train_reading(job, data, catalog_texts(job, facts), folder, "Oracle")
-    return evaluate(SequenceRecommender.from_pretrained(folder / MODEL), data, "test", job.rec.evaluate).summary()
+    model, on = SequenceRecommender.from_pretrained(folder / MODEL), job.rec.train.on
+    return evaluate(model, data, "test", job.rec.evaluate, trained_on=on).summary()
 
 
 def _smooth(rows: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:

@@ -29,6 +29,7 @@ from rec.build import MODEL, build_model
 from rec.calibration import fit_temperature
 from rec.config import RecConfig
 from rec.data.builtin import BUILTIN, prepare_builtin
+from rec.data.prepare import META
 from rec.data.prepared import Prepared
 from rec.evaluation import evaluate
 from rec.item_encoder import KnowledgeConcat
@@ -40,6 +41,13 @@ from rec.runtime.stopping import StopFile
 from rec.trainer import train
 
 log = logging.getLogger(__name__)
+
+
+def require_the_same_data(job: MainJob, run: RunFolder) -> None:
+    """Raise a UserError if the job's data were prepared anew since ``run`` was begun; a finished run's may be gone."""
+    folder = Stages(job.run).data_folder(job.data)
+    if (folder / META).exists():
+        run.require_the_same_inputs({"data": Prepared.load(folder).meta["content_hash"]})
 
 
 class MainJobRun:
@@ -65,10 +73,13 @@ class MainJobRun:
         """
         with self.run.lock("launcher"):
             self.run.claim(self.job)
+            require_the_same_data(self.job, self.run)
             finished = self.run.result()
             if finished is not None:
                 log.info("%s is finished; --fresh starts over", self.run.path)
                 return finished
+            # Of the trainer that ended: nobody is to look for it, on a host that this one may not even reach.
+            self.stages.exchange.unlink(missing_ok=True)
             if not (stop_before_alignment or self._is_aligned()):
                 supervise.check_devices(self.job)
             stages: list[tuple[str, Callable[[], None]]] = [
@@ -142,6 +153,8 @@ class MainJobRun:
             found = precondition(self.job, self.data)
             self.run.log(PRECONDITION, **found)
             log.info("before alignment %s", tables.precondition(found))
+            if found["gap"] <= 2 * found["gap_se"]:
+                log.warning("the recommender rewards the relevant fact no more than others: there is nothing to learn")
 
     def align(self) -> None:
         """Algorithm 1, asynchronously: trainer and generator as processes of their own."""
@@ -195,7 +208,7 @@ class MainJobRun:
         model = SequenceRecommender.from_pretrained(folder)
         if texts is not None:
             self._texts(texts).tell(model.items)
-        metrics = evaluate(model, self.data, "test", self.job.rec.evaluate)
+        metrics = evaluate(model, self.data, "test", self.job.rec.evaluate, trained_on=self.job.rec.train.on)
         told = {"method": method, "model": self.job.rec.model.name, "protocol_hash": self._protocol.hash}
         return {**told, **metrics.summary()}
 

@@ -30,8 +30,8 @@ def precondition(job: MainJob, data: Prepared) -> dict[str, Any]:
     Returns:
         ``pairs``; ``temperature`` of the likelihoods; ``reward`` of each attribute, p(y|x,s) over its mean over the
         four; ``gap`` of the driving one to the mean of the others, with ``gap_se``; ``signal_to_noise``, its mean
-        surplus over its standard deviation; ``log_likelihood`` of each; ``best_share``, how often Eq. 5 would have the
-        driving attribute spoken of, by temperature.
+        surplus over its standard deviation, 0 where no text makes a difference; ``log_likelihood`` of each;
+        ``best_share``, how often Eq. 5 would have the driving attribute spoken of, by temperature.
     """
     stages, align = Stages(job.run), job.align
     driving = list(ATTRIBUTES).index(data.meta["options"]["driving"])
@@ -47,13 +47,14 @@ def precondition(job: MainJob, data: Prepared) -> dict[str, Any]:
     found = by_temperature[temperature]
     relative = (found - found.logsumexp(1, keepdim=True) + math.log(found.shape[1])).exp()
     gaps = relative[:, driving] - (relative.sum(1) - relative[:, driving]) / (relative.shape[1] - 1)
+    surplus, deviation = float((relative[:, driving] - 1).mean()), float(relative[:, driving].std())
     return {
         "pairs": len(ends),
         "temperature": temperature,
         "reward": dict(zip(ATTRIBUTES, relative.mean(0).tolist(), strict=True)),
         "gap": float(gaps.mean()),
         "gap_se": float(gaps.std() / math.sqrt(len(gaps))),
-        "signal_to_noise": float((relative[:, driving] - 1).mean() / relative[:, driving].std()),
+        "signal_to_noise": surplus / deviation if deviation else 0.0,
         "log_likelihood": dict(zip(ATTRIBUTES, found.mean(0).tolist(), strict=True)),
         "best_share": {str(value): float(best_mixture(own)[driving]) for value, own in sorted(by_temperature.items())},
     }

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from align.config import AlignConfig, MainJob, TrainerConfig, load_job
 from launch.alignment import closed_world, study_plot
-from launch.alignment.main_job import MainJobRun
+from launch.alignment.main_job import MainJobRun, require_the_same_data
 from launch.seeds import means
 from rec.data.builtin import BUILTIN
 from rec.data.prepare import Filters, prepare
@@ -115,6 +115,7 @@ class StudyRun:
     def _run(self, seed: int, name: str) -> dict[str, Any]:
         job = self.jobs[seed, name]
         done = job.run / STUDIED
+        require_the_same_data(job, RunFolder(job.run))
         if done.exists() and RunFolder(job.run).result() is not None:
             return files.read_json(done)
         log.info("%s, seed %d", name, seed)
@@ -152,6 +153,7 @@ def share_what_comes_before(job: MainJob) -> RunFolder:
     before = _before_alignment(job)
     common = job.run.parent / f"before-alignment-{_name(before)}"
     done = common / COMPLETE
+    require_the_same_data(job, RunFolder(common))
     if not done.exists():
         own = before.model_copy(update={"run": common})
         RunFolder(common).claim(own)

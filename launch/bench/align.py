@@ -26,6 +26,7 @@ from launch.alignment.main_job import MainJobRun
 from launch.alignment.study import share_what_comes_before
 from launch.alignment.summary import asynchronous
 from launch.bench.child import last_line
+from rec.runtime.config import Section
 from rec.runtime.errors import UserError
 from rec.runtime.runfolder import CONFIG, RunFolder
 
@@ -35,12 +36,26 @@ CEILING_SHARE, OFFLINE_SHARE = 0.85, 0.9
 DRAWN, OFFLINE = "drawn", "vLLM offline"
 OFFLINE_TIMEOUT_S = 3600
 OWN_CORES = ("align.generator.cpu_cores=1", "align.trainer.processes=1")
+IN_FILES = ("align.weights=files",)
 SYNCHRONOUS = ("align.refresh_every=1", "align.max_lag_steps=0")
 
 
+class Measured(Section):
+    """What the measurements of a folder are of: where each process runs is part of it."""
+
+    job: MainJob
+
+
 def run(recipe: Path, overrides: Sequence[str], steps: int, out: Path, command: str) -> dict[str, Any]:
-    """Measure what is not measured yet, and write ``result.json``."""
-    calls = load_job(recipe, overrides).align.generator.batches_per_call
+    """Measure what is not measured yet, and write ``result.json``.
+
+    Raises:
+        UserError: if there are too few steps or several generators, or ``out`` has the measurements of another recipe.
+    """
+    given = load_job(recipe, overrides).align.generator
+    calls = given.batches_per_call
+    if given.processes > 1:
+        raise UserError("align.generator.processes: recalign bench align measures one generator")
     if steps <= 2 * calls:
         raise UserError(f"--steps {steps}: more than {2 * calls} are needed, the first call is not measured")
     begin, folder = time.monotonic(), RunFolder(out)
@@ -48,6 +63,7 @@ def run(recipe: Path, overrides: Sequence[str], steps: int, out: Path, command: 
         overrides = [*OWN_CORES, *overrides]
     supervise.check_devices(_job(recipe, overrides, steps, out / "asynchronous", ()))
     with folder.lock("bench"):
+        folder.claim(Measured(job=_job(recipe, overrides, steps, Path("-"), ())))
         sync, pair = (
             _aligned(_job(recipe, overrides, steps, out / name, more))
             for name, more in (("synchronous", SYNCHRONOUS), ("asynchronous", ()))
@@ -113,8 +129,9 @@ def _trainer_alone(job: MainJob, into: Path) -> RunFolder:
 
 def _generator_alone(recipe: Path, overrides: Sequence[str], steps: int, out: Path) -> float:
     """Its rate under the first snapshot, which no bound on staleness makes it wait for."""
-    one_step = _aligned(_job(recipe, overrides, 1, out / "first-snapshot", ()))
-    unbounded = (f"align.refresh_every={steps}", f"align.max_lag_steps={steps}")
+    # Without a trainer there are no weights but those in files.
+    one_step = _aligned(_job(recipe, overrides, 1, out / "first-snapshot", IN_FILES))
+    unbounded = (*IN_FILES, f"align.refresh_every={steps}", f"align.max_lag_steps={steps}")
     job = _job(recipe, overrides, steps, out / "generator-alone", unbounded)
     _before_alignment(job)
     folder = RunFolder(job.run)

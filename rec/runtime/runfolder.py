@@ -5,6 +5,7 @@ import errno
 import fcntl
 import json
 import logging
+import math
 import os
 import resource
 import socket
@@ -72,6 +73,8 @@ class RunFolder:
         target = self.path / CONFIG
         if target.exists() and not is_run_config(target):
             raise UserError(f"{target} is not a run's; use another run folder")
+        if not target.exists() and (self.path / RESULT).exists():
+            refuse_unless_told(f"{self.path} holds a {RESULT} of nobody knows what recipe", "use another run folder")
         if target.exists():
             now, ignored = recipe.model_dump(mode="json"), ("run", *recipe.placement, *recipe.selection)
             before, after = (config.without(content, ignored) for content in (config.read_recipe(target), now))
@@ -150,18 +153,20 @@ class RunFolder:
         claims: list[dict[str, Any]] | None = None,
         **more: Any,
     ) -> dict[str, Any]:
-        """Write ``result.json``, the final figures of a run, and return them."""
+        """Write ``result.json``, the final figures of a run, and return them; a figure that is none is null."""
         peak_kib = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-        result = {
-            "command": command,
-            "config_hash": config_hash,
-            "protocol": protocol,
-            "rows": rows,
-            "claims": claims or [],
-            "wall_s": round(wall_s, 1),
-            "peak_rss_bytes": peak_kib * 1024,
-            **more,
-        }
+        result = _as_json(
+            {
+                "command": command,
+                "config_hash": config_hash,
+                "protocol": protocol,
+                "rows": rows,
+                "claims": claims or [],
+                "wall_s": round(wall_s, 1),
+                "peak_rss_bytes": peak_kib * 1024,
+                **more,
+            }
+        )
         files.write_json(self.path / RESULT, result)
         return result
 
@@ -254,3 +259,12 @@ def _first_difference(before: Any, now: Any, path: str = "") -> str:
             if before.get(key) != now.get(key):
                 return _first_difference(before.get(key), now.get(key), f"{path}.{key}".lstrip("."))
     return f"{path}: {before!r} there, {now!r} now"
+
+
+def _as_json(content: Any) -> Any:
+    """The same with null for every number that JSON has none for."""
+    if isinstance(content, dict):
+        return {key: _as_json(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_as_json(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -86,6 +87,17 @@ def test_what_comes_before_alignment_is_done_once_for_those_that_have_it_in_comm
     assert fewer["rows"] == [row for row in result["rows"] if (row["seed"], row["variant"]) == (4, "plain")]
     with pytest.raises(UserError, match="holds a run of another recipe"):
         StudyRun(recipe, ["seeds=[4]", "job.rec.train.epochs=7"]).execute("test")
+
+
+def test_a_study_does_not_go_on_with_data_that_were_prepared_anew(recipe, small_data, tmp_path):
+    shutil.copytree(small_data.folder, tmp_path / "data")
+    overrides = [f"job.data={tmp_path / 'data'}", "seeds=[3]"]
+    StudyRun(recipe, [*overrides, "variants={plain: []}"]).execute("test")
+    meta = json.loads((tmp_path / "data" / "meta.json").read_text())
+    (tmp_path / "data" / "meta.json").write_text(json.dumps(meta | {"content_hash": "another"}))
+    for variants in ("{plain: []}", "{slow: [align.refresh_every=100]}"):  # done already; what comes before is
+        with pytest.raises(UserError, match=r"reads were made anew since it was begun"):
+            StudyRun(recipe, [*overrides, f"variants={variants}"]).execute("test")
 
 
 def test_another_recommender_shares_the_llm_and_another_llm_the_recommender(recipe):

@@ -1,7 +1,9 @@
 """Configuration, run folders and checkpoints: what a kill or a typo can and cannot do."""
 
 import errno
+import json
 import logging
+import math
 import multiprocessing
 import os
 import random
@@ -99,6 +101,33 @@ def test_a_folder_of_another_recipe_is_refused_and_the_key_named(tmp_path):
     run.claim(Outer())
     with pytest.raises(UserError, match=r"train\.lr: 0\.001 there, 0\.01 now"):
         run.claim(Outer(train=Inner(lr=0.01)))
+
+
+def test_a_result_is_taken_for_no_recipe_but_its_own(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path / "run")
+    folder.claim(Outer())
+    folder.write_result("test", "hash", {}, [], 1.0)
+    (folder.path / "config.yaml").unlink()
+    with pytest.raises(UserError, match=r"holds a result.json of nobody knows what recipe"):
+        folder.claim(Outer())
+    monkeypatch.setenv("RECALIGN_RESUME_ANYWAY", "1")
+    folder.claim(Outer())
+
+
+def test_inputs_that_were_made_anew_are_refused(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.require_the_same_inputs({"data": "1"})
+    folder.require_the_same_inputs({"data": "1"})
+    with pytest.raises(UserError, match=r"were made anew since it was begun: start over with --fresh"):
+        folder.require_the_same_inputs({"data": "2"})
+
+
+def test_a_figure_that_is_none_is_null_in_the_result(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    written = folder.write_result("test", "hash", {}, [{"x": math.nan, "y": (math.inf, 1)}], 1.0, more={"z": -math.inf})
+    text = (folder.path / "result.json").read_text()
+    assert json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON")) == written
+    assert (written["rows"], written["more"]) == ([{"x": None, "y": [None, 1]}], {"z": None})
 
 
 def test_a_metrics_line_that_a_full_disk_cut_spoils_no_other(tmp_path, monkeypatch):
