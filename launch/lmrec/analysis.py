@@ -101,13 +101,20 @@ def draw_sizes(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def draw_eigenvalues(path: Path, found: dict[str, list[float]]) -> None:
-    """Fig. 5: densities of the eigenvalues of every variant."""
+    """Fig. 5: densities of the eigenvalues of every variant, on an inverse hyperbolic sine axis: those of one may be a
+    hundred times another's, and some are negative."""
     figure, axis = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    whole = np.concatenate([np.array(values) for values in found.values()])
-    places = np.linspace(whole.min() - np.ptp(whole) / 5 - 1e-9, whole.max() + np.ptp(whole) / 5 + 1e-9, 400)
-    for name, values in found.items():
-        axis.plot(places, density(np.array(values), places), label=name)
-    axis.set(xlabel="top Hessian eigenvalues", ylabel="density")
+    unit = float(np.median(np.abs(np.concatenate([*found.values()])))) or 1.0
+    shown = {name: np.arcsinh(np.array(values) / unit) for name, values in found.items()}
+    whole = np.concatenate([*shown.values()])
+    places = np.linspace(whole.min() - 1, whole.max() + 1, 400)
+    for name, values in shown.items():
+        axis.plot(unit * np.sinh(places), density(values, places), label=name)
+    axis.set_xscale("asinh", linear_width=unit)
+    ends = unit * np.sinh(places[[0, -1]])
+    powers = 10.0 ** np.arange(np.ceil(np.log10(unit)), np.log10(np.abs(ends).max()))
+    axis.set_xticks([*-powers, 0, *powers])
+    axis.set(xlim=ends, xlabel="top Hessian eigenvalues", ylabel="density on this axis")
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
     _save(figure, path)
