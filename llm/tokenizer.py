@@ -53,8 +53,8 @@ def load_tokenizer(model: str | Path, has_end: bool = True) -> PreTrainedTokeniz
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(model))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"{model} has no usable tokenizer: {first}") from error
+        first, place = str(error).strip().splitlines()[0], "" if Path(model).exists() else ", which is no folder here,"
+        raise UserError(f"{model}{place} has no usable tokenizer: {first}") from error
     if has_end and tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {model} has no end-of-sequence token")
     if tokenizer.pad_token_id is None:
