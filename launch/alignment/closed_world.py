@@ -40,7 +40,8 @@ def figures(job: MainJob) -> dict[str, Any]:
     steps = run.steps("train")
     data = training_data(job, Prepared.load(stages.data_folder(job.data)))
     driving = data.meta["options"]["driving"]
-    found = {row["method"]: row[METRIC] for row in run.result()["rows"]}
+    result = run.result()
+    found = {row["method"]: row[METRIC] for row in result["rows"]}
     oracle = _oracle(job, data, data.items[driving].to_pylist())
     na, aligned = found["Base+NA_LLM"], found["Base+SeRALM"]
     before, after = (shares(data, path) for path in (stages.na_knowledge, stages.final_knowledge))
@@ -57,7 +58,7 @@ def figures(job: MainJob) -> dict[str, Any]:
         "oracle_se": oracle[f"{METRIC}_se"],
         "gap_closed": gap_closed(na, aligned, oracle[METRIC]),
         "steps_to_relevant": steps_to(steps, f"said_{driving}", RELEVANT),
-        "lag_steps_mean": sum(row["lag_steps_mean"] for row in steps) / len(steps),
+        "lag_steps_mean": result["asynchronous"]["lag_steps_mean"],
         "draw_effective_fraction_least": min(row["draw_effective_fraction"] for row in steps),
         # As it was measured before the first step.
         "precondition": next(iter(run.events(PRECONDITION)), None) or precondition(job, data),

@@ -30,7 +30,7 @@ from rec.calibration import fit_temperature
 from rec.config import RecConfig
 from rec.data.builtin import BUILTIN, prepare_builtin
 from rec.data.prepare import META
-from rec.data.prepared import Prepared
+from rec.data.prepared import Prepared, read_meta
 from rec.evaluation import evaluate
 from rec.item_encoder import KnowledgeConcat
 from rec.models.base import SequenceRecommender
@@ -47,7 +47,7 @@ def require_the_same_data(job: MainJob, run: RunFolder) -> None:
     """Raise a UserError if the job's data were prepared anew since ``run`` was begun; a finished run's may be gone."""
     folder = Stages(job.run).data_folder(job.data)
     if (folder / META).exists():
-        run.require_the_same_inputs({"data": Prepared.load(folder).meta["content_hash"]})
+        run.require_the_same_inputs({"data": read_meta(folder)["content_hash"]})
 
 
 class MainJobRun:

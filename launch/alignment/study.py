@@ -24,7 +24,7 @@ from rec.data.builtin import BUILTIN
 from rec.data.prepare import Filters, prepare
 from rec.data.readers import closed_world as world
 from rec.runtime import files
-from rec.runtime.config import Section, apply_overrides, build, hash_of, read_recipe
+from rec.runtime.config import Section, apply_overrides, build, hash_of, leave_out_nulls, read_recipe
 from rec.runtime.errors import UserError
 from rec.runtime.runfolder import RunFolder
 
@@ -48,7 +48,7 @@ class Study(Section):
     seeds: list[int] = Field([0, 1, 2], min_length=1)
     """Of everything; of a closed world, of the world too."""
     variants: dict[str, list[str]] = Field({"SeRALM": []}, min_length=1)
-    """Overrides of the job's keys, by a name."""
+    """Overrides of the job's keys, by a name; null leaves out one of the recipe's: ``variants.LightSANs=null``."""
 
 
 class StudyRun:
@@ -62,7 +62,8 @@ class StudyRun:
     def __init__(self, path: Path, overrides: Sequence[str] = ()) -> None:
         of_job = [override.removeprefix("job.") for override in overrides if override.startswith("job.")]
         of_study = [override for override in overrides if not override.startswith("job.")]
-        self.study = build(Study, apply_overrides(read_recipe(path), of_study))
+        given = read_recipe(path)
+        self.study = build(Study, leave_out_nulls(apply_overrides(given, of_study), given, "variants"))
         self.out = self.study.run
         recipe = path.parent / self.study.job
         # Every recipe is checked before the first one runs.

@@ -9,9 +9,8 @@ from llm.lmrec_job import LMRecJob, is_recformer
 from llm.mixture import Source
 from llm.recformer.job import RecformerJob
 from rec.data.builtin import BUILTIN
-from rec.data.prepared import META
+from rec.data.prepared import META, read_meta
 from rec.job import RecJob, grid_of
-from rec.runtime import files
 from rec.runtime.config import build, hash_of, read_recipe
 from rec.runtime.errors import UserError
 from rec.runtime.runfolder import CONFIG
@@ -33,7 +32,7 @@ class Identity:
         gone = [str(folder) for folder in self.data if not (folder / META).is_file()]
         if gone:
             return [*found, f"data that is gone ({', '.join(gone)})"]
-        now = self.combine([files.read_json(folder / META)["content_hash"] for folder in self.data])
+        now = self.combine([read_meta(folder)["content_hash"] for folder in self.data])
         if "data_hash" in meta and meta["data_hash"] != now:
             found.append(f"other data ({meta['data_hash']}, now {now} in {', '.join(map(str, self.data))})")
         return found

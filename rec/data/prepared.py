@@ -22,6 +22,20 @@ Split = Literal["valid", "test"]
 PART_OF: dict[Split, int] = {"valid": VALID, "test": TEST}
 
 
+def read_meta(folder: Path) -> dict[str, Any]:
+    """A prepared folder's ``meta.json``.
+
+    Raises:
+        UserError: if it is none, the file is unreadable, or another version of recalign prepared it.
+    """
+    if not (folder / META).is_file():
+        raise UserError(f"{folder} is no prepared folder (no {META}); make one with 'recalign prepare'")
+    with _damage_is_one_line(folder):
+        meta = files.read_json(folder / META)
+        require_schema(meta, folder)
+    return meta
+
+
 @dataclass(frozen=True)
 class Prepared:
     """Sequences, parts and items of one data set.
@@ -59,11 +73,8 @@ class Prepared:
             UserError: if it is none, a file of it is missing, unreadable or belongs to another folder, or another
                 version of recalign prepared it.
         """
-        if not (folder / META).is_file():
-            raise UserError(f"{folder} is no prepared folder (no {META}); make one with 'recalign prepare'")
+        meta = read_meta(folder)
         with _damage_is_one_line(folder):
-            meta = files.read_json(folder / META)
-            require_schema(meta, folder)
             items = parquet.read_table(folder / ITEMS)
             interactions = parquet.read_table(folder / INTERACTIONS, columns=["user", "item", "part"])
             sizes = np.bincount(interactions["user"].to_numpy())

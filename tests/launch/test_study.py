@@ -133,6 +133,13 @@ def test_overrides_of_the_study_and_of_its_jobs(recipe, tmp_path):
     assert job.run == tmp_path / "out" / "seed-5" / "one"
 
 
+def test_a_variant_that_is_null_is_left_out(recipe):
+    found = {name for _, name in StudyRun(recipe, ["variants.slow=null", "variants.aside=null"]).jobs}
+    assert found == {"plain", "dropout", "aside and slow"}
+    with pytest.raises(UserError, match=r"variants\.slwo=null: there is none to leave out; there are: "):
+        StudyRun(recipe, ["variants.slwo=null"])
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
