@@ -112,8 +112,14 @@ def why(said: str) -> str:
 
 
 def generate(job: MainJob) -> None:
-    """Run the generator alone, until every batch is written; raises what ``align`` does."""
-    _watch(job, RunFolder(job.run), [_generator(job, 0)])
+    """Run the generator alone, until every batch is written.
+
+    Raises:
+        TimeoutError: if no batch comes for ``align.wait_timeout_s``: here no trainer waits for it.
+        UserError, RuntimeError: as ``align`` does.
+    """
+    generator = _generator(job, 0)
+    _watch(job, RunFolder(job.run), [generator], _Stalled(generator, job.align.wait_timeout_s))
 
 
 def align(job: MainJob) -> None:
@@ -132,8 +138,24 @@ def replay(job: MainJob, into: Path) -> None:
     _watch(job, RunFolder(into), [_trainer(job, into)])
 
 
-def _watch(job: MainJob, run: RunFolder, children: list[Child]) -> None:
-    """Start the jobs and watch them until the first of them is done."""
+class _Stalled:
+    """Called again and again, raises a TimeoutError once a job has got no further for ``timeout_s``."""
+
+    def __init__(self, child: Child, timeout_s: float) -> None:
+        self.child, self.timeout_s = child, timeout_s
+        self.place, self.since = child.place(), time.monotonic()
+
+    def __call__(self) -> None:
+        place = self.child.place()
+        if place != self.place:
+            self.place, self.since = place, time.monotonic()
+        elif time.monotonic() - self.since > self.timeout_s:
+            name, path = self.child.name, self.child.log_path
+            raise TimeoutError(f"waited {self.timeout_s:.0f} s for the {name} to get any further; see {path}")
+
+
+def _watch(job: MainJob, run: RunFolder, children: list[Child], look: Callable[[], None] = lambda: None) -> None:
+    """Start the jobs and watch them until the first of them is done; ``look`` is called meanwhile."""
     first = children[0]
     try:
         for child in children:
@@ -142,6 +164,7 @@ def _watch(job: MainJob, run: RunFolder, children: list[Child]) -> None:
             follow = Follower(run)
             while first.process.poll() != 0:
                 watch_once(children, job.align.max_restarts, run)
+                look()
                 row = follow.newest("train")
                 if row:
                     lag, wait = row["lag_steps"], row["waited_s"]

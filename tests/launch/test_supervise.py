@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from align.config import MainJob
+from launch import supervise
 from launch.alignment.main_job import MainJobRun
 from launch.alignment.summary import verdict
 from launch.supervise import Child, cpu_split, watch_once
@@ -106,6 +107,15 @@ def test_a_generator_is_left_alone_when_the_trainer_died_of_something_else(tmp_p
     trainer.process.wait(60)
     watch_once([trainer, generator], 3, RunFolder(tmp_path))
     assert generator.process.pid == same
+
+
+def test_a_generator_that_hangs_alone_is_given_up_on(tmp_path, monkeypatch):
+    hanging = child(tmp_path, "generator", "import time; time.sleep(1000)")
+    monkeypatch.setattr(supervise, "_generator", lambda job, number: hanging)
+    content = {"data": "x", "run": str(tmp_path), "align": {"wait_timeout_s": 1}}
+    with pytest.raises(TimeoutError, match=r"waited 1 s for the generator to get any further; see .*generator.log"):
+        supervise.generate(build(MainJob, content))
+    assert hanging.process.poll() is not None
 
 
 def test_a_generator_that_ended_although_a_batch_is_missing_is_started_again(tmp_path, stopped):
