@@ -157,24 +157,35 @@ class TwoBranch(SequenceRecommender):
 
     def states_at(self, items: Tensor, where: Tensor, knowledge: Tensor | None = None) -> Tensor:
         rows, places = where.nonzero(as_tuple=True)
-        steps = torch.arange(items.shape[1], device=items.device)
-        prefixes = items[rows] * (steps <= places[:, None])
-        return self.last_states(prefixes, places + 1, None if knowledge is None else knowledge.index_select(0, rows))
+        if self.config.attention == "reference":  # it looks at padding, of which every prefix has its own
+            steps = torch.arange(items.shape[1], device=items.device)
+            prefixes = items[rows] * (steps <= places[:, None])
+            given = None if knowledge is None else knowledge.index_select(0, rows)
+            return self.last_states(prefixes, places + 1, given)
+        self.check_length(items)
+        # Once for all prefixes of a history.
+        read = self.norm(self.items(items, knowledge))[:, : int(places.max()) + 1]
+        return self._last_states(read.index_select(0, rows), places + 1)
 
     def last_states(self, items: Tensor, lengths: Tensor, knowledge: Tensor | None = None) -> Tensor:
         self.check_length(items)
-        reference = self.config.attention == "reference"
         # While a graph is traced there are no lengths to look at; padding changes no state, it only costs time.
         longest = items.shape[1] if torch.compiler.is_exporting() else int(lengths.max())
-        length = self.config.max_length if reference else longest
+        length = self.config.max_length if self.config.attention == "reference" else longest
         extra = length - items.shape[1]
         items = F.pad(items, (0, extra))
-        inside = torch.arange(length, device=items.device) < lengths[:, None]
         if knowledge is not None:
             # Padding has no knowledge; the reference would read it.
+            inside = torch.arange(length, device=items.device) < lengths[:, None]
             knowledge = F.pad(knowledge, (0, 0, 0, extra)) * inside[..., None]
-        x = dropout(self.norm(self.items(items, knowledge)), self.config.dropout, self.training)
-        positions, mask = self.positions.weight[:length], None if reference else inside
+        return self._last_states(self.norm(self.items(items, knowledge)), lengths)
+
+    def _last_states(self, read: Tensor, lengths: Tensor) -> Tensor:
+        """[B, D] of histories whose items were read as ``read`` [B, L, D]; what is behind ``lengths`` is padding."""
+        x = dropout(read, self.config.dropout, self.training)
+        positions = self.positions.weight[: read.shape[1]]
+        inside = torch.arange(read.shape[1], device=read.device) < lengths[:, None]
+        mask = None if self.config.attention == "reference" else inside
         for layer in self.layers[:-1]:
             x = layer(x, positions, mask)
         return self.layers[-1](x, positions, mask, lengths - 1).squeeze(1)
