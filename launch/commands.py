@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rec.runtime.errors import UserError
@@ -53,20 +53,38 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def delete_run(folder: Path) -> None:
-    """Delete a run folder that nobody is using.
+    """Delete a run folder that nobody is using; raises what ``replacing`` does."""
+    with replacing(folder):
+        pass
+
+
+@contextlib.contextmanager
+def replacing(folder: Path) -> Iterator[None]:
+    """A run folder that nobody is using lies elsewhere meanwhile; at the end it is deleted, after an error put back.
 
     Raises:
         UserError: if it is none, or in use.
     """
+    from rec.runtime.files import TEMPORARY_PREFIX
     from rec.runtime.runfolder import CONFIG, RunFolder, is_run_config
 
     if not folder.exists():
+        yield
         return
-    if not folder.is_dir() or (not is_run_config(folder / CONFIG) and any(folder.iterdir())):
+    content = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+    if not is_run_config(folder / CONFIG) and content - {"slurm"}:  # which a job that never began leaves alone
         raise UserError(f"{folder} is no run folder (no {CONFIG} that a run wrote); not deleting it")
-    run = RunFolder(folder)
+    run, aside = RunFolder(folder), folder.with_name(f"{TEMPORARY_PREFIX}{folder.name}")
     roles = [path.name.removeprefix(".").removesuffix(".lock") for path in folder.glob(".*.lock")]
     with contextlib.ExitStack() as held:
         for role in {"launcher", "trainer", "generator", *roles}:
             held.enter_context(run.lock(role))
-        shutil.rmtree(folder)
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+        try:
+            yield
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            aside.rename(folder)
+            raise
+        shutil.rmtree(aside)

@@ -21,6 +21,7 @@ from llm.knowledge import KnowledgeFile, fingerprint
 from llm.text_encoder import TextEncoder
 from llm.text_items import vectors_by
 from rec.build import MODEL
+from rec.data.builtin import BUILTIN, prepare_builtin
 from rec.data.prepared import Prepared
 from rec.models.base import Recommender
 from rec.runtime import config, files
@@ -54,7 +55,10 @@ def run(
     """
     job = load_job(source / CONFIG if source.is_dir() else source)
     stages = Stages(job.run)
+    files.require_writable(out)
     folder = data or stages.data_folder(job.data)
+    if data is None and job.data in BUILTIN:
+        prepare_builtin(job.data, folder)
     Prepared.load(folder)  # says what is wrong before anything heavy starts
     original = original or not source.is_dir()
     model, version = _model(job, stages, original)
@@ -90,7 +94,8 @@ def generate(
         "--data", str(data), "--version", version, "--out", str(out), "--shard", f"{shard[0]}/{shard[1]}",
     ]  # fmt: skip
     log_path.parent.mkdir(parents=True, exist_ok=True)
-    with log_path.open("wb") as stream:
+    with log_path.open("ab") as stream:
+        begin = stream.tell()
         process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, preexec_fn=die_with_parent)
     try:
         code = _wait(process, KnowledgeFile(out).parts)
@@ -100,7 +105,7 @@ def generate(
     if code is None:
         raise RuntimeError(f"waited {STALLED_S:.0f} s for vLLM to write more texts for {out}; see {log_path}")
     if code:
-        cause = supervise.last_words(log_path)
+        cause = supervise.last_words(log_path, begin)
         raise RuntimeError(f"generation ended with exit code {code}: {cause}; see {log_path}")
 
 

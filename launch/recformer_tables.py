@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
-from launch.tables import console
+from launch.tables import console, with_error
 
 
 def print_stages(result: dict[str, Any], run: Path) -> None:
@@ -16,9 +16,7 @@ def print_stages(result: dict[str, Any], run: Path) -> None:
         names = [name for name in rows[0] if name.partition("@")[0] in ("HR", "NDCG") and not name.endswith("_se")]
         table = Table("stage", "protocol", *names, title="RECFORMER, test items")
         for row in rows:
-            table.add_row(
-                row["stage"], row["protocol"], *(f"{row[name]:.4f} ± {row[f'{name}_se']:.4f}" for name in names)
-            )
+            table.add_row(row["stage"], row["protocol"], *(with_error(row, name) for name in names))
         out.print(table)
     for row in result["rows"]:
         if row["part"] == "valid":

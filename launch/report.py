@@ -95,7 +95,8 @@ def _protocol(protocol: dict[str, Any]) -> str:
 
 
 def compare(sections: Sequence[dict[str, Any]]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """One table for all runs under the same protocol on the same data; figures of others do not belong there.
+    """One table for all runs under the same protocol on the same data; figures of others do not belong there, nor of
+    runs that do not say on which data they are.
 
     Returns:
         For each of them that holds more than one run: what they have in common, column names and cells.
@@ -105,6 +106,8 @@ def compare(sections: Sequence[dict[str, Any]]) -> list[tuple[str, list[str], li
         result = section["result"]
         data = text_of({key: value for key, value in result.get("data", {}).items() if key in DATA})
         common = result.get("protocol", {}).get("hash", ""), data
+        if not data:
+            continue
         for row in result.get("means") or result.get("rows", []):
             if all(name in row for name in METRIC_NAMES):
                 groups.setdefault(common, []).append((section["name"], row))
@@ -113,7 +116,7 @@ def compare(sections: Sequence[dict[str, Any]]) -> list[tuple[str, list[str], li
         if len({name for name, _ in rows}) < 2:
             continue
         told = [{"run": name, **_identity(row), **_metrics(row)} for name, row in rows]
-        found.append((f"protocol {protocol}; {data}" if data else f"protocol {protocol}", *table_of(told)))
+        found.append((f"protocol {protocol}; {data}", *table_of(told)))
     return found
 
 

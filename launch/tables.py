@@ -127,7 +127,7 @@ def print_study(result: dict[str, Any]) -> None:
     out, metrics = console(), [name for name in ("HR@10", "NDCG@10") if name in result["means"][0]]
     table = Table("variant", "method", "seeds", *metrics, caption="± is the standard error over seeds")
     for row in result["means"]:
-        figures = (f"{row[name]:.4f}" + _plus_minus(row[f"{name}_se"]) for name in metrics)
+        figures = (with_error(row, name) for name in metrics)
         table.add_row(row["variant"], f"{row['model']} {row['method']}", str(row["seeds"]), *figures)
     out.print(table)
     if "world" in result:
@@ -174,15 +174,18 @@ def _world_table(worlds: list[dict[str, Any]]) -> Table:
 
 def precondition(found: dict[str, Any]) -> str:
     """What ``launch.alignment.precondition`` found, as one line."""
+    noise = "unknown" if found["signal_to_noise"] is None else f"{found['signal_to_noise']:.2f}"
     shares = ", ".join(f"{share:.0%} at temperature {float(value):.3g}" for value, share in found["best_share"].items())
     return (
         f"the relevant fact gets {found['gap']:+.3f} ± {found['gap_se']:.3f} more reward than the others (signal to"
-        f" noise {found['signal_to_noise']:.2f}, {found['pairs']:,} pairs); Eq. 5 would best state it in {shares}"
+        f" noise {noise}, {found['pairs']:,} pairs); Eq. 5 would best state it in {shares}"
     )
 
 
-def _plus_minus(error: float | None) -> str:
-    return "" if error is None else f" ± {error:.4f}"
+def with_error(row: dict[str, Any], name: str) -> str:
+    """A figure and its standard error, if that is known: of a single seed or user it is not."""
+    error = row[f"{name}_se"]
+    return f"{row[name]:.4f}" if error is None else f"{row[name]:.4f} ± {error:.4f}"
 
 
 def _best_epoch(training: dict[str, Any]) -> str:
@@ -218,4 +221,4 @@ def _metric_order(name: str) -> tuple[int, int]:
 
 
 def _figure(row: dict[str, Any], name: str) -> str:
-    return f"{row[name]:.4f} ± {row[name + '_se']:.4f}" if name in row else "-"
+    return with_error(row, name) if name in row else "-"

@@ -44,6 +44,7 @@ def write(
     Raises:
         UserError: if there is no such model, or an option does not fit it.
     """
+    files.require_writable(out)
     prepared, job = Prepared.load(data), _recformer_run(source, item_text)
     if job is not None:
         stage = _stage_of(job, stage)

@@ -45,13 +45,19 @@ def build_model(
     return model
 
 
+def same_data(finished: dict[str, Any], data: Prepared) -> bool:
+    """Whether what ``finished.json`` says is of a training on the very content of ``data``."""
+    now = data.meta["content_hash"]
+    return finished.get("data_hash", now) == now
+
+
 def _take_weights(model: Recommender, train: TrainConfig, data: Prepared) -> None:
     """Load the weights of the finished run ``train.start``, which may have kept its items' vectors frozen."""
     start, here = train.start, f"rec.train.start: {train.start}"
     if not (start / FINISHED).is_file():
         raise UserError(f"{here} holds no finished recommender (no {FINISHED})")
     facts = files.read_json(start / FINISHED)
-    if facts.get("data_hash", data.meta["content_hash"]) != data.meta["content_hash"]:
+    if not same_data(facts, data):
         raise UserError(f"{here} was trained on other data than {data.folder} holds")
     if facts.get("trained_on", "train") != "train" and train.on == "train":
         raise UserError(f"{here} was trained on the validation items, which are to stop by: set train.on=train+valid")

@@ -20,9 +20,11 @@ def compare(one: Metrics, other: Metrics, draws: int = DRAWS) -> dict[str, dict[
     that no number of draws makes it zero.
 
     Raises:
-        UserError: if they have no instance in common.
+        UserError: if they have no instance in common, or those of one user alone, which say nothing of others.
     """
     one, other = paired(one, other)
+    if len(one.users.unique()) < 2:
+        raise UserError("the two evaluations have one user in common: nothing can be said of others by that")
     values, others = one.values(), other.values()
     return bootstrap({name: values[name] - others[name] for name in values if name in others}, one.users, draws)
 

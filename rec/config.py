@@ -102,6 +102,8 @@ class RecConfig(Section):
             raise ValueError(f"{self.model.name} has a loss of its own: leave rec.loss out")
         if unused := self.loss.unused():
             raise ValueError(f"loss.{unused[0]} is no option of {self.loss.name}: leave it out")
+        if idle := self.evaluate.unused():
+            raise ValueError(f"evaluate.{idle[0]} decides nothing beside the rest of evaluate: leave it out")
         if train.windows == "last" and model.samples not in WINDOWED:
             raise ValueError(f"{self.model.name} is not trained on windows: leave train.windows out")
         if train.prefixes_per_user is not None and model.samples not in PREFIXED:

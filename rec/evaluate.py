@@ -6,6 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from rec.batches import fit_ends
 from rec.breakdown import break_down
 from rec.compare import compare, paired
 from rec.evaluation import Metrics, evaluate_many, require_cutoffs
@@ -44,7 +45,7 @@ def evaluate_run(
             "part": part,
             "model": run.model.architecture,
             "trained_on": run.trained_on,
-            "remarks": remarks(run, protocols[name]),
+            "remarks": remarks(run, protocols[name], part),
             "instances": len(metrics.ranks),
             "metrics": metrics.summary(),
             "groups": break_down(metrics, run.data, part, run.trained_on),
@@ -107,7 +108,7 @@ def compare_runs(
     return found
 
 
-def remarks(run: FinishedRun, protocol: Protocol) -> list[str]:
+def remarks(run: FinishedRun, protocol: Protocol, part: Part) -> list[str]:
     """How the run differs from what the protocol is meant for; its figures are then not that protocol's."""
     found, own = [], protocol.of_run(run.data, run.trained_on)
     if protocol.split not in (None, own.split):
@@ -116,6 +117,19 @@ def remarks(run: FinishedRun, protocol: Protocol) -> list[str]:
         found.append(f"meant for models trained on {protocol.trained_on}, this one was on {own.trained_on}")
     if protocol.candidates == "sampled":
         found.append("sampled candidates: not comparable with full ranking, and may order models differently")
+    if run.model.samples == "pairs":
+        found += _remarks_of_pairs(run, protocol, part)
+    return found
+
+
+def _remarks_of_pairs(run: FinishedRun, protocol: Protocol, part: Part) -> list[str]:
+    """Of a model that knows users by number alone."""
+    found, users = [], run.data.instances(part)[0].unique()
+    strangers = int((fit_ends(run.data, run.trained_on)[users] == run.data.offsets[users]).sum())
+    if strangers:
+        found.append(f"{strangers} of {len(users)} users are not trained on: their lists are noise")
+    if protocol.candidates == "all" and protocol.seen == "rank":
+        found.append("seen items are ranked, which such a model has learnt to put first: RecBole leaves them out here")
     return found
 
 

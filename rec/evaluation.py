@@ -56,20 +56,20 @@ class Metrics:
             values["MRR"] = 1 / self.ranks
         return values
 
-    def summary(self) -> dict[str, float]:
-        """Means over instances and their standard errors (``NAME`` and ``NAME_se``).
+    def summary(self) -> dict[str, float | None]:
+        """Means over instances and their standard errors (``NAME`` and ``NAME_se``; None of a single user).
 
         A user's instances are no independent draws, users are: with one instance a user this is the plain standard
         error, with several the cluster-robust one.
         """
         owners = self.users.unique(return_inverse=True)[1]
         count = int(owners.max()) + 1 if len(owners) else 0
-        result = {}
+        result: dict[str, float | None] = {}
         for name, value in self.values().items():
             result[name] = float(value.mean())
             residuals = torch.zeros(count, dtype=torch.double).index_add_(0, owners, value - value.mean())
             spread = residuals.square().sum() * count / max(1, count - 1)
-            result[f"{name}_se"] = float(spread.sqrt() / max(1, len(value)))
+            result[f"{name}_se"] = float(spread.sqrt() / len(value)) if count > 1 else None
         return result
 
     def __getitem__(self, name: str) -> float:
@@ -122,6 +122,8 @@ def evaluate_many(
     if not len(chosen):
         raise UserError(f"{data.folder} has no {part} items to rank")
     counts, was_training = fit_counts(data, trained_on), model.training
+    for protocol in protocols.values():
+        _require_warm(protocol, data, part, counts, chosen)
     model.eval()
     rankers = {name: Ranker(protocol, data, part, counts) for name, protocol in protocols.items()}
     ranks = {name: torch.full((len(ends),), torch.inf, dtype=torch.double) for name in protocols}
@@ -181,6 +183,16 @@ def require_cutoffs(protocol: Protocol, data: Prepared, whose: str) -> None:
         )
 
 
+def _require_warm(protocol: Protocol, data: Prepared, part: Part, counts: Tensor, instances: Tensor) -> None:
+    """Raise a UserError if the protocol drops every target of ``instances``: ``counts`` has none of them."""
+    targets = data.targets(part)[instances]
+    if protocol.cold_targets == "drop" and len(targets) and not counts[targets].any():
+        raise UserError(
+            f"all {len(targets)} {part} items of {data.folder} are cold, they never occur in training: nothing is left"
+            " to rank unless they are ranked too (cold_targets=rank)"
+        )
+
+
 def require_possible(
     config: EvaluateConfig, data: Prepared, trained_on: TrainedOn = "train", parts: Sequence[Part] = ("test",)
 ) -> None:
@@ -190,5 +202,7 @@ def require_possible(
     for name in ("split", "trained_on"):
         if getattr(config, name) not in (None, getattr(own, name)):
             raise UserError(f"rec.evaluate.{name} is {getattr(config, name)}, that of this run is {getattr(own, name)}")
+    counts = fit_counts(data, trained_on)
     for part in parts:
         require_negatives(config, data, part)
+        _require_warm(config, data, part, counts, torch.arange(len(data.targets(part))))

@@ -75,8 +75,7 @@ def check_names(source: Path, out: Path) -> None:
         raise UserError(f"histories not found: {source}")
     if out.suffix not in WRITABLE:
         raise UserError(f"{out}: recommendations are written as {' or '.join(WRITABLE)}")
-    if out.is_dir():
-        raise UserError(f"{out} is a folder; name a file")
+    files.require_writable(out)
     if out.exists() and out.samefile(source):
         raise UserError(f"{out} is the file of histories itself; name another file to write")
 
@@ -119,7 +118,7 @@ def answer_file(
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-    longest = run.model.config.max_length if run.model.samples != "pairs" else math.inf
+    longest = math.inf if run.model.samples == "pairs" else run.model.reach
     cut = sum(len(row.request.history) > longest for row in rows)
     return Batch(len(rows), unknown, empty, short, cut)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rec.build import FINISHED, MODEL
+from rec.build import FINISHED, MODEL, same_data
 from rec.config import RecConfig
 from rec.data.builtin import BUILTIN, prepare_builtin
 from rec.data.prepared import META, Prepared
@@ -65,13 +65,17 @@ def grid_of(rec: RecConfig) -> dict[str, RecConfig]:
     """
     if not rec.grid:
         return {}
-    base = rec.model_copy(update={"grid": {}}).model_dump(mode="json")
+    # What the recipe says, not the defaults of its own model: another model of the grid has others.
+    base = rec.model_dump(mode="json", exclude_unset=True, exclude={"grid"})
     combinations = {}
     for values in itertools.product(*rec.grid.values()):
         chosen = dict(zip(rec.grid, values, strict=True))
         name = ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in chosen.items())
         content = apply_overrides(base, [f"{key}={json.dumps(value)}" for key, value in chosen.items()])
-        own = build(RecConfig, content)
+        try:
+            own = build(RecConfig, content)
+        except UserError as error:
+            raise UserError(f"rec.grid, {name}: {error}") from None
         if _judged_by(own) != _judged_by(rec):
             raise UserError(
                 f"rec.grid, {name}: what decides on which validation figure a member is judged (train.on,"
@@ -121,7 +125,7 @@ def open_run(path: Path) -> FinishedRun:
     except ValueError as error:
         raise UserError(f"{path / FINISHED} is damaged: {error}") from error
     data = _own_data(root) or open_data(str(content.get("data")), root / "data")
-    if facts.get("data_hash", data.meta["content_hash"]) != data.meta["content_hash"]:
+    if not same_data(facts, data):
         raise UserError(
             f"{path} was trained on other data than {data.folder} holds now ({facts['data_hash']} then,"
             f" {data.meta['content_hash']} now): prepare it as it was, or train again"

@@ -65,12 +65,18 @@ class Protocol(Section):
         """The hash and what it is of, for a result."""
         return {"hash": self.hash, **self._deciding()}
 
+    def unused(self) -> list[str]:
+        """Fields that are set to something else than their defaults, and have no effect beside the others."""
+        fields = type(self).model_fields
+        return sorted(name for name in self._idle() if getattr(self, name) != fields[name].default)
+
+    def _idle(self) -> set[str]:
+        idle = set(ONLY_SAMPLED if self.candidates == "all" else ONLY_ALL)
+        return idle | ({"repeated_targets"} if self.seen == "rank" else set())
+
     def _deciding(self) -> dict[str, Any]:
         """The fields that have an effect beside the others, and the version of the metrics."""
-        idle = set(ONLY_SAMPLED if self.candidates == "all" else ONLY_ALL)
-        if self.seen == "rank":
-            idle.add("repeated_targets")
-        return {"metrics_version": self.METRICS_VERSION, **self.model_dump(mode="json", exclude=idle)}
+        return {"metrics_version": self.METRICS_VERSION, **self.model_dump(mode="json", exclude=self._idle())}
 
 
 # Fields that decide something for one kind of candidates alone.
@@ -79,7 +85,7 @@ ONLY_ALL = ("seen", "repeated_targets")
 
 
 PRESETS: dict[str, Protocol] = {
-    # SeRALM runs in RecBole; RecBole ranks everything, seen items included.
+    # SeRALM runs in RecBole; of sequential models RecBole ranks everything, seen items included.
     "seralm": Protocol(split="leave-one-out", trained_on="train"),
     "recbole": Protocol(split="leave-one-out", trained_on="train", cutoffs=(5, 10, 20)),
     # The Elephant's code counts #(better) + 1, and drops targets that never occur in training.

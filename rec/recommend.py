@@ -96,7 +96,7 @@ def require_readable(model: Recommender, request: Request) -> None:
 
 def remarks(run: FinishedRun, request: Request, k: int, found: int) -> list[str]:
     """What a user should know about one answer of ``found`` items."""
-    longest, length, lines = run.model.config.max_length, len(request.history), []
+    longest, length, lines = run.model.reach, len(request.history), []
     if run.model.samples == "pairs" and not _was_trained_on(run, request.user):
         lines.append(f"{run.model.architecture} was trained on nothing of this user: the list says nothing about them")
     if length > longest and run.model.samples != "pairs":

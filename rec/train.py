@@ -22,8 +22,9 @@ from accelerate import PartialState
 from rec.build import FINISHED, MODEL, build_model
 from rec.data.prepared import Prepared
 from rec.evaluation import evaluate, require_possible, some_instances
+from rec.items import IDItems
 from rec.job import RecJob, grid_of, load_job, open_data
-from rec.models.base import Recommender
+from rec.models.base import WEIGHTS, Recommender
 from rec.runtime import files
 from rec.runtime.config import hash_of
 from rec.runtime.errors import Diverged
@@ -51,18 +52,31 @@ def run(job: RecJob, command: str) -> dict[str, Any]:
         result = None
         if ranks.is_first:
             folder.claim(job)
-            open_data(job.data, job.run / "data")
+            _require_the_same_inputs(job, open_data(job.data, job.run / "data"), folder)
             result = folder.result()
         result = ranks.broadcast(result)
         if result is not None:
             return result
-        data, started = open_data(job.data, job.run / "data"), time.monotonic()
+        data = open_data(job.data, job.run / "data")
         on = job.rec.train.on
         require_possible(job.rec.evaluate, data, on, ("valid", "test") if on == "train" else ("test",))
         chosen = _train(job, data, folder)
         if ranks.is_first:
-            result = _conclude(job, data, folder, chosen, command, time.monotonic() - started)
+            result = _conclude(job, data, folder, chosen, command)
         return ranks.broadcast(result)
+
+
+def _require_the_same_inputs(job: RecJob, data: Prepared, folder: RunFolder) -> None:
+    """Raise a UserError if what the recipe names was overwritten since the run was begun."""
+    named: set[Path] = set()
+    for rec in grid_of(job.rec).values() or [job.rec]:
+        if not isinstance(rec.items, IDItems):
+            named.add(rec.items.file)
+        if rec.train.start is not None:
+            named.add(rec.train.start / MODEL / WEIGHTS)
+    if all(path.is_file() for path in named):  # of what is missing the training itself says so, if it is needed still
+        hashes = {str(path): files.sha256_file(path) for path in sorted(named)}
+        folder.require_the_same_inputs({"data": data.meta["content_hash"], **hashes})
 
 
 def _train(job: RecJob, data: Prepared, folder: RunFolder) -> str | None:
@@ -93,12 +107,11 @@ def _train(job: RecJob, data: Prepared, folder: RunFolder) -> str | None:
     return best
 
 
-def _conclude(
-    job: RecJob, data: Prepared, folder: RunFolder, chosen: str | None, command: str, wall_s: float
-) -> dict[str, Any]:
+def _conclude(job: RecJob, data: Prepared, folder: RunFolder, chosen: str | None, command: str) -> dict[str, Any]:
     """Evaluate on test and write ``result.json``."""
     rec = grid_of(job.rec)[chosen] if chosen else job.rec
     own = RunFolder(job.run / "grid" / chosen) if chosen else folder
+    started = time.monotonic()
     model, epochs = Recommender.from_pretrained(job.run / MODEL), own.steps("epoch")
     model.to(device())
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -108,15 +121,19 @@ def _conclude(
     parts = {"test": None}
     if rec.train.on == "train":  # a validation figure of a model that was trained on these items would say nothing
         parts = {"valid": some_instances(data, "valid", rec.train.valid_users), **parts}
+    rows = [
+        {**row, "part": part, **evaluate(model, data, part, rec.evaluate, some, rec.train.on).summary()}
+        for part, some in parts.items()
+    ]
+    # Of every attempt, and of all members of a grid.
+    trained = [epoch for name in grid_of(job.rec) for epoch in RunFolder(job.run / "grid" / name).steps("epoch")]
+    trained_s = sum(epoch["seconds"] + epoch.get("evaluation_seconds", 0.0) for epoch in trained or epochs)
     return folder.write_result(
         command,
         hash_of(job.model_dump(mode="json", exclude={"run"})),
         protocol.described(),
-        [
-            {**row, "part": part, **evaluate(model, data, part, rec.evaluate, rows, rec.train.on).summary()}
-            for part, rows in parts.items()
-        ],
-        wall_s,
+        rows,
+        trained_s + time.monotonic() - started,
         data={"name": job.data, "content_hash": data.meta["content_hash"], **data.meta["counts"]},
         training={
             **files.read_json(job.run / FINISHED),

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rec.averaging import WeightAverage
 from rec.batches import Windows, fit_counts, make_batches
-from rec.build import FINISHED, MODEL
+from rec.build import FINISHED, MODEL, same_data
 from rec.config import RecConfig
 from rec.data.prepared import Prepared
 from rec.epoch_progress import EpochProgress
@@ -47,6 +47,11 @@ def train(model: Recommender, data: Prepared, config: RecConfig, run: RunFolder,
     """
     final = run.path / MODEL
     if (run.path / FINISHED).exists():
+        if not same_data(files.read_json(run.path / FINISHED), data):
+            raise UserError(
+                f"{run.path} was trained on other data than {data.folder} holds now: start over with --fresh, or take"
+                " another run folder"
+            )
         return Recommender.from_pretrained(final)
     if config.train.on == "train" and not len(data.instances("valid")[0]):
         raise UserError(
@@ -80,14 +85,15 @@ def _train_epoch(
 ) -> tuple[float, float]:
     """What is left of the epoch that is under way; returns its mean loss and its seconds."""
     begin, seed, epoch = time.monotonic() - state.seconds, state.config.train.seed, state.epoch
+    steps = len(batches)
     state.begin_epoch()
     model.train()
     for batch in itertools.islice(batches.epoch(seed, epoch), len(state.losses), None):
         state.losses.append(step(batch, state))
         state.after_step()
-        if len(state.losses) < len(batches):
+        if len(state.losses) < steps:
             state.stop_if_asked(time.monotonic() - begin)
-            told.under_way(state.losses, len(batches), time.monotonic() - begin)
+            told.under_way(state.losses, steps, time.monotonic() - begin)
     return float(torch.stack(state.losses).mean()), time.monotonic() - begin
 
 

@@ -97,7 +97,13 @@ class StudyRun:
                 closed_world.claims(world_rows) if world_rows and len(self.study.variants) == 1 else [],
                 means=summed,
                 **({"world": world_rows} if world_rows else {}),
+                **self._data(),
             )
+
+    def _data(self) -> dict[str, Any]:
+        """What the results say of their data, where that is the same for all."""
+        told = [RunFolder(job.run).result().get("data") for job in self.jobs.values()]
+        return {"data": told[0]} if told[0] and all(own == told[0] for own in told) else {}
 
     def _add_job(self, recipe: Path, seed: int, name: str, overrides: list[str]) -> None:
         if not name or "/" in name or name == WORLD_FOLDER:

@@ -10,7 +10,7 @@ from rich.table import Table
 from align.config import Stages
 from align.figures import saving_seconds
 from launch.alignment.case_study import print_case
-from launch.tables import describe
+from launch.tables import describe, with_error
 from rec.runtime.runfolder import RunFolder
 
 matplotlib.use("Agg")  # before pyplot: no screen is needed
@@ -91,8 +91,7 @@ def print_result(result: dict[str, Any], console: Console | None = None) -> None
         table.add_column(name, justify="left" if name == "method" else "right")
     for rows in (result["rows"], result["ablations"]):
         for row in rows:
-            values = [f"{row[name]:.4f} ± {row[f'{name}_se']:.4f}" for name in ("HR@10", "NDCG@10")]
-            table.add_row(f"{row['model']} {row['method']}", *values)
+            table.add_row(f"{row['model']} {row['method']}", *(with_error(row, name) for name in ("HR@10", "NDCG@10")))
         table.add_section()
     console.print(table)
     print_case(result["case_study"], console)

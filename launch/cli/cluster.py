@@ -121,9 +121,11 @@ def _status(arguments: argparse.Namespace) -> None:
 
 
 def _logs(arguments: argparse.Namespace) -> None:
-    from launch.cluster.status import follow, status
+    from launch.cluster.status import follow, log_files, status
 
     status(arguments.run)  # says what is wrong with the folder
+    if not arguments.follow and not log_files(arguments.run):
+        raise UserError(f"{arguments.run} has no logs: none of its jobs has begun, or none writes any")
     for line in follow(arguments.run, arguments.lines, arguments.follow):
         sys.stdout.write(f"{line}\n")
         sys.stdout.flush()

@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from launch.commands import add_command, delete_run
+from launch.commands import add_command, add_run_options, delete_run
 from rec.runtime.config import read_recipe
 from rec.runtime.errors import UserError
 
@@ -27,10 +27,9 @@ examples:
 Keys of the study are overridden as they are, those of its main jobs behind "job.".
 """)  # fmt: skip
     reproduce.add_argument("study", metavar="NAME|RECIPE", help=f"one of: {', '.join(_names())}; or a YAML file")
-    reproduce.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the study")
     reproduce.add_argument("--target", help="of the Elephant's studies: the domain that is evaluated on")
     reproduce.add_argument("--out", type=Path, help="run folder (default: the recipe's)")
-    reproduce.add_argument("--fresh", action="store_true", help="delete the run folder first")
+    add_run_options(reproduce)
 
 
 def _names() -> list[str]:

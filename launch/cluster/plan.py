@@ -1,5 +1,6 @@
 """``recalign plan``: does an alignment job fit the GPUs, how long is a step, and how many of them should generate?"""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,9 @@ from launch.cluster.where import ONE_PROCESS
 from rec.runtime.config import read_recipe
 from rec.runtime.errors import UserError
 from rec.runtime.runfolder import METRICS, RunFolder
+
+# Times the batch: no advice, but another recipe.
+MUCH_LARGER = 2
 
 
 @dataclass(frozen=True)
@@ -40,13 +44,17 @@ class Option:
 
 @dataclass(frozen=True)
 class Plan:
-    """All ways to divide the GPUs, and the best of those that fit; None if none does."""
+    """All ways to divide the GPUs, and the best of those that fit; None if none does.
+
+    ``left_out`` are numbers of ranks that there could be, if they divided the batch.
+    """
 
     job: MainJob
     shape: Shape
     generator: Memory
     host_bytes: float
     options: list[Option]
+    left_out: list[int]
     best: Option | None
     measured_in: Path | None
 
@@ -69,9 +77,11 @@ def plan(job: MainJob, machines: Machines, prompt_tokens: int = 64, measured_in:
     if measured_in is not None and not (measured_in / METRICS).is_file():
         raise UserError(f"{measured_in} has measured nothing: it holds no {METRICS}")
     shape = memory.shape_of(job, prompt_tokens)
-    found = [_option(job, machines, shape, *split, measured_in) for split in _splits(job, machines)]
+    splits, batch = list(_splits(job, machines)), job.align.trainer.batch_size
+    left_out = [ranks for ranks, _ in splits if batch % ranks]
+    found = [_option(job, machines, shape, *split, measured_in) for split in splits if split[0] not in left_out]
     if not found:
-        total, batch = machines.nodes * machines.gpus, job.align.trainer.batch_size
+        total = machines.nodes * machines.gpus
         if total == 1:
             raise UserError(
                 "one GPU is shared by both jobs, which this plan does not reckon with: ask for two at least"
@@ -82,18 +92,18 @@ def plan(job: MainJob, machines: Machines, prompt_tokens: int = 64, measured_in:
     ranks = best.ranks if best else found[0].ranks
     host = memory.host_memory(job.align.trainer, shape, ranks, min(ranks, machines.gpus))
     generator = memory.generator_memory(job, shape, machines.gpu_bytes)
-    return Plan(job, shape, generator, host, found, best, measured_in)
+    return Plan(job, shape, generator, host, found, left_out, best, measured_in)
 
 
 def _splits(job: MainJob, machines: Machines) -> Iterator[tuple[int, int]]:
-    """(ranks, generators): by whole nodes, or the GPUs of the one node; only where the ranks divide the batch."""
+    """(ranks, generators): by whole nodes, or the GPUs of the one node."""
     total = machines.nodes * machines.gpus
     unit = machines.gpus if machines.nodes > 1 else 1
     most = unit if job.align.others == "newest" else total - unit
     for generators in range(unit, most + 1, unit):
         # One generator alone knows what it said last, however many GPUs its node has.
         running = 1 if job.align.others == "newest" else generators
-        if total > generators and job.align.trainer.batch_size % (total - generators) == 0:
+        if total > generators:
             yield total - generators, running
 
 
@@ -144,6 +154,8 @@ def print_plan(plan: Plan, machines: Machines, console: Console | None = None) -
     for option in plan.options:
         table.add_row(*_cells(option), style="bold" if option is plan.best else "" if option.fits else "dim")
     console.print(table)
+    if plan.left_out:
+        console.print(_left_out(plan))
     console.print(_advice(plan, machines))
 
 
@@ -167,6 +179,15 @@ def _cells(option: Option) -> list[str]:
         f"{found.generator_waiting_share:.0%}",
         f"{found.checkpoint_share:.1%}",
     ]
+
+
+def _left_out(plan: Plan) -> str:
+    batch = plan.job.align.trainer.batch_size
+    smallest = math.lcm(*plan.left_out, *(option.ranks for option in plan.options))
+    other = smallest * max(1, round(batch / smallest))
+    remedy = f"; {other} would be divided by all" if other <= MUCH_LARGER * batch else ""
+    told = ", ".join(map(str, sorted(plan.left_out)))
+    return f"Left out: {told} ranks, which do not divide align.trainer.batch_size {batch}{remedy}"
 
 
 def _advice(plan: Plan, machines: Machines) -> str:

@@ -4,7 +4,9 @@ No scheduler is asked and no process looked for, so it works on any machine that
 long gone. Whether a run is alive is told by its locks and by how long ago it last wrote something.
 """
 
+import itertools
 import re
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -127,7 +129,7 @@ def _is_over(run: RunFolder) -> bool:
         return True
     if not rows:
         return _began_in_vain(run, time.time()) is not None
-    return rows[-1]["event"] in ("failed", "stopped")
+    return rows[-1]["event"] in ("failed", "stopped") and not run.holders()
 
 
 def _began_in_vain(run: RunFolder, now: float) -> Path | None:
@@ -146,8 +148,12 @@ def _state(run: RunFolder, now: float) -> tuple[str, str]:
         return "finished", f"{run.path / RESULT} holds the result"
     if (said := _began_in_vain(run, now)) is not None:
         return "failed", f"the job has begun and did not get as far as this run: {_last_line(said)} ({said})"
-    if not jobs and not holders and submissions(run.path):
+    if not jobs and not holders and (newest := _newest_submission(run.path)):
+        if newest["job"] is None:
+            return "refused", "SLURM took no job: the submission was refused, or cut short"
         return "submitted", f"the job has not started yet; last sign {age} ago"
+    if holders:  # somebody has gone on with it, whatever became of the job
+        last = None
     if last == "failed":
         return "failed", f"job {jobs[-1]['job']} ended with exit code {jobs[-1].get('code')}: {_cause(run.path)}"
     if last == "requeued":
@@ -224,15 +230,21 @@ def _progress(run: RunFolder) -> Iterator[str]:
 
 def _line(event: str, rows: list[dict[str, Any]], total: int | None) -> str:
     """How far, how fast, how long still, and the newest figures of one kind of event."""
-    last, recent = rows[-1], rows[-RATE_OVER:]
+    last = rows[-1]
     done = last["step"] + last.get("batches", 1)
     line = f"{event}: {done}" + (f" of {total}" if total else "")
-    seconds = recent[-1]["time_s"] - recent[0]["time_s"]
-    steps = recent[-1]["step"] - recent[0]["step"]
-    if steps > 0 and seconds > 0:
-        line += f", {seconds / steps:.2f} s each"
+    # But for the first of each process: before that nobody was at work.
+    firsts = [row for _, row in {row["pid"]: row for row in reversed(rows)}.items()]
+    taken = [
+        (after["time_s"] - before["time_s"]) / (after["step"] - before["step"])
+        for before, after in itertools.pairwise(rows[-RATE_OVER:])
+        if after not in firsts and after["step"] > before["step"]
+    ]
+    if taken:
+        each = statistics.median(taken)
+        line += f", {each:.2f} s each"
         if total and total > done:
-            line += f", {_duration((total - done) * seconds / steps)} to go"
+            line += f", {_duration((total - done) * each)} to go"
     figures = ("loss", "NDCG@10", "reward", "kl", "lag_steps", "waited_s", "queued", "version", "tokens")
     return line + "".join(f"; {name} {last[name]:.4g}" for name in figures if isinstance(last.get(name), int | float))
 

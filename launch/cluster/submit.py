@@ -5,6 +5,7 @@ commit, what was changed since as a patch for ``git apply``, and the packages. T
 recipe afterwards changes nothing.
 """
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -24,7 +25,7 @@ import yaml
 from align.config import MainJob
 from launch.cluster.status import ENVIRONMENT, SUBMISSION, submissions
 from launch.cluster.where import ONE_PROCESS, run_of, site_file, stages_of
-from launch.commands import delete_run
+from launch.commands import replacing
 from llm.lmrec_job import LMRecJob, is_recformer
 from llm.recformer.job import RecformerJob
 from rec.job import RecJob
@@ -70,10 +71,11 @@ class Wish:
 def submit(wish: Wish, command: str, dry_run: bool = False, fresh: bool = False) -> tuple[str, str | None]:
     """Freeze and submit; the script, and the job's number, None of a dry run, which writes nothing.
 
-    With ``fresh`` the run folder is deleted first.
+    With ``fresh`` the run folder is deleted, once SLURM has taken the job.
 
     Raises:
-        UserError: on a mistake in the recipe, on nodes that do not fit it, or if SLURM refuses or is not here.
+        UserError: on a mistake in the recipe, on nodes that do not fit it, if a job of this run waits for another
+            recipe, or if SLURM refuses or is not here.
     """
     job, kind = _resolved(wish)
     run = Path(job.run)
@@ -92,16 +94,16 @@ def submit(wish: Wish, command: str, dry_run: bool = False, fresh: bool = False)
         return script, None
     if shutil.which("sbatch") is None:
         raise UserError("there is no sbatch here: submit on a login node of the cluster, or look with --dry-run")
-    if fresh:
-        delete_run(run)
-    files.write_text(folder / RECIPE, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
-    files.write_text(folder / SCRIPT, script)
-    patch, left_out = uncommitted(Path(__file__).parent)
-    files.write_bytes(folder / PATCH, patch)
-    environment = {**describe_environment(command), "untracked_and_too_large": left_out}
-    files.write_json(folder / ENVIRONMENT, {"job": None, **environment})
-    number = _sbatch(folder / SCRIPT, site_file(wish.site), wish)
-    files.write_json(folder / ENVIRONMENT, {"job": number, **environment})
+    _require_none_waits(run, None if fresh else content)
+    with replacing(run) if fresh else contextlib.nullcontext():
+        files.write_text(folder / RECIPE, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+        files.write_text(folder / SCRIPT, script)
+        patch, left_out = uncommitted(Path(__file__).parent)
+        files.write_bytes(folder / PATCH, patch)
+        environment = {**describe_environment(command), "untracked_and_too_large": left_out}
+        files.write_json(folder / ENVIRONMENT, {"job": None, **environment})
+        number = _sbatch(folder / SCRIPT, site_file(wish.site), wish)
+        files.write_json(folder / ENVIRONMENT, {"job": number, **environment})
     return script, number
 
 
@@ -115,7 +117,9 @@ def render(wish: Wish, kind: str, recipe: Path, out: Path, one_generator: bool =
         text = re.sub(r"--nodes=\d+", lambda _: f"--nodes={next(sizes)}", text)
     else:
         text = re.sub(r"^#SBATCH --nodes=\d+$", f"#SBATCH --nodes={wish.nodes}", text, flags=re.MULTILINE)
-    text = re.sub(r"^#SBATCH --output=.*$", f"#SBATCH --output={out}/batch-%j.out", text, flags=re.MULTILINE)
+    # Quoted, and without meaning a pattern: a folder's name may hold blanks and per cent signs.
+    output = shlex.quote(f"--output={str(out).replace('%', '%%')}/batch-%j.out")
+    text = re.sub(r"^#SBATCH --output=.*$", lambda _: f"#SBATCH {output}", text, flags=re.MULTILINE)
     more, generators_more = _lines(wish.options), _lines(wish.generator_options)
     if wish.heterogeneous:  # each component has options of its own
         text = text.replace("#SBATCH hetjob\n", f"{more}#SBATCH hetjob\n")
@@ -139,7 +143,7 @@ def render(wish: Wish, kind: str, recipe: Path, out: Path, one_generator: bool =
 
 
 def _lines(options: tuple[str, ...]) -> str:
-    return "".join(f"#SBATCH {option}\n" for option in options)
+    return "".join(f"#SBATCH {shlex.quote(option)}\n" for option in options)
 
 
 def describe_environment(command: str) -> dict[str, Any]:
@@ -165,6 +169,28 @@ def _check_run(run: Path, job: Section) -> None:
         raise UserError(f"{run} is finished: there is nothing to submit; take another run folder (run=...), or --fresh")
     if is_asked_by_a_person(run):
         raise UserError(f"{run / STOP} asks this run to stop: delete it, or the job would end at once")
+
+
+def _require_none_waits(run: Path, content: dict[str, Any] | None) -> None:
+    """Raise a UserError if a job of this run is in SLURM's queue, unless it has the recipe ``content`` too."""
+    for folder in submissions(run):
+        job = files.read_json(folder / ENVIRONMENT)["job"] if (folder / ENVIRONMENT).is_file() else None
+        if job is None or read_recipe(folder / RECIPE) == content:
+            continue
+        if state := _state_of(job):
+            raise UserError(
+                f"job {job} of {run} is {state} with {'this' if content is None else 'another'} recipe: end it first"
+                f" (scancel {job}), or take another run folder"
+            )
+
+
+def _state_of(job: str) -> str:
+    """What SLURM says of a job that is in its queue; nothing of one that is over."""
+    if shutil.which("squeue") is None:
+        return ""
+    command = ["squeue", "--noheader", f"--jobs={job}", "--format=%T"]
+    said = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    return said.strip().partition("\n")[0].lower()
 
 
 def _resolved(wish: Wish) -> tuple[Section, str]:

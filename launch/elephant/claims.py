@@ -11,7 +11,7 @@ from torch import Tensor
 
 from launch import seeds
 from launch.elephant.config import Cell
-from launch.tables import console
+from launch.tables import console, with_error
 from rec.compare import bootstrap
 from rec.evaluate import rank_run
 from rec.evaluation import Metrics, load_ranks, save_ranks
@@ -190,7 +190,7 @@ def print_study(result: dict[str, Any]) -> None:
             label = (
                 row["variant"] if len({r["recformer"] for r in own}) == 1 else f"{row['variant']}, {row['recformer']}"
             )
-            figures = (f"{row[name]:.4f} ± {row[f'{name}_se']:.4f}" for name in names)
+            figures = (with_error(row, name) for name in names)
             table.add_row(row["model"], label, str(row["seeds"]), *figures)
         out.print(table)
     out.print("± is the standard error over seeds, or over users where there is one seed")

@@ -105,6 +105,11 @@ class ElephantRun:
                 self._recformer_s() + sum(row["seconds"] for row in folder.events("studied")),
                 held,
                 means=summed,
+                data={
+                    "name": self.data,
+                    "content_hash": target.meta["content_hash"],
+                    **target.meta["counts"],
+                },
                 diverged=[cell._asdict() for cell in self.cells.all() if cell not in ranks],
                 serving=serving,
                 attention=figures,

@@ -137,7 +137,7 @@ class LMRecStudyRun:
             folder.claim(self.study)
             rows = [row for key in self.jobs for row in self._run(*key)]
             job = next(iter(self.jobs.values()))[0]
-            protocol = RunFolder(job.run).result()["protocol"]
+            first = RunFolder(job.run).result()
             controls = self._controls(job) if self.study.controls else []
             summed = means(rows, ("variant",), users_se=True)
             summed = [self._beside_the_paper(row) for row in [*summed, *controls]]
@@ -155,7 +155,7 @@ class LMRecStudyRun:
                         [own.model_dump(mode="json", exclude={"run"}) for own in self.probes.values()],
                     ]
                 ),
-                protocol,
+                first["protocol"],
                 rows,
                 sum(
                     RunFolder(own.run).result()["wall_s"]
@@ -163,6 +163,7 @@ class LMRecStudyRun:
                 ),
                 claims(rows, self.study.paper, packing, controls),
                 means=summed,
+                data=first["data"],
                 **more,
             )
 

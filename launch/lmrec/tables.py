@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.seeds import METRICS
-from launch.tables import console, describe
+from launch.tables import console, describe, with_error
 
 
 def print_pretraining(result: dict[str, Any], run: Path) -> None:
@@ -17,7 +17,7 @@ def print_pretraining(result: dict[str, Any], run: Path) -> None:
     for row in result["rows"]:
         table = Table("metric", row["part"], title=f"{row['model']} on {result['data']['name']}")
         for name in [name for name in row if f"{name}_se" in row]:
-            table.add_row(name, f"{row[name]:.4f} ± {row[f'{name}_se']:.4f}")
+            table.add_row(name, with_error(row, name))
         out.print(table)
     if result["rows"]:
         out.print(f"Protocol {result['protocol']['hash']}: {describe(result['protocol'])}", soft_wrap=True)

@@ -30,6 +30,7 @@ begin() {
   LOGS=$RUN/logs/job-$SLURM_JOB_ID-$RESTART
   mkdir -p "$RUN/slurm" && hold && mkdir -p "$LOGS" || exit 2
   note attempt
+  [ "$RESTART" -gt 0 ] || rm -f "$RUN/slurm/warned" # a new submission may ask for more time
   echo "[batch] job $SLURM_JOB_ID, attempt $RESTART, on ${HOSTS[*]}: $RUN"
   forget_stop
   ! stopped || finish 0
@@ -152,6 +153,17 @@ place() {
     -name 'step-*' -prune -print -o \( -name 'batch-*' -o -name '*.json' \) -print | sort | cksum)
 }
 
+# too_often: whether this warned attempt and those just before it have all ended in the same place. A job may be warned
+# as it begins, but where the time is too short to get any further, requeueing is no use.
+too_often() {
+  local now before="" times=0
+  now=$(place)
+  { read -r before; read -r times; } 2>/dev/null <"$RUN/slurm/warned"
+  [ "$now" = "$before" ] && times=$((times + 1)) || times=0
+  printf '%s\n%s\n' "$now" "$times" >"$RUN/slurm/warned"
+  [ "$times" -ge "${RECALIGN_MAX_FUTILE:-3}" ]
+}
+
 # finish CODE: the job's end. One that was warned, or that died but had got further than before, is requeued.
 finish() {
   local code=$1 why="" mistakes
@@ -164,6 +176,8 @@ finish() {
     note finished; echo "[batch] finished"; exit 0
   elif stopped; then
     note stopped; echo "[batch] stopped by $RUN/STOP; without that file, the same submission goes on"; exit 0
+  elif [ -n "$WARNED" ] && too_often; then
+    echo "error: warned again and again before the run got any further: it needs more time (--time)"
   elif [ -n "$WARNED" ]; then
     why=warned
   elif [ -n "$mistakes" ]; then # a requeue would repeat them

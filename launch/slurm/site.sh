@@ -41,3 +41,5 @@ RECALIGN_PER_NODE=${RECALIGN_PER_NODE:-}
 # seconds of --signal in the scripts, and below the GraceTime of partitions that are preempted.
 RECALIGN_GRACE_S=${RECALIGN_GRACE_S:-90}
 RECALIGN_MAX_REQUEUES=${RECALIGN_MAX_REQUEUES:-100}
+# Times in a row that a job is requeued because it was warned, although it has got no further.
+RECALIGN_MAX_FUTILE=${RECALIGN_MAX_FUTILE:-3}

@@ -52,7 +52,7 @@ def prepare(source: str, raw: RawData, out: Path, filters: Filters) -> dict[str,
     kept = _select(data, filters, counts)
     if not len(kept):
         raise UserError(
-            f"no interaction of {raw.files[0]} is left after filtering"
+            f"no interaction of {raw.files[0] if raw.files else source} is left after filtering"
             f" (read {read}, left out: {_phrase(counts)}); lower k_core or check the file"
         )
     tables, without_text = _index(raw, data, kept)

@@ -1,5 +1,6 @@
 """What every reader returns, and the checks that readers share."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -158,7 +159,7 @@ def read_times(interactions: pa.Table, table: pa.Table, column: str, path: Path)
         pass
     first = strings[0].as_py().strip()
     if first[4:5] == first[7:8] == "-":
-        zone = "UTC" if first.endswith("Z") or first[19:20] in ("+", "-") else None
+        zone = "UTC" if re.search(r"(Z|[+-]\d\d:?(\d\d)?)$", first[10:]) else None
         times = cast_strings(strings, pa.timestamp("us", zone), path, column, "a date like 2010-12-01 08:26:00")
         return add_times(interactions, pc.cast(times, pa.int64()), 10**6)
     seconds = cast_strings(strings, pa.float64(), path, column, "a number (or all dates like 2010-12-01)").to_numpy()

@@ -60,6 +60,11 @@ class Recommender(nn.Module):
         super().__init__()
         self.config, self.items = config, items
 
+    @property
+    def reach(self) -> int:
+        """How many items, the last ones of a history, its scores depend on."""
+        return self.config.max_length
+
     def training_loss(self, batch: Batch, loss: Loss) -> Tensor:
         """Mean loss over the batch's targets."""
         raise NotImplementedError
@@ -147,11 +152,6 @@ class SequenceRecommender(Recommender):
     items 0 to l and nothing after. Otherwise ``states_at`` and ``last_states`` give the states that are asked for.
     Its config has ``dim`` D and ``max_length``, the longest history it reads.
     """
-
-    @property
-    def reach(self) -> int:
-        """How many items, the last ones of a history, its state depends on."""
-        return self.config.max_length
 
     def forward(self, items: Tensor, knowledge: Tensor | None = None) -> Tensor:
         """States [B, L, D] of item numbers ``items`` [B, L]; ``knowledge`` [B, L, K] replaces stored vectors."""

@@ -110,7 +110,7 @@ class BST(Recommender):
 
     def forward(self, items: Tensor, candidates: Tensor) -> Tensor:
         """Logits [B, C] of ``candidates`` [B, C] as the next item after ``items`` [B, L]."""
-        return self.rate(*self.read(items), self.items.table()[candidates])
+        return self.rate(*self.read(items), F.embedding(candidates, self.items.table()))
 
     def read(self, items: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
         """What no candidate changes: history [B, L, E], its places [B, L] that count, keys and values of one block."""

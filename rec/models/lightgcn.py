@@ -11,12 +11,14 @@ from typing import Any, Literal, Self
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rec.data.prepared import Prepared
 from rec.item_encoder import ItemEncoder
 from rec.losses import Loss, bpr
 from rec.models.base import Batch, Recommender
 from rec.runtime.config import Section
+from rec.runtime.errors import UserError
 
 
 class LightGCNConfig(Section):
@@ -75,6 +77,14 @@ class LightGCN(Recommender):
 
     @classmethod
     def for_data(cls, config: LightGCNConfig, items: ItemEncoder, data: Prepared, ends: Tensor) -> "LightGCN":
+        known = ends > data.offsets[:-1]
+        for part in ("valid", "test"):
+            asked = data.instances(part)[0]
+            if len(asked) and not known[asked].any():
+                raise UserError(
+                    f"{cls.architecture} knows the users that it is trained on, and {data.folder} trains on none of the"
+                    f" {part} users: split it otherwise, or take a model that reads histories"
+                )
         sizes = data.offsets.diff()
         users = torch.repeat_interleave(torch.arange(data.n_users), sizes)
         trained = torch.arange(len(data.sequence)) < torch.repeat_interleave(ends, sizes)
@@ -126,9 +136,11 @@ class LightGCN(Recommender):
         known = self.edges[torch.searchsorted(self.edges, drawn).clamp(max=len(self.edges) - 1)] == drawn
         zero = self.layer_zero()
         final_users, final_items = self(zero)
-        scores = [(final_users[users] * final_items[items - 1]).sum(-1) for items in (positives, negatives)]
+        # By lookups, whose gradients are the same bits on any number of threads; those of indexing are not.
+        of_users = F.embedding(users, final_users)
+        scores = [(of_users * F.embedding(items - 1, final_items)).sum(-1) for items in (positives, negatives)]
         drawn_items = torch.cat([positives, negatives]) - 1 + self.users.num_embeddings
-        penalty = zero[torch.cat([users, drawn_items])].square().sum() / (2 * len(users))
+        penalty = F.embedding(torch.cat([users, drawn_items]), zero).square().sum() / (2 * len(users))
         return bpr(scores[0], scores[1][:, None], known[:, None]) + self.config.l2 * penalty
 
     def score_all(self, users: Tensor, items: Tensor, lengths: Tensor) -> Tensor:

@@ -195,5 +195,6 @@ def _at(x: Tensor, places: Tensor | None) -> Tensor:
     """[B, 1, ...]: of x [1 or B, L, ...] the places [B]; all of x if there are none."""
     if places is None:
         return x
-    rows = torch.arange(len(places), device=x.device) if len(x) > 1 else torch.zeros_like(places)
-    return x[rows, places][:, None]
+    if len(x) == 1:  # indexing would add up the gradients of a place in any order
+        return x[0].index_select(0, places)[:, None]
+    return x[torch.arange(len(places), device=x.device), places][:, None]

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rec.runtime.errors import UserError
+
 TEMPORARY_PREFIX = ".tmp-"
 LEAST_FREE_BYTES = 2**20
 
@@ -96,6 +98,18 @@ def remove_folder(folder: Path, marker: str) -> None:
     """Delete a published folder, its completeness marker first: a kill in between leaves it incomplete, not wrong."""
     (folder / marker).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def require_writable(path: Path) -> None:
+    """Raise a UserError if no file could be written at ``path``; makes the folder that it is to be in."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error}") from error
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path} cannot be written: nothing can be made in {path.parent}")
 
 
 def sha256_file(path: Path) -> str:

@@ -81,6 +81,15 @@ def test_a_warning_requeues_the_job_and_leaves_no_file_behind(tmp_path):
     assert told(tmp_path)[-1] == "failed"
 
 
+def test_a_job_that_is_only_ever_warned_gives_up(tmp_path):
+    codes = [bash(tmp_path, "warned; finish 1", RESTART=str(nth)).returncode for nth in range(4)]
+    assert codes == [REQUEUED, REQUEUED, REQUEUED, 1]
+    assert told(tmp_path)[-1] == "failed"
+    (tmp_path / "checkpoints" / "step-1").mkdir(parents=True)
+    assert bash(tmp_path, "warned; finish 1").returncode == REQUEUED, "it has got further"
+    assert bash(tmp_path, "warned; finish 1", RECALIGN_MAX_FUTILE="1").returncode == 1
+
+
 def test_a_death_is_requeued_as_long_as_the_run_gets_further(tmp_path):
     for further, code in ((None, REQUEUED), (None, 9), ("a/checkpoints/step-1", REQUEUED), (None, 9)):
         if further:

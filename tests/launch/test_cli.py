@@ -1,13 +1,18 @@
 """The command as a newcomer meets it: help, and one clear line for every mistake, before anything heavy starts."""
 
+import argparse
+import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 from refusals import assert_one_line
 
+from launch.cli import entry
 from llm.config import LMRecConfig
 from llm.lmrec import build_lmrec
 from rec.runtime.errors import UserError
@@ -21,14 +26,28 @@ def write_recipe(folder: Path, data: Path | str, **sections: dict) -> Path:
     return recipe
 
 
-@pytest.mark.parametrize("command", ["", "demo", "align", "prepare"])
-def test_help_has_examples(command):
-    words = [sys.executable, "-m", "launch.cli", *command.split(), "--help"]
+def test_help_of_every_command_has_examples_that_it_would_read():
+    words = [sys.executable, "-m", "launch.cli", "--help"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0
     assert "recalign" in done.stdout
-    if command:
-        assert "examples:" in done.stdout
+    parser, commands = entry._parser(), list(_leaves(entry._parser()))
+    assert len(commands) > 20
+    for command in commands:
+        assert "examples:" in command.epilog, command.prog
+        lines = re.findall(r"^  (recalign .*?)(?:  +#.*)?$", command.epilog.replace("\\\n", " "), re.MULTILINE)
+        assert lines, command.prog
+        for line in lines:
+            _, rest = parser.parse_known_args(shlex.split(line)[1:])
+            assert all("=" in word for word in rest), line
+
+
+def _leaves(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    below = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not below:
+        yield parser
+    for command in {id(found): found for action in below for found in action.choices.values()}.values():
+        yield from _leaves(command)
 
 
 def test_prepare_prints_what_it_kept_and_says_what_is_missing(recalign, tmp_path):

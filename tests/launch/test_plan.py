@@ -1,13 +1,15 @@
 """The arithmetic of memory against numbers worked out elsewhere, and the simulation against rules and a real run."""
 
+import io
 import itertools
 
 import pytest
+from rich.console import Console
 from transformers import LlamaConfig
 
 from align.config import AlignConfig, MainJob, TrainerConfig
 from launch.cluster.memory import Shape, generator_memory, host_memory, shape_of, trainer_memory
-from launch.cluster.plan import Machines, load, plan
+from launch.cluster.plan import Machines, load, plan, print_plan
 from launch.cluster.rates import Hardware, measured
 from launch.cluster.simulate import Rates, Simulation
 from rec.runtime.config import build
@@ -136,6 +138,7 @@ def test_the_plan_divides_what_can_be_divided_and_says_what_does_not_fit(job):
     assert all(one.best.prediction.wall_s <= option.prediction.wall_s for option in one.options if option.fits)
     several = plan(job, Machines(3, 8, 80e9, Hardware()))
     assert [(option.ranks, option.generators) for option in several.options] == [(16, 8), (8, 16)]
+    assert several.left_out == []
     small = plan(job, Machines(1, 8, 24e9, Hardware()))
     assert small.best is None
     with pytest.raises(UserError, match=r"divide align\.trainer\.batch_size 48"):
@@ -147,6 +150,17 @@ def test_the_plan_divides_what_can_be_divided_and_says_what_does_not_fit(job):
     assert not (job.run / "typo").exists()
     with pytest.raises(UserError, match="too few to measure"):
         measured(RunFolder(job.run / "nowhere"))
+
+
+def test_the_plan_says_what_it_left_out(job):
+    content = job.model_dump(mode="json")
+    content["align"]["trainer"]["batch_size"] = 56
+    machines, told = Machines(4, 8, 80e9, Hardware()), Console(record=True, width=200, file=io.StringIO())
+    uneven = plan(build(MainJob, content), machines)
+    assert [option.ranks for option in uneven.options] == [8]
+    print_plan(uneven, machines, told)
+    left_out = "Left out: 16, 24 ranks, which do not divide align.trainer.batch_size 56; 48 would be divided by all"
+    assert left_out in told.export_text()
 
 
 def test_rates_are_the_means_of_what_was_logged(tmp_path):

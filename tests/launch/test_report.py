@@ -54,11 +54,14 @@ def row(method: str, hit: float) -> dict:
     }
 
 
-def finished(folder, hit: float, protocol: dict = PROTOCOL, **more: object):
+DATA = {"name": "world", "users": 1234, "content_hash": "f00"}
+
+
+def finished(folder, hit: float, protocol: dict = PROTOCOL, data: dict | None = DATA, **more: object):
     run = RunFolder(folder)
-    data = {"name": "world", "users": 1234, "content_hash": "f00"}
+    more |= {} if data is None else {"data": data}
     claims = [{"id": name, "holds": holds, "figure": 0.5} for name, holds in (("it works", True), ("fast", False))]
-    run.write_result("recalign align x", "hash", protocol, [row("Base", hit)], 61.0, claims=claims, data=data, **more)
+    run.write_result("recalign align x", "hash", protocol, [row("Base", hit)], 61.0, claims=claims, **more)
     return folder
 
 
@@ -92,11 +95,13 @@ def test_a_run_is_told_whole_and_nothing_is_fetched(tmp_path):
 def test_only_like_is_compared_with_like(tmp_path):
     runs = [finished(tmp_path / name, hit) for name, hit in (("one", 0.1), ("two", 0.2))]
     runs.append(finished(tmp_path / "three", 0.9, {**PROTOCOL, "hash": "other"}))
+    runs.append(finished(tmp_path / "four", 0.9, data={**DATA, "content_hash": "ba2"}))
+    runs += [finished(tmp_path / name, 0.9, data=None) for name in ("five", "six")]
     _, found = page(*runs, out=tmp_path / "report.html")
     together = found.tables[0]
     assert [cells[0] for cells in together] == ["run", "one", "two"]
     assert [cells[-2] for cells in together[1:]] == ["0.1000 ± 0.0100", "0.2000 ± 0.0100"]
-    assert len(found.tables) == 4
+    assert len(found.tables) == 7
 
 
 def test_a_run_that_is_not_finished_says_how_far_it_is(tmp_path):

@@ -11,7 +11,7 @@ import torch
 from align.config import MainJob
 from launch.cluster import doctor
 from launch.cluster.identities import identities
-from launch.cluster.status import follow, status
+from launch.cluster.status import _is_over, follow, status
 from llm.lmrec_job import LMRecJob
 from llm.recformer.job import RecformerJob
 from rec.job import RecJob, load_job
@@ -19,7 +19,7 @@ from rec.runtime import files
 from rec.runtime.checkpoint import Checkpoints
 from rec.runtime.config import build, hash_of
 from rec.runtime.errors import UserError
-from rec.runtime.runfolder import RunFolder
+from rec.runtime.runfolder import CONFIG, METRICS, RunFolder
 from rec.runtime.stopping import STOP
 
 
@@ -52,6 +52,27 @@ def test_a_run_whose_locks_are_held_lives_however_long_it_says_nothing(tmp_path)
         assert (found.state, f"its trainer runs as process {os.getpid()} on" in found.sentence) == ("running", True)
     found = status(tmp_path, later)
     assert (found.state, "look at its job first (squeue --jobs=7)" in found.sentence) == ("silent", True)
+
+
+@pytest.mark.parametrize(("event", "more"), [("failed", {"code": 1}), ("requeued", {"why": "warned"}), ("stopped", {})])
+def test_whoever_goes_on_with_a_run_by_hand_is_what_it_does(tmp_path, event, more):
+    run = RunFolder(tmp_path)
+    note(run, "attempt")
+    note(run, event, **more)
+    assert status(tmp_path).state == event
+    with run.lock("launcher"):
+        assert status(tmp_path).state == "running"
+        assert not _is_over(run)
+
+
+def test_the_time_between_two_attempts_is_not_that_of_a_step(tmp_path):
+    rows, now = [], 0.0
+    for step in range(20):
+        now += 10_800.0 if step == 10 else 2.0
+        rows.append({"event": "train", "step": step, "time_s": now, "pid": 1 + (step >= 10)})
+    (tmp_path / METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / CONFIG).write_text("align: {trainer: {steps: 3000}}\n")
+    assert any("train: 20 of 3000, 2.00 s each, 99.3 min to go" in line for line in status(tmp_path).lines)
 
 
 def test_the_steps_of_recformers_stages_are_progress_too(tmp_path):

@@ -108,6 +108,17 @@ def test_another_recommender_shares_the_llm_and_another_llm_the_recommender(reci
     ]
 
 
+def test_the_result_says_on_which_data_if_all_are_on_the_same(recipe):
+    assert "data" not in StudyRun(recipe).execute("test")
+    found = StudyRun(recipe)
+    for job in found.jobs.values():
+        path = job.run / "result.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "data": {"content_hash": "f00"}}))
+    assert found.execute("test")["data"] == {"content_hash": "f00"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "data": {"content_hash": "ba2"}}))
+    assert "data" not in found.execute("test")
+
+
 def test_a_study_that_is_finished_costs_nothing_more(recipe, tmp_path):
     first = StudyRun(recipe).execute("test")
     again = StudyRun(recipe).execute("test")
@@ -143,14 +154,14 @@ def test_a_variant_that_is_null_is_left_out(recipe):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("seeds=[]", "study: seeds"),
+        ("seeds=[]", "seeds: List should have at least 1 item"),
         ("variants={a/b: []}", "variant 'a/b'"),
         ("variants={a: [align.trainer.stepz=1]}", "unknown key 'stepz'"),
         ("jbo=1", "unknown key 'jbo'"),
     ],
 )
 def test_a_mistake_in_any_variant_is_found_before_anything_runs(recipe, override, message):
-    with pytest.raises(UserError, match=message) if "seeds" not in override else pytest.raises(UserError):
+    with pytest.raises(UserError, match=message):
         StudyRun(recipe, [override])
     assert Pretended.ran == []
 

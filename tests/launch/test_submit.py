@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -157,6 +158,45 @@ def test_a_submission_is_frozen_before_the_scheduler_hears_of_it(recipe, tmp_pat
     submit.submit(Wish(recipe, [], 1), "test")
     assert [path.name.partition("-")[2] for path in submissions(run)] == ["1", "9", "10", "11"]
     assert any("submission-11" in line for line in status(run).lines)
+
+
+def test_blanks_and_per_cent_signs_of_a_run_folder_reach_the_scheduler_as_they_are(recipe, tmp_path, a_scheduler):
+    run = tmp_path / r"my 5% run\1"
+    script, _ = submit.submit(Wish(recipe, [f"run={run}"], 1, options=("--comment=a b",)), "test")
+    assert shlex.split(re.search("^#SBATCH (.*--output.*)$", script, re.MULTILINE)[1]) == [
+        f"--output={tmp_path}/my 5%% run\\1/slurm/batch-%j.out"
+    ]
+    assert "#SBATCH '--comment=a b'\n" in script
+
+
+def test_a_refused_submission_costs_nothing(recipe, tmp_path, a_scheduler):
+    run, sbatch = tmp_path / "run", tmp_path / "bin" / "sbatch"
+    train_run(load_job(recipe), "test")
+    before = {path: path.read_bytes() for path in run.rglob("[!.]*") if path.is_file()}
+    sbatch.write_text("#!/bin/bash\necho invalid partition >&2; exit 1\n")
+    with pytest.raises(UserError, match="sbatch: invalid partition"):
+        submit.submit(Wish(recipe, [], 1), "test", fresh=True)
+    assert {path: path.read_bytes() for path in run.rglob("[!.]*") if path.is_file()} == before
+    (run / RESULT).unlink()
+    with pytest.raises(UserError, match="sbatch: invalid partition"):
+        submit.submit(Wish(recipe, [], 1), "test")
+    assert status(run).state == "refused"
+
+
+def test_a_job_that_waits_is_not_given_another_recipe(recipe, tmp_path, a_scheduler):
+    squeue = tmp_path / "bin" / "squeue"
+    squeue.write_text("#!/bin/bash\n[ $2 = --jobs=4711 ] && echo PENDING\n")
+    squeue.chmod(0o755)
+    submit.submit(Wish(recipe, [], 1), "test")
+    submit.submit(Wish(recipe, [], 1, options=("--dependency=afterany:4711",)), "test")  # a chain of jobs
+    other = Wish(recipe, ["rec.train.lr=0.5"], 1)
+    with pytest.raises(UserError, match=r"job 4711 of .* is pending with another recipe: end it first \(scancel 4711"):
+        submit.submit(other, "test")
+    with pytest.raises(UserError, match="is pending with this recipe"):
+        submit.submit(Wish(recipe, [], 1), "test", fresh=True)
+    squeue.write_text("#!/bin/bash\nexit 1\n")  # over, and forgotten
+    submit.submit(other, "test", fresh=True)
+    assert [path.name for path in submissions(tmp_path / "run")] == ["submission-1"]
 
 
 def test_a_talkative_site_and_a_host_without_git_do_not_matter(recipe, tmp_path, a_scheduler, monkeypatch):

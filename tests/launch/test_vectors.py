@@ -83,3 +83,5 @@ def test_what_gives_no_vectors_is_one_clear_line(backbone, small_data, tmp_path)
         vectors.write(str(tmp_path / "nothing"), small_data.folder, tmp_path / "x")
     with pytest.raises(UserError, match="--stage 'PT' has no meaning"):
         vectors.write(str(backbone), small_data.folder, tmp_path / "x", "PT")
+    with pytest.raises(UserError, match="is a folder; name a file"):
+        vectors.write(str(tmp_path / "nothing"), small_data.folder, tmp_path)

@@ -129,6 +129,19 @@ def test_cold_targets_are_ranked_dropped_or_missed(small_data, monkeypatch, cold
         assert metrics.ranks.tolist() == plain.ranks.tolist()
 
 
+def test_nothing_but_cold_targets_leaves_nothing_to_rank(small_data, monkeypatch):
+    monkeypatch.setitem(vars(small_data), "train_counts", torch.zeros_like(small_data.train_counts))
+    model = coarse_model(small_data.n_items)
+    with pytest.raises(UserError, match=r"all 40 test items of .* are cold"):
+        evaluate_many(model, small_data, "test", {"one": Protocol(), "other": preset("elephant-full")})
+
+
+def test_a_single_user_has_no_standard_error(small_data):
+    found = evaluate(coarse_model(small_data.n_items), small_data, "test", EvaluateConfig(), instances=[3]).summary()
+    assert found["NDCG@10_se"] is None
+    assert found["NDCG@10"] >= 0
+
+
 def test_all_protocols_come_out_of_one_pass(small_data):
     model, passes = coarse_model(small_data.n_items), []
     plain = model.last_states

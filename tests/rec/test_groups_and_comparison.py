@@ -57,6 +57,11 @@ def test_the_same_run_differs_from_itself_by_nothing():
     assert (row["difference"], row["low"], row["high"], row["p"]) == (0, 0, 0, 1)
 
 
+def test_one_user_is_no_comparison():
+    with pytest.raises(UserError, match="one user in common"):
+        compare(of_ranks([1.0]), of_ranks([2.0]))
+
+
 def test_a_clear_difference_is_found_and_has_a_sign():
     better, worse = of_ranks([2.0, 3.0] * 100), of_ranks([20.0, 5.0] * 100)
     row = compare(better, worse)["HR@10"]

@@ -1,11 +1,14 @@
 """LightGCN against dense matrices, its graph, and what it keeps between calls."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from rec.build import build_model
 from rec.config import RecConfig
 from rec.data.prepared import Prepared
+from rec.data.splits import CONTEXT, TRAIN
 from rec.evaluation import evaluate
 from rec.item_encoder import IDTable, KnowledgeConcat
 from rec.linear_cross_entropy import linear_cross_entropy
@@ -155,6 +158,13 @@ def test_what_is_kept_goes_when_weights_change():
     torch.testing.assert_close(model.score_all(*ALL), fresh())
     model.users.weight.data = torch.randn(USERS, D)
     torch.testing.assert_close(model.score_all(*ALL), fresh())
+
+
+def test_users_of_whom_nothing_is_trained_on_are_refused(small_data):
+    config = build(RecConfig, {"model": {"name": "LightGCN", "dim": 8}})
+    strangers = replace(small_data, part=small_data.part.masked_fill(small_data.part == TRAIN, CONTEXT))
+    with pytest.raises(UserError, match="trains on none of the valid users"):
+        build_model(config, strangers)
 
 
 def test_another_loss_is_refused():

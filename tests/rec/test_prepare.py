@@ -13,6 +13,7 @@ from rec.data import readers
 from rec.data.prepare import META, Filters, prepare
 from rec.data.prepared import Prepared
 from rec.data.raw import RawData
+from rec.data.readers import closed_world
 from rec.runtime import files
 from rec.runtime.errors import UserError
 
@@ -251,6 +252,11 @@ def test_duplicate_item_is_named_with_its_row(tmp_path):
     raw = raw_of(tmp_path, [("u", "a", 1)] * 3, ["a", "b", "b", "a"])
     with pytest.raises(UserError, match=r"raw\.txt, data row 3: item_id 'b' occurs twice"):
         prepare("t", raw, tmp_path / "out", LOOSE)
+
+
+def test_nothing_left_of_data_without_files_names_the_source(tmp_path):
+    with pytest.raises(UserError, match="no interaction of closed-world is left after filtering"):
+        prepare("closed-world", closed_world.read(world_seed=0), tmp_path / "out", Filters(k_core=500))
 
 
 def test_nothing_left_says_what_was_left_out(tmp_path):

@@ -82,6 +82,17 @@ def test_only_the_last_items_of_a_long_history_are_read_and_that_is_said(sasrec)
     assert remarks(sasrec, Request(history[:8]), 3, 3) == []
 
 
+@pytest.mark.parametrize(("name", "reach"), [("SASRec", 8), ("BERT4Rec", 7), ("Caser", 5), ("LightGCN", None)])
+def test_what_is_said_to_be_read_is_what_the_model_reads(finished_run, name, reach):
+    found = open_run(finished_run(name))
+    said = [f"the history has 9 items, more than the model reads: only its last {reach} count"] if reach else []
+    assert remarks(found, Request([*range(1, 10)], user=0), 3, 3) == said
+    if reach:
+        assert answers(found, *range(1, 10), include_seen=True) == answers(
+            found, 20, *range(10 - reach, 10), include_seen=True
+        )
+
+
 def test_more_than_can_be_recommended_gives_all_there_are_and_says_so(sasrec):
     assert len(answers(sasrec, 1, 2, 2, k=1000)) == 28
     assert remarks(sasrec, Request([1, 2]), 1000, 28) == ["1,000 were asked for, only 28 can be recommended"]

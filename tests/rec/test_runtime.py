@@ -353,3 +353,13 @@ def test_a_checkpoint_that_torch_could_not_write_says_whether_the_disk_is_full(t
     if raised is OSError:
         assert caught.value.errno == errno.ENOSPC
     assert Checkpoints(tmp_path).newest() is None
+
+
+def test_where_nothing_can_be_written_is_one_clear_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is a folder; name a file"):
+        files.require_writable(tmp_path)
+    with pytest.raises(UserError, match="cannot be written"):
+        files.require_writable(tmp_path / "file" / "vectors.safetensors")
+    files.require_writable(tmp_path / "new" / "vectors.safetensors")
+    assert (tmp_path / "new").is_dir()

@@ -19,7 +19,8 @@ from pyarrow import parquet
 from launch.commands import delete_run
 from rec.config import RecConfig
 from rec.evaluate import evaluate_run
-from rec.job import grid_of, load_job, open_run
+from rec.items import save_vectors
+from rec.job import RecJob, grid_of, load_job, open_run
 from rec.models.base import Recommender
 from rec.runtime.checkpoint import Checkpoints
 from rec.runtime.config import build
@@ -99,6 +100,14 @@ def test_a_wrong_key_of_the_grid_is_known_before_anything_runs(recipe):
     with pytest.raises(UserError, match="not divisible"):
         load_job(recipe(grid={"model.heads": [2, 3]}))
     assert list(grid_of(build(RecConfig, {"grid": {"model": ["SASRec"]}}))) == ["model=SASRec"]
+
+
+def test_models_of_a_grid_have_their_own_defaults():
+    names = ["SASRec", "GRU4Rec", "LightGCN"]
+    grid = grid_of(build(RecConfig, {"model": {"dim": 16}, "grid": {"model.name": names}}))
+    assert [(own.model.name, own.model.dim) for own in grid.values()] == [(name, 16) for name in names]
+    with pytest.raises(UserError, match=r"rec.grid, name=GRU4Rec: unknown key 'blocks'"):
+        grid_of(build(RecConfig, {"model": {"blocks": 1}, "grid": {"model.name": ["SASRec", "GRU4Rec"]}}))
 
 
 @pytest.mark.parametrize(
@@ -194,6 +203,9 @@ def test_the_last_epoch_is_validated_whatever_the_rhythm(recipe):
         ({"loss": {"name": "bce", "log_q": True}}, "log_q is no option of bce"),
         ({"loss": {"name": "sampled-softmax", "calibration": 0.5}}, "calibration is no option of sampled-softmax"),
         ({"train": {"seed": -1}}, "seed"),
+        ({"evaluate": {"negatives": 1000}}, "evaluate.negatives decides nothing"),
+        ({"evaluate": {"repeated_targets": "miss"}}, "evaluate.repeated_targets decides nothing"),
+        ({"evaluate": {"candidates": "sampled", "seen": "mask"}}, "evaluate.seen decides nothing"),
     ],
 )
 def test_an_option_that_would_not_be_used_is_refused(rec, message):
@@ -220,6 +232,45 @@ def test_too_many_negatives_are_known_before_training(recipe, on):
     with pytest.raises(UserError, match="29 negatives cannot be drawn for user number"):
         run(job, "")
     assert not RunFolder(job.run).events("epoch")
+
+
+def test_targets_that_are_all_cold_are_known_before_training(recipe, small_data, monkeypatch):
+    monkeypatch.setattr("rec.evaluation.fit_counts", lambda data, on: torch.zeros(data.n_items + 1, dtype=torch.long))
+    with pytest.raises(UserError, match=r"all 40 valid items of .* are cold"):
+        run(load_job(recipe(evaluate={"cold_targets": "drop"})), "")
+
+
+def test_what_was_overwritten_since_is_no_longer_this_run(small_data, tmp_path):
+    """The data under the same path prepared anew, or other item vectors in the same file."""
+    data, vectors = tmp_path / "data", tmp_path / "vectors.safetensors"
+    shutil.copytree(small_data.folder, data)
+    items, made = small_data.items["item_id"].to_pylist(), torch.randn(small_data.n_items, 16)
+    save_vectors(vectors, items, made, {})
+    rec = {**SMALL, "items": {"kind": "vectors", "file": str(vectors)}}
+    job = build(RecJob, {"data": str(data), "run": str(tmp_path / "run"), "rec": rec})
+    result = run(job, "")
+    save_vectors(vectors, items, made + 1, {})
+    with pytest.raises(UserError, match="were made anew since it was begun"):
+        run(job, "")
+    save_vectors(vectors, items, made, {})
+    assert run(job, "") == result
+    meta = json.loads((data / "meta.json").read_text())
+    (data / "meta.json").write_text(json.dumps({**meta, "content_hash": "other"}))
+    with pytest.raises(UserError, match="were made anew since it was begun"):
+        run(job, "")
+    # Killed between training and evaluation: the model that is there must not be tested on what it has learnt.
+    for name in ("result.json", "inputs.json"):
+        (job.run / name).unlink()
+    with pytest.raises(UserError, match="was trained on other data than"):
+        run(job, "")
+
+
+def test_the_time_of_a_run_is_that_of_all_its_attempts(recipe):
+    job = load_job(recipe())
+    run(job, "")
+    (job.run / "result.json").unlink()  # killed between training and evaluation
+    epochs = RunFolder(job.run).steps("epoch")
+    assert run(job, "")["wall_s"] > sum(epoch["seconds"] + epoch["evaluation_seconds"] for epoch in epochs) > 0
 
 
 def test_data_without_validation_needs_another_way_to_stop(recipe, small_data, tmp_path):
