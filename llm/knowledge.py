@@ -22,7 +22,7 @@ import pyarrow as pa
 from pyarrow import parquet
 from transformers import AutoConfig
 
-from llm.config import EngineConfig, KnowledgeConfig, LLMConfig
+from llm.config import EngineConfig, LLMConfig
 from llm.engine import ADAPTER, Engine, adapted
 from llm.prompts import item_texts, prompt_tokens
 from llm.tokenizer import load_tokenizer
@@ -37,7 +37,7 @@ from rec.runtime.runfolder import try_lock
 
 log = logging.getLogger(__name__)
 
-PROMPTS_A_CALL = 2048
+WAVES_A_CALL = 4  # of as many texts as the engine writes at once; what is kept together, and what a kill can cost
 WRITER_TIMEOUT_S = 6 * 3600.0  # whoever holds the file may be encoding a whole catalog
 WEIGHTS = (".safetensors", ".bin", ".pt", ".json", ".model", ".txt")
 
@@ -130,8 +130,9 @@ def generate_knowledge(
     prompts = prompt_tokens(item_texts(data.items, settings.item_text), knowledge.prompt, tokenizer)
     several = knowledge.texts
     prompts = [prompt for prompt in prompts for _ in range(several)]
-    keys = text_keys(prompts, fingerprint(model), knowledge)
-    texts = file.texts()
+    keys = text_keys(prompts, fingerprint(model), settings)
+    with file.sole_writer():  # who may be taking the parts away, for they are in the file now
+        texts = file.texts()
     different = dict(zip(keys, prompts, strict=True))
     own = list(different)[shard[0] :: shard[1]]
     missing = {key: different[key] for key in own if key not in texts}
@@ -139,10 +140,10 @@ def generate_knowledge(
     if missing:
         longest = max(map(len, missing.values())) + knowledge.max_new_tokens
         engine = _engine(model, settings.engine, longest, knowledge.seed)
-        wanted = list(missing)
+        wanted, at_once = list(missing), WAVES_A_CALL * settings.engine.max_num_seqs
         with progress("Knowledge", len(wanted)) as advance:
-            for begin in range(0, len(wanted), PROMPTS_A_CALL):
-                part = wanted[begin : begin + PROMPTS_A_CALL]
+            for begin in range(0, len(wanted), at_once):
+                part = wanted[begin : begin + at_once]
                 found = engine.generate(
                     [missing[key] for key in part],
                     [int(key[:15], 16) for key in part],
@@ -217,9 +218,11 @@ def _engine(model: str | Path, config: EngineConfig, longest: int, seed: int) ->
     return engine
 
 
-def text_keys(prompts: Sequence[list[int]], model: str, settings: KnowledgeConfig) -> list[str]:
+def text_keys(prompts: Sequence[list[int]], model: str, llm: LLMConfig) -> list[str]:
     """A key for the text of every row's prompt: a hash of all that decides it, the number of the draw included."""
-    common = hashlib.sha256(hash_of([model, settings.max_new_tokens, settings.temperature, settings.seed]).encode())
+    settings = llm.knowledge
+    decides = [model, llm.engine.dtype, settings.max_new_tokens, settings.temperature, settings.seed]
+    common = hashlib.sha256(hash_of(decides).encode())
     keys = []
     for row, prompt in enumerate(prompts):
         own = common.copy()

@@ -63,7 +63,7 @@ class Parity:
     @property
     def holds(self) -> bool:
         """Whether both differences are within the tolerance."""
-        return max(self.state, self.top) <= TOLERANCE  # NaN is not
+        return self.state <= TOLERANCE and self.top <= TOLERANCE  # NaN is not
 
 
 class UserTower(nn.Module):
@@ -113,6 +113,7 @@ def export_run(run: FinishedRun, to: To, out: Path, ann: bool = False) -> dict[s
     try:
         temporary.mkdir(parents=True)
         content = _write(run, to, temporary, ann)
+        files.fsync_below(temporary)  # before the earlier one goes: then it is gone for two renames alone
         if out.exists():
             out.rename(earlier)
         files.publish_folder(temporary, out)

@@ -130,14 +130,17 @@ def _resolve(run: FinishedRun, catalog: Catalog, source: Path, skip_unknown: boo
         label = content.get(USER)
         label = None if label in (None, "") else clean(str(label))
         # An empty field of a csv is one that is not there.
-        absent = content.get(HISTORY) is None or (label is not None and content[HISTORY] == "")
+        absent = content.get(HISTORY) is None or (label is not None and _is_blank(content[HISTORY]))
+        known = users.get(label)
         try:
             if absent and label is None:
                 raise UserError(f"neither {HISTORY!r} nor {USER!r}")
+            if absent and known is None and skip_unknown and HISTORY in content:  # a label, of somebody without history
+                empty += 1
+                continue
             if absent:
-                known = users.get(label)
                 request = request_for_user(run.data, user_number(run.data, label) if known is None else known)
-            elif skip_unknown and not content[HISTORY]:
+            elif skip_unknown and _is_blank(content[HISTORY]):
                 empty += 1
                 continue
             else:
@@ -153,6 +156,10 @@ def _resolve(run: FinishedRun, catalog: Catalog, source: Path, skip_unknown: boo
             raise UserError(f"{source}, {where}: {error}") from None
         rows.append(Row(number, label, request))
     return rows, unknown, empty
+
+
+def _is_blank(history: Any) -> bool:
+    return not (history.strip(' ,"\t') if isinstance(history, str) else history)
 
 
 def _ids(value: Any) -> list[str]:

@@ -34,6 +34,7 @@ LIKE_OURS = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
     "MALLOC_TOP_PAD_": str(64 * 2**20),
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 
 

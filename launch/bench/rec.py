@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.bench import peers
-from launch.bench.child import last_line
+from launch.bench.child import TIMEOUT_S, last_line, processor
 from launch.bench.rec_rows import claims_of, rows_of
 from launch.bench.rec_tasks import Settings, Task, tasks
 from rec.runtime import files
@@ -31,8 +31,6 @@ from rec.runtime.errors import UserError
 from rec.runtime.runfolder import RunFolder
 
 log = logging.getLogger(__name__)
-
-PEER_TIMEOUT_S = 3600
 
 
 def run(settings: Settings, out: Path, command: str) -> dict[str, Any]:
@@ -47,6 +45,9 @@ def run(settings: Settings, out: Path, command: str) -> dict[str, Any]:
         if not peers.is_ready(name, settings.root):
             setup = f"python -m launch.bench.peers --setup {' '.join(settings.names)}"
             raise UserError(f"no environment for {name}; make it with: {setup}")
+    names = [folder.name for folder in settings.data]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"two folders are called {twice[0]!r}: their rows could not be told apart; rename one")
     for folder in settings.data:
         if not (folder / "interactions.parquet").is_file():
             raise UserError(f"{folder} is no prepared folder; make one with 'recalign prepare'")
@@ -61,7 +62,7 @@ def run(settings: Settings, out: Path, command: str) -> dict[str, Any]:
             rows,
             time.monotonic() - began,
             claims=claims_of(rows),
-            machine={"cores": os.cpu_count(), "load_average": os.getloadavg()},
+            machine={"processor": processor(), "cores": os.cpu_count(), "load_average": os.getloadavg()},
         )
 
 
@@ -73,9 +74,10 @@ def _once(task: Task, folder: Path, settings: Settings) -> dict[str, Any]:
     place = task.arguments.index("--data") + 1
     data = Path(task.arguments[place])
     path = folder / f"{task.stage}-{data.name}-{task.name}.json"
-    # Of what the data is, wherever it lies: measurements go on on another machine too.
+    # Of what the data is, wherever it lies: measurements go on on another machine of the same kind too.
     content = files.read_json(data / "meta.json")["content_hash"]
-    asked = hash_of([*task.arguments[:place], content, *task.arguments[place + 1 :]])
+    needed = peers.PEERS[task.peer].requirements if task.peer in peers.PEERS else ()
+    asked = hash_of([*task.arguments[:place], content, *task.arguments[place + 1 :], processor(), *needed])
     if path.is_file() and (before := files.read_json(path)).get("asked") == asked:
         return before
     log.info("%s: %s on %s", task.stage, task.name, data.name)
@@ -84,7 +86,7 @@ def _once(task: Task, folder: Path, settings: Settings) -> dict[str, Any]:
         if task.peer == "recalign":
             found = _ours(task.arguments)
         else:
-            found = peers.run(task.peer, "sasrec", task.arguments, settings.root, timeout_s=PEER_TIMEOUT_S)
+            found = peers.run(task.peer, "sasrec", task.arguments, settings.root, timeout_s=TIMEOUT_S)
     except UserError as error:
         log.warning("%s", error)
         return {"name": task.name, "peer": task.peer, "data": data.name, "failed": str(error)}

@@ -110,7 +110,7 @@ def claims_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             claims.append(
                 {
                     "id": f"epoch of {row['model']} over SASRec's, {place}",
-                    "holds": row["ratio"] <= 5,
+                    "holds": row["ratio"] is not None and row["ratio"] <= 5,
                     "figure": row["ratio"],
                 }
             )

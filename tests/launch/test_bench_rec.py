@@ -10,6 +10,7 @@ from launch.bench.rec_rows import claims_of, rows_of, seconds_to_reach
 from launch.bench.rec_tasks import Settings, tasks
 from rec.protocol import Protocol
 from rec.runtime import files
+from rec.runtime.errors import UserError
 
 PLACE = {"data": "d", "max_length": 50, "precision": "fp32"}
 
@@ -67,6 +68,18 @@ def test_never_getting_where_the_peer_gets_is_a_missed_claim():
     assert rows[1]["ratio"] is None
     assert not claims_of(rows)[0]["holds"]
     assert seconds_to_reach(ours["epochs"], 0.04) is None
+
+
+def test_without_a_sasrec_to_compare_with_a_model_has_met_nothing():
+    alone = {**epoch("LightSANs-50", "recalign", 9.0), "stage": "models", "model": "LightSANs"}
+    killed = {"stage": "models", "name": "SASRec-50", "peer": "recalign", "data": "d", "failed": "killed"}
+    [claim] = claims_of(rows_of([killed, alone]))
+    assert (claim["holds"], claim["figure"]) == (False, None)
+
+
+def test_folders_of_one_name_are_refused(small_data, tmp_path):
+    with pytest.raises(UserError, match="two folders are called 'prepared'"):
+        rec.run(Settings([small_data.folder, tmp_path / "prepared"], names=()), tmp_path / "out", "bench")
 
 
 def test_seeds_become_one_row():

@@ -20,7 +20,7 @@ from rec.data.prepared import Prepared
 from rec.runtime.config import build
 from rec.runtime.errors import UserError
 
-SETTINGS = build(LLMConfig, {"knowledge": {"max_new_tokens": 6}})
+SETTINGS = build(LLMConfig, {"knowledge": {"max_new_tokens": 6}, "engine": {"max_num_seqs": 2}})
 
 
 def make_model(folder: Path, seed: int) -> Path:
@@ -62,7 +62,6 @@ def asked(engine, monkeypatch) -> list[int]:
             return engine.generate(prompts, *rest)
 
     monkeypatch.setattr(knowledge, "Engine", Counted)
-    monkeypatch.setattr(knowledge, "PROMPTS_A_CALL", 8)
     return calls
 
 
@@ -154,11 +153,13 @@ def test_keys_change_with_everything_that_decides_a_text(model, tmp_path):
     assert fingerprint(make_model(tmp_path / "same", 1)) == fingerprint(model)
     base = SETTINGS.knowledge
     variants = [
-        (fingerprint(model), base),
-        (other, base),
-        (other, base.model_copy(update={"seed": 1})),
-        (other, base.model_copy(update={"temperature": 0.5})),
-        (other, base.model_copy(update={"max_new_tokens": 7})),
+        (fingerprint(model), SETTINGS),
+        (other, SETTINGS),
+        (other, SETTINGS.model_copy(update={"engine": SETTINGS.engine.model_copy(update={"dtype": "bfloat16"})})),
+        *(
+            (other, SETTINGS.model_copy(update={"knowledge": base.model_copy(update=changed)}))
+            for changed in ({"seed": 1}, {"temperature": 0.5}, {"max_new_tokens": 7})
+        ),
     ]
     keys = [text_keys([[1, 2], [1, 2, 3], [1, 2]], *variant) for variant in variants]
     assert all(own[0] == own[2] != own[1] for own in keys)

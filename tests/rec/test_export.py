@@ -1,5 +1,6 @@
 """Exported files answer as the model does, in the runtimes that will serve them, and a check that would notice."""
 
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 from rec import export
 from rec.ann import write_index
 from rec.catalog import Catalog
-from rec.export import check_packages, check_table, check_tower, export_run, load_tower, save_tower, trace
+from rec.export import Parity, check_packages, check_table, check_tower, export_run, load_tower, save_tower, trace
 from rec.item_encoder import KnowledgeConcat
 from rec.items import load_vectors
 from rec.job import FinishedRun, open_run
@@ -134,6 +135,8 @@ def test_the_check_notices_every_kind_of_difference(sasrec):
     right = model.last_states
     assert holds(right)
     assert not holds(lambda items, lengths: right(items, lengths) * 1.001)
+    assert not Parity(1, 1e-7, math.nan, 0.0).holds
+    assert not Parity(1, math.nan, 1e-7, 1.0).holds
     assert not holds(lambda items, lengths: right(items, lengths) + 1e-3 * (lengths[:, None] == 8))
     assert not holds(lambda items, lengths: right(items, lengths) + 1e-3 * (len(lengths) == 1))
     # As a tower that reads the last place, padding or not.
