@@ -1,5 +1,6 @@
 """The ``rec.items`` section: which item encoder, and the file of vectors that it begins with."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,7 +14,7 @@ from torch import Tensor
 from rec.data.prepared import Prepared
 from rec.item_encoder import IDPlusVectors, IDTable, ItemEncoder, KnowledgeConcat, VectorTable
 from rec.runtime import files
-from rec.runtime.config import Section
+from rec.runtime.config import Section, hash_of
 from rec.runtime.errors import UserError
 
 
@@ -110,12 +111,18 @@ def save_vectors(path: Path, item_ids: list[str], vectors: Tensor, source: dict[
     temporary.replace(path)
 
 
-def load_vectors(path: Path, data: Prepared) -> Tensor:
-    """[N, K] float32 vectors of the data's items in their order; the file may hold more items.
+def hash_of_vectors(path: Path) -> str:
+    """Of what a file of vectors holds: its bytes differ from one writing to the next, for its header has no order.
 
     Raises:
-        UserError: if the file cannot be read, names an item twice or not at all, or holds values not finite.
+        UserError: if the file cannot be read.
     """
+    item_ids, vectors = _read(path)
+    return hash_of([item_ids, hashlib.sha256(vectors.contiguous().numpy().tobytes()).hexdigest()])
+
+
+def _read(path: Path) -> tuple[list[str], Tensor]:
+    """Item ids [N] and their vectors [N, K] in float32."""
     try:
         with safe_open(path, framework="pt") as stored:
             metadata, vectors = stored.metadata() or {}, stored.get_tensor("vectors").float()
@@ -128,6 +135,16 @@ def load_vectors(path: Path, data: Prepared) -> Tensor:
         raise UserError(f"{path}: item_ids must be a JSON list of texts")
     if vectors.dim() != 2 or len(item_ids) != len(vectors):
         raise UserError(f"{path}: {len(item_ids)} item ids for vectors of shape {tuple(vectors.shape)}")
+    return item_ids, vectors
+
+
+def load_vectors(path: Path, data: Prepared) -> Tensor:
+    """[N, K] float32 vectors of the data's items in their order; the file may hold more items.
+
+    Raises:
+        UserError: if the file cannot be read, names an item twice or not at all, or holds values not finite.
+    """
+    item_ids, vectors = _read(path)
     row_of = {item: row for row, item in enumerate(item_ids)}
     if len(row_of) < len(item_ids):
         twice = next(item for row, item in enumerate(item_ids) if row_of[item] != row)

@@ -13,6 +13,7 @@ import shlex
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from accelerate import PartialState
 from rec.build import FINISHED, MODEL, build_model
 from rec.data.prepared import Prepared
 from rec.evaluation import evaluate, require_possible, some_instances
-from rec.items import IDItems
+from rec.items import IDItems, hash_of_vectors
 from rec.job import RecJob, grid_of, load_job, open_data
 from rec.models.base import WEIGHTS, Recommender
 from rec.runtime import files
@@ -68,14 +69,14 @@ def run(job: RecJob, command: str) -> dict[str, Any]:
 
 def _require_the_same_inputs(job: RecJob, data: Prepared, folder: RunFolder) -> None:
     """Raise a UserError if what the recipe names was overwritten since the run was begun."""
-    named: set[Path] = set()
+    hashed: dict[Path, Callable[[Path], str]] = {}
     for rec in grid_of(job.rec).values() or [job.rec]:
         if not isinstance(rec.items, IDItems):
-            named.add(rec.items.file)
+            hashed[rec.items.file] = hash_of_vectors
         if rec.train.start is not None:
-            named.add(rec.train.start / MODEL / WEIGHTS)
-    if all(path.is_file() for path in named):  # of what is missing the training itself says so, if it is needed still
-        hashes = {str(path): files.sha256_file(path) for path in sorted(named)}
+            hashed[rec.train.start / MODEL / WEIGHTS] = files.sha256_file
+    if all(path.is_file() for path in hashed):  # of what is missing the training itself says so, if it is needed still
+        hashes = {str(path): hash_file(path) for path, hash_file in sorted(hashed.items())}
         folder.require_the_same_inputs({"data": data.meta["content_hash"], **hashes})
 
 
