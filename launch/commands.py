@@ -83,7 +83,7 @@ def replacing(folder: Path) -> Iterator[None]:
         folder.rename(aside)
         try:
             yield
-        except BaseException:
+        except BaseException:  # an interrupt too: whatever ends it early must not cost the run
             shutil.rmtree(folder, ignore_errors=True)
             aside.rename(folder)
             raise
