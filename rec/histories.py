@@ -102,7 +102,6 @@ def answer_file(
     short, size = 0, run.rec.evaluate.batch_size
     temporary = files.beside(out)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("w", encoding="utf-8", newline="") as stream, progress(source.name, len(rows)) as advance:
             writer = _Writer(stream, out.suffix == ".csv", any(row.label is not None for row in rows), catalog)
             for begin in range(0, len(rows), size):
