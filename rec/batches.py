@@ -31,6 +31,11 @@ def fit_ends(data: Prepared, on: TrainedOn) -> Tensor:
     return data.train_ends.scatter_reduce(0, users, ends + 1, "amax")
 
 
+def fit_users(data: Prepared, on: TrainedOn) -> Tensor:
+    """[users] whether anything of a user is trained on."""
+    return fit_ends(data, on) > data.offsets[:-1]
+
+
 def fit_counts(data: Prepared, on: TrainedOn) -> Tensor:
     """[items + 1] interactions of each item number that are trained on."""
     if on == "train":

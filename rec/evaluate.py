@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from rec.batches import fit_ends
+from rec.batches import fit_users
 from rec.breakdown import break_down
 from rec.compare import compare, paired
 from rec.evaluation import Metrics, evaluate_many, require_cutoffs
@@ -125,7 +125,7 @@ def remarks(run: FinishedRun, protocol: Protocol, part: Part) -> list[str]:
 def _remarks_of_pairs(run: FinishedRun, protocol: Protocol, part: Part) -> list[str]:
     """Of a model that knows users by number alone."""
     found, users = [], run.data.instances(part)[0].unique()
-    strangers = int((fit_ends(run.data, run.trained_on)[users] == run.data.offsets[users]).sum())
+    strangers = int((~fit_users(run.data, run.trained_on)[users]).sum())
     if strangers:
         found.append(f"{strangers} of {len(users)} users are not trained on: their lists are noise")
     if protocol.candidates == "all" and protocol.seen == "rank":

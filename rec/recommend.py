@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rec.batches import fit_ends
+from rec.batches import fit_users
 from rec.catalog import Catalog
 from rec.data.prepared import Prepared
 from rec.job import FinishedRun
@@ -97,7 +97,7 @@ def require_readable(model: Recommender, request: Request) -> None:
 def remarks(run: FinishedRun, request: Request, k: int, found: int) -> list[str]:
     """What a user should know about one answer of ``found`` items."""
     longest, length, lines = run.model.reach, len(request.history), []
-    if run.model.samples == "pairs" and not _was_trained_on(run, request.user):
+    if run.model.samples == "pairs" and not fit_users(run.data, run.trained_on)[request.user]:
         lines.append(f"{run.model.architecture} was trained on nothing of this user: the list says nothing about them")
     if length > longest and run.model.samples != "pairs":
         lines.append(f"the history has {length:,} items, more than the model reads: only its last {longest} count")
@@ -106,10 +106,6 @@ def remarks(run: FinishedRun, request: Request, k: int, found: int) -> list[str]
     elif found < k:
         lines.append(f"{k:,} were asked for, only {found:,} can be recommended")
     return lines
-
-
-def _was_trained_on(run: FinishedRun, user: int) -> bool:
-    return bool(fit_ends(run.data, run.facts.get("trained_on", "train"))[user] > run.data.offsets[user])
 
 
 @torch.no_grad()
