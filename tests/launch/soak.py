@@ -1,4 +1,4 @@
-"""Fifty kills -9 at random points of alignment: python tests/launch/soak.py (about 20 minutes on 2 cores).
+"""Fifty kills -9 at random points of alignment: python tests/launch/soak.py (about 10 minutes on 2 cores).
 
 Whatever is killed, no sample may be lost or trained on twice, every run must finish, and its weights must be those of
 its own replay. Two kinds of kill of five wait for a save of a checkpoint or a publication of a snapshot to begin.
