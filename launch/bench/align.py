@@ -26,6 +26,7 @@ from launch.alignment.main_job import MainJobRun
 from launch.alignment.study import share_what_comes_before
 from launch.alignment.summary import asynchronous
 from launch.bench.child import last_line
+from launch.bench.machine import machine
 from rec.runtime.config import Section
 from rec.runtime.errors import UserError
 from rec.runtime.runfolder import CONFIG, RunFolder
@@ -96,6 +97,7 @@ def run(recipe: Path, overrides: Sequence[str], steps: int, out: Path, command: 
             tokens_per_s={name: round(value, 1) for name, value in tokens.items()},
             speedup=round(rates["asynchronous"] / rates["synchronous"], 2),
             asynchronous=figures,
+            machine=machine(),
         )
 
 

@@ -1,28 +1,14 @@
 """A measurement in a process of its own, so that none meets what another left in memory."""
 
-import contextlib
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 
 from launch.supervise import why
 from rec.runtime.parent import die_with_parent
 
 TIMEOUT_S = 2 * 3600.0
-BF16 = {"avx512_bf16", "amx_bf16"}
-
-
-def processor() -> str:
-    """This machine's CPU and its instructions for bfloat16: speeds are compared with those of the same alone."""
-    told = dict.fromkeys(("model name", "flags"), "")
-    with contextlib.suppress(OSError):  # no Linux
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            name, _, value = line.partition(":")
-            told[name.strip()] = value.strip()
-    return ", ".join([told["model name"] or platform.processor(), *sorted(BF16 & set(told["flags"].split()))])
 
 
 def last_line(

@@ -14,6 +14,7 @@ import torch
 
 from align.config import MainJob, Stages, load_job
 from align.snapshots import SnapshotStore
+from launch.bench.machine import machine
 from llm.engine import Engine
 from llm.prompts import item_texts, prompt_tokens
 from llm.text_encoder import TextEncoder
@@ -53,9 +54,8 @@ def run(source: Path, out: Path, requests: int, command: str) -> dict[str, Any]:
         "SeRALM_gen&enc: one item's text and vector": _write_and_encode(job, stages, data),
     }
     rows = [{"what": what, **_timed(answer, requests)} for what, answer in kinds.items()]
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     return RunFolder(out).write_result(
-        command, job.identity, {}, rows, time.monotonic() - begin, machine=machine, requests=requests
+        command, job.identity, {}, rows, time.monotonic() - begin, machine=machine(), requests=requests
     )
 
 

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from launch.bench.child import last_line, processor
+from launch.bench.child import last_line
+from launch.bench.machine import machine
 from llm.corpus import IGNORED, LanguageBatch, PackedBatches
 from llm.joint import JointModel
 from llm.lmrec_job import LMRecJob, load_job
@@ -67,7 +68,7 @@ def run(
         folder.claim(job)
         rows = []
         for name in names:
-            where = {"name": name, "steps": steps, "machine": _machine()}
+            where = {"name": name, "steps": steps, "machine": machine()}
             known = [row for row in folder.events("measured") if where.items() <= row.items()]
             if not known:
                 log.info("%s", name)
@@ -324,12 +325,6 @@ def _for_trainer(batch: LanguageBatch, dtype: torch.dtype) -> list[dict[str, tor
 
 def _in_a_process(config: Path, name: str, steps: int) -> dict[str, Any]:
     return json.loads(last_line(["-m", "launch.bench.lmrec", str(config), name, str(steps)]))
-
-
-def _machine() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{processor()}, {torch.get_num_threads()} threads"
 
 
 def _wait(device: torch.device) -> None:

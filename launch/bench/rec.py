@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.bench import peers
-from launch.bench.child import TIMEOUT_S, last_line, processor
+from launch.bench.child import TIMEOUT_S, last_line
+from launch.bench.machine import processor
 from launch.bench.rec_rows import claims_of, rows_of
 from launch.bench.rec_tasks import Settings, Task, tasks
 from rec.runtime import files

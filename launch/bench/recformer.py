@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from launch.bench.machine import machine
 from llm.recformer.engine import make_accelerator
 from llm.recformer.job import RecformerJob, load_job
 from llm.recformer.pretrain import Pretraining
@@ -65,7 +66,13 @@ def run(recipe: Path, overrides: Sequence[str], steps: int, rounds: int, out: Pa
             "figure": round(speedup, 3),
         }
         return folder.write_result(
-            command, hash_of([job.identity("pretrain"), steps, rounds]), {}, rows, time.monotonic() - begin, [claim]
+            command,
+            hash_of([job.identity("pretrain"), steps, rounds]),
+            {},
+            rows,
+            time.monotonic() - begin,
+            [claim],
+            machine=machine(),
         )
 
 

@@ -54,7 +54,7 @@ def claims(
     Args:
         ranks: of the test items, by cell and protocol; RECFORMER's too.
         serving: from ``serving``.
-        first: the RECFORMER whose variants are compared.
+        first: the RECFORMER whose variants are compared; of the others, those on PT vectors.
     """
     found: list[dict[str, Any]] = []
     for protocol in next(iter(ranks.values()), ()):
@@ -89,21 +89,28 @@ def _row(pair: _Pair, interval: Mapping[str, float]) -> dict[str, Any]:
 
 
 class _Compared:
-    """The cells of one model under one protocol."""
+    """The cells of one model under one protocol, by variant; those of a RECFORMER but the first by its name too."""
 
     def __init__(self, name: str, ranks: Mapping[Cell, dict[str, Metrics]], protocol: str, first: str) -> None:
         self.name, self.protocol = name, protocol
         self.found: dict[str, dict[int, Metrics]] = {}
         for cell, own in ranks.items():
-            if cell.model in (name, RECFORMER) and cell.recformer == first:
+            if cell.recformer == first and cell.model in (name, RECFORMER):
                 self.found.setdefault(cell.variant, {})[cell.seed] = own[protocol]
+            elif cell.model == name:
+                self.found.setdefault(f"{cell.variant} of {cell.recformer}", {})[cell.seed] = own[protocol]
 
     def pairs(self) -> list[_Pair]:
         """What the paper compares, and the study has."""
         asked: list[tuple[str, str, str, Literal["beats", "does not beat", "reaches"]]] = [
             ("a", "trainable vanilla", "random", "does not beat"),
             ("a", "frozen vanilla", "random", "does not beat"),
-            ("b", "trainable PT", "random", "beats"),
+            *(
+                ("b", own, other, "beats")
+                for own in self.found
+                if own.startswith("trainable PT")
+                for other in ("random", "trainable vanilla")
+            ),
             ("c", "trainable PT", "frozen PT", "beats"),
             ("c", "trainable FT", "frozen FT", "beats"),
             *(("d", "further items", other, "beats") for other in self._next_best("further items")),

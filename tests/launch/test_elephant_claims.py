@@ -33,9 +33,9 @@ def test_claims_answer_yes_and_no_under_every_protocol():
     }  # fmt: skip
     serving = {"SASRec": {"parameters": [5, 5], "latency_ratio": 1.02}}
     found = claims.claims(made_up(paper), serving, "R")
-    assert [claim["id"].count("elephant-100") for claim in found] == [1] * 7 + [0] * 8
-    assert [claim["id"].count("elephant-full") for claim in found] == [0] * 7 + [1] * 7 + [0]
-    assert [claim["holds"] for claim in found] == [True] * 15
+    assert [claim["id"].count("elephant-100") for claim in found] == [1] * 8 + [0] * 9
+    assert [claim["id"].count("elephant-full") for claim in found] == [0] * 8 + [1] * 8 + [0]
+    assert [claim["holds"] for claim in found] == [True] * 17
     assert found[2]["figure"] == pytest.approx(0.2)
     assert found[2]["low"] > 0.1
     assert not any("undecided" in claim for claim in found)
@@ -43,7 +43,7 @@ def test_claims_answer_yes_and_no_under_every_protocol():
     other["SASRec", "trainable vanilla"] = 0.69
     serving = {"SASRec": {"parameters": [5, 6], "latency_ratio": 1.0}}
     found = claims.claims(made_up(other), serving, "R")
-    assert [claim["holds"] for claim in found][-8:] == [False] * 6 + [False, False]
+    assert [claim["holds"] for claim in found][-9:] == [False] * 9
     assert claims.claims({}, {}, "R") == []
 
 
@@ -83,6 +83,20 @@ def test_variants_without_a_common_seed_are_not_compared():
         "SASRec: (c) trainable PT beats frozen PT",
         "SASRec: (d) further items beats random",
     ]
+
+
+def test_pt_vectors_of_every_recformer_are_compared_with_untuned_ones():
+    ranks = made_up({("SASRec", "random"): 0.2, ("SASRec", "trainable vanilla"): 0.4, ("SASRec", "trainable PT"): 0.6})
+    more = made_up({("SASRec", "trainable PT"): 0.3, ("RECFORMER", "RECFORMER FT2"): 0.9})
+    ranks |= {cell._replace(recformer="1 %"): own for cell, own in more.items()}
+    answers = {claim["id"].partition(" (NDCG")[0]: claim["holds"] for claim in claims.claims(ranks, {}, "R")}
+    assert answers == {
+        "SASRec: (a) trainable vanilla does not beat random": False,
+        "SASRec: (b) trainable PT beats random": True,
+        "SASRec: (b) trainable PT beats trainable vanilla": True,
+        "SASRec: (b) trainable PT of 1 % beats random": True,
+        "SASRec: (b) trainable PT of 1 % beats trainable vanilla": False,
+    }
 
 
 def test_figure_and_interval_are_of_the_seeds_that_both_have():

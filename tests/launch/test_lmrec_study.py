@@ -12,8 +12,8 @@ import pytest
 import torch
 import yaml
 
-from launch.bench.child import processor
 from launch.bench.lmrec import padded_batches
+from launch.bench.machine import processor
 from launch.controls import Popularity, Transitions
 from launch.lmrec import study
 from launch.lmrec.study import LMRecStudyRun, claims
