@@ -17,7 +17,8 @@ from align.config import MainJob, Stages, load_job
 from align.snapshots import SnapshotStore
 from launch import supervise
 from llm.config import LLMConfig
-from llm.knowledge import KnowledgeFile, fingerprint
+from llm.fingerprint import fingerprint
+from llm.knowledge import KnowledgeFile
 from llm.text_encoder import TextEncoder
 from llm.text_items import vectors_by
 from rec.build import MODEL

@@ -8,6 +8,7 @@ from typing import Any
 from launch import pretraining, recformer_tables, supervise
 from launch.commands import delete_run
 from llm.recformer.job import FINISHED, RecformerJob, load_job
+from llm.recformer.start import worked_s
 from rec.runtime import files
 from rec.runtime.checkpoint import Checkpoints
 from rec.runtime.config import hash_of
@@ -50,7 +51,7 @@ def run(job: RecformerJob, command: str) -> dict[str, Any]:
                 _watch(job, stage)
                 if not _is_finished(job, stage):
                     raise StopFile(job.run).stopped(f"in {stage}")
-        wall_s = sum(row["seconds"] for row in folder.events("stage"))
+        wall_s = worked_s(folder.events())
         identity = hash_of([job.identity("finetune"), job.data])
         return folder.write_result(command, identity, {}, rows_of(job), wall_s, speed=speed_of(folder))
 
@@ -101,15 +102,17 @@ def _watch(job: RecformerJob, stage: str) -> None:
     try:
         child.start()
         follow = supervise.Follower(folder)
-        with progress(stage, config.epochs + getattr(config, "fixed_epochs", 0)) as advance:
+        steps = getattr(config, "steps", None)
+        with progress(stage, steps or config.epochs + getattr(config, "fixed_epochs", 0)) as advance:
             while child.process.poll() != 0:
                 supervise.restart_if_dead(child, pretraining.MAX_RESTARTS, folder)
                 row = follow.newest(*EVENTS[stage])
                 if row:
                     title = row["event"].removesuffix("_step").upper()
                     speed = row["tokens"] / row["seconds"]
-                    epoch = row["epoch"] + (config.epochs if title == "FT2" else 0)
-                    advance(epoch, f"epochs, stage-{title}  loss {row['loss']:.3f}  {speed:,.0f} tokens/s")
+                    done = row["step"] + 1 if steps else row["epoch"] + (config.epochs if title == "FT2" else 0)
+                    unit = "steps" if steps else "epochs"
+                    advance(done, f"{unit}, stage-{title}  loss {row['loss']:.3f}  {speed:,.0f} tokens/s")
                 time.sleep(supervise.POLL_S)
     finally:
         child.stop()

@@ -12,7 +12,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from llm.config import EncoderConfig
 from llm.eos_vectors import eos_vectors
-from llm.knowledge import fingerprint
+from llm.fingerprint import fingerprint
 from llm.prompts import item_texts
 from llm.recformer.encode import vectors_of_backbone, vectors_of_model
 from llm.recformer.job import FINISHED, RecformerJob, Stage, load_job

@@ -20,10 +20,10 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
-from transformers import AutoConfig
 
 from llm.config import EngineConfig, LLMConfig
 from llm.engine import ADAPTER, Engine, adapted
+from llm.fingerprint import fingerprint
 from llm.prompts import item_texts, prompt_tokens
 from llm.tokenizer import load_tokenizer
 from rec.data.prepared import Prepared
@@ -39,7 +39,6 @@ log = logging.getLogger(__name__)
 
 WAVES_A_CALL = 4  # of as many texts as the engine writes at once; what is kept together, and what a kill can cost
 WRITER_TIMEOUT_S = 6 * 3600.0  # whoever holds the file may be encoding a whole catalog
-WEIGHTS = (".safetensors", ".bin", ".pt", ".json", ".model", ".txt")
 
 
 class Said(NamedTuple):
@@ -229,28 +228,6 @@ def text_keys(prompts: Sequence[list[int]], model: str, llm: LLMConfig) -> list[
         own.update(np.asarray([row % settings.texts, *prompt], dtype=np.int64).tobytes())
         keys.append(own.hexdigest()[:16])
     return keys
-
-
-def fingerprint(model: str | Path) -> str:
-    """A hash of a model folder's weights and tokenizer, or the name and revision of a model on the hub.
-
-    Raises:
-        UserError: if there is no such model.
-    """
-    folder = Path(model)
-    if folder.is_dir():
-        parts = sorted(path for path in folder.iterdir() if path.suffix in WEIGHTS)
-        if (folder / ADAPTER).exists():
-            # Not its settings as they stand: peft writes the names of the layers in any order.
-            settings = files.read_json(folder / ADAPTER)
-            sizes = [settings["r"], settings["lora_alpha"], fingerprint(adapted(folder))]
-            parts = [path for path in parts if path.name != ADAPTER]
-            return hash_of([*sizes, *([path.name, files.sha256_file(path)] for path in parts)])
-        return hash_of([[path.name, files.sha256_file(path)] for path in parts])
-    try:
-        return f"{model}@{getattr(AutoConfig.from_pretrained(str(model)), '_commit_hash', None)}"
-    except (OSError, ValueError) as error:
-        raise UserError(f"{model} is no language model: {str(error).strip().splitlines()[0]}") from error
 
 
 def shard_of(text: str) -> tuple[int, int]:

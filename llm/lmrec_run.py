@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from llm.causal_lm import load_causal_lm
 from llm.corpus import ItemTokens, PackedBatches
+from llm.fingerprint import fingerprint
 from llm.joint import JointModel, PairBatch, has_plain_head
-from llm.knowledge import fingerprint
 from llm.lmrec import build_lmrec
 from llm.lmrec_evaluation import LMRecRecommender, load_heads, save_heads, save_model
 from llm.lmrec_job import TARGET, LMRecJob, LMRecTrainConfig, TaskConfig

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llm.corpus import ItemTokens
+from llm.fingerprint import fingerprint
 from llm.joint import JointModel
-from llm.knowledge import fingerprint
 from llm.lmrec_evaluation import HISTORIES_AT_ONCE, ITEMS_AT_ONCE
 from llm.lmrec_run import starting_model
 from llm.packing import require_packable

@@ -8,7 +8,6 @@
 import argparse
 import contextlib
 import logging
-import os
 import shlex
 import shutil
 import sys
@@ -16,9 +15,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import torch
-from accelerate import PartialState
 
 from rec.build import FINISHED, MODEL, build_model
 from rec.data.prepared import Prepared
@@ -30,7 +26,8 @@ from rec.runtime import files
 from rec.runtime.config import hash_of
 from rec.runtime.errors import Diverged
 from rec.runtime.logs import run_main
-from rec.runtime.ranks import Ranks, left_together, lost_contact_is_named, timeout
+from rec.runtime.process_group import process_group
+from rec.runtime.ranks import Ranks
 from rec.runtime.runfolder import RunFolder
 from rec.trainer import STOP_METRIC, device, train
 
@@ -151,13 +148,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. rec.train.lr=1e-3")
     arguments = parser.parse_args()
     job = load_job(arguments.config, arguments.overrides)
-    # Named on CPU, or several processes would each believe that they are alone; one alone refuses a name.
-    several, on_gpu = int(os.environ.get("WORLD_SIZE", "1")) > 1, torch.cuda.is_available()
-    group = {"timeout": timeout(), **({"backend": "gloo"} if several and not on_gpu else {})}
-    with lost_contact_is_named():
-        PartialState(cpu=not on_gpu, **(group if several else {}))
-        with left_together():
-            run(job, shlex.join(["python", "-m", "rec.train", *sys.argv[1:]]))
+    with process_group():
+        run(job, shlex.join(["python", "-m", "rec.train", *sys.argv[1:]]))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Fig. 1 of the Elephant: the backbone's attention maps beside the tuned model's, and their figures."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ matplotlib.use("Agg")  # before pyplot: no screen is needed
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+log = logging.getLogger(__name__)
+
 HISTORIES, SHOWN_ITEMS = 64, 3
 FIGURES, PICTURE = "attention.json", "attention.png"
 
@@ -34,7 +37,7 @@ def analyse(
         tuned: the other's folder.
         data: whose validation histories are read, the newest three items of each as in the paper.
         tokens: where tokenised catalogs are kept.
-        out: where ``attention.json`` and ``attention.png`` go.
+        out: where ``attention.json`` and ``attention.png`` go, if any history is long enough.
         histories: how many.
     """
     if (out / FIGURES).exists():
@@ -47,6 +50,9 @@ def analyse(
     maker = SequenceMaker(catalog, settings.size, tokenizer.cls_token_id)
     users, ends = data.instances("valid")
     long_enough = torch.nonzero(ends - data.offsets[users] >= SHOWN_ITEMS).squeeze(1)
+    if not len(long_enough):
+        log.warning("no validation history of %s has %d items: attention is not drawn", data.folder, SHOWN_ITEMS)
+        return {}
     chosen = long_enough[torch.from_numpy(np.random.default_rng(0).permutation(len(long_enough))[:histories])]
     windows = [data.sequence[end - SHOWN_ITEMS : end].numpy() for end in ends[chosen].tolist()]
     maps = {

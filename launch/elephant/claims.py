@@ -43,18 +43,20 @@ def means(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def claims(
-    ranks: Mapping[Cell, dict[str, Metrics]], serving: Mapping[str, dict[str, Any]], first: str
+    ranks: Mapping[Cell, dict[str, Metrics]], serving: Mapping[str, dict[str, Any]], first: str, margin: float = 0.0
 ) -> list[dict[str, Any]]:
     """The paper's claims of every model under every protocol, as far as the study has what they compare.
 
     A figure is a difference of NDCG@10, every user's averaged over the seeds that both variants have; ``low`` and
-    ``high`` are its 95 % interval by a paired bootstrap over users. The sign of the whole interval answers; where it
-    holds 0, ``undecided`` is true.
+    ``high`` are its 95 % interval by a paired bootstrap over users. To beat is to differ by more than 0. "Does not
+    beat" and "reaches" say that a difference is none that matters, which no test of 0 can confirm: their bound is the
+    margin above and below 0. The whole interval has to lie on one side; ``undecided`` is true where it holds the bound.
 
     Args:
         ranks: of the test items, by cell and protocol; RECFORMER's too.
         serving: from ``serving``.
         first: the RECFORMER whose variants are compared; of the others, those on PT vectors.
+        margin: a difference that does not matter, as a share of the NDCG@10 that is compared with.
     """
     found: list[dict[str, Any]] = []
     for protocol in next(iter(ranks.values()), ()):
@@ -63,7 +65,7 @@ def claims(
         if pairs:
             # One bootstrap for all: every pair meets the same draws of users.
             intervals = bootstrap({pair.name: pair.differences for pair in pairs}, pairs[0].users)
-            found += [_row(pair, intervals[pair.name]) for pair in pairs]
+            found += [_row(pair, intervals[pair.name], margin) for pair in pairs]
     for model, figures in serving.items():
         same = figures["parameters"][0] == figures["parameters"][1]
         name = f"{model}: serving costs what the plain recommender does: as many parameters, latency within 10 %"
@@ -78,14 +80,19 @@ class _Pair(NamedTuple):
     name: str
     claim: Literal["beats", "does not beat", "reaches"]
     differences: Tensor
+    other: float
+    """What the second of them is worth."""
     users: Tensor
 
 
-def _row(pair: _Pair, interval: Mapping[str, float]) -> dict[str, Any]:
+def _row(pair: _Pair, interval: Mapping[str, float], margin: float) -> dict[str, Any]:
     low, high, figure = (round(interval[key], 5) for key in ("low", "high", "difference"))
-    holds = high < 0 if pair.claim == "does not beat" else low > 0
-    told = {"id": pair.name, "holds": holds, "figure": figure, "low": low, "high": high}
-    return told | ({"undecided": True} if low <= 0 <= high else {})
+    bound = {"beats": 0.0, "does not beat": margin, "reaches": -margin}[pair.claim] * pair.other
+    holds, fails = low > bound, high < bound
+    if pair.claim == "does not beat":
+        holds, fails = fails, holds
+    told = {"id": pair.name, "holds": holds, "figure": figure, "low": low, "high": high, "bound": round(bound, 5)}
+    return told | ({} if holds or fails else {"undecided": True})
 
 
 class _Compared:
@@ -120,7 +127,7 @@ class _Compared:
             _Pair(
                 f"{self.name}: ({letter}) {one} {claim} {other} ({METRIC}, {self.protocol})",
                 claim,
-                self._differences(one, other),
+                *self._differences(one, other),
                 next(iter(self.found[one].values())).users,
             )
             for letter, one, other, claim in asked
@@ -132,7 +139,7 @@ class _Compared:
         others = [one for one in self.found if one not in (own, "RECFORMER FT2") and self._comparable(own, one)]
         if not others:
             return []
-        return [min(others, key=lambda other: self._differences(own, other).mean().item())]
+        return [min(others, key=lambda other: self._differences(own, other)[0].mean().item())]
 
     def _seeds(self, one: str, other: str) -> list[int]:
         """Those that both variants have, one of which may have diverged at some; RECFORMER has one for all."""
@@ -142,14 +149,15 @@ class _Compared:
     def _comparable(self, one: str, other: str) -> bool:
         return bool(self._seeds(one, other))
 
-    def _differences(self, one: str, other: str) -> Tensor:
-        """[M] differences, each value the mean over the seeds that both have."""
+    def _differences(self, one: str, other: str) -> tuple[Tensor, float]:
+        """[M] differences, each value the mean over the seeds that both have; and what the other is worth."""
         ones, others, seeds = self.found[one], self.found[other], self._seeds(one, other)
         if other == "RECFORMER FT2":
             others = dict.fromkeys(ones, next(iter(others.values())))
         if not all(torch.equal(ones[seed].instances, others[seed].instances) for seed in seeds):
             raise ValueError(f"{one} and {other} were not evaluated on the same instances")
-        return torch.stack([ones[seed].values()[METRIC] - others[seed].values()[METRIC] for seed in seeds]).mean(0)
+        first, second = (torch.stack([own[seed].values()[METRIC] for seed in seeds]).mean(0) for own in (ones, others))
+        return first - second, second.mean().item()
 
 
 def serving(folders: Mapping[Cell, Path]) -> dict[str, dict[str, Any]]:

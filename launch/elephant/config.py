@@ -29,7 +29,7 @@ class ElephantStudy(Section):
     """The recipe of such a study."""
 
     placement: ClassVar[tuple[str, ...]] = ("parallel", "recformer.processes")
-    selection: ClassVar[tuple[str, ...]] = ("seeds", "headline")
+    selection: ClassVar[tuple[str, ...]] = ("seeds", "headline", "margin")
 
     run: Path
     """The run folder."""
@@ -61,7 +61,8 @@ class ElephantStudy(Section):
     the two in the middle on outwards, while it gets better."""
     stds: list[float | None] = Field([0.02], min_length=1)
     """Deviations that item vectors are scaled to as a whole, null for as they are. A family's is chosen after its rate,
-    which is chosen at the first of them; to train further is to have that of ``frozen``, where it starts."""
+    which is chosen at the first of them and, where another is better, once more at that; to train further is to have
+    that of ``frozen``, where it starts."""
     rate_epochs: int | None = Field(None, ge=1)
     """Epochs by which both are chosen; null for whole trainings."""
     seeds: list[int] = Field([1], min_length=1)
@@ -74,6 +75,9 @@ class ElephantStudy(Section):
     cutoffs: list[int] = Field([5, 10, 50], min_length=1)
     cold_targets: Literal["drop", "rank", "miss"] = "drop"
     """Held-out items that never occur in training; the paper leaves these instances out."""
+    margin: float = Field(0.02, ge=0)
+    """A difference that does not matter, as a share of the NDCG@10 that is compared with: within it, vanilla vectors do
+    not help and RECFORMER is reached."""
     parallel: int = Field(1, ge=1)
     """Recommenders that are trained at a time, each in a process with its share of the cores."""
 

@@ -5,9 +5,9 @@ run folder beside it.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from rec.build import FINISHED, build_model
 from rec.config import RecConfig
@@ -19,6 +19,7 @@ from rec.trainer import STOP_METRIC, train
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 CHOSEN = "chosen.json"
 
 
@@ -36,7 +37,7 @@ def load_chosen(folder: Path) -> Chosen:
 
 
 def choose(rec: RecConfig, data: str, folder: Path, lrs: Sequence[float], stds: Sequence[float | None]) -> None:
-    """Find the best rate at the first deviation, then the best deviation at that rate.
+    """Find the best rate at the first deviation, the best deviation at that rate, and the best rate at that deviation.
 
     A family that diverges at every rate that was tried has none.
     """
@@ -47,36 +48,42 @@ def choose(rec: RecConfig, data: str, folder: Path, lrs: Sequence[float], stds: 
         return
     prepared = Prepared.load(Path(data))
 
-    def judge(key: str, value: float | None, own: RecConfig) -> float:
-        return _valid(own, prepared, RunFolder(folder / f"{key}={value}"))
+    found: dict[tuple[float, float | None], float] = {}
 
-    by_lr = climb(lrs, lambda lr: judge("lr", lr, at_rate(rec, lr)))
-    best = max(by_lr, key=by_lr.__getitem__)
-    by_std = {stds[0]: by_lr[best]}
-    for std in stds[1:] if by_lr[best] else ():
-        by_std[std] = judge("std", std, _at(at_rate(rec, best), "items", std=std))
+    def judge(lr: float, std: float | None) -> float:
+        if (lr, std) not in found:
+            own, name = at_rate(rec, lr), f"lr={lr}"
+            if std != stds[0]:
+                own, name = _at(own, "items", std=std), f"{name}-std={std}"
+            found[lr, std] = _valid(own, prepared, RunFolder(folder / name))
+        return found[lr, std]
+
+    lr = _best(climb(lrs, lambda lr: judge(lr, stds[0])))
+    std = _best({std: judge(lr, std) for std in stds}) if judge(lr, stds[0]) else stds[0]
+    by_lr = climb(lrs, lambda lr: judge(lr, std), lr if std != stds[0] else None)
+    lr = _best(by_lr)
     # Those that were not tried come last: a training that diverges at the best takes the next.
-    rest = sorted((lr for lr in lrs if lr != best), key=lambda lr: by_lr.get(lr, -1.0), reverse=True)
-    order = [best, *rest] if by_lr[best] else []
-    chosen = Chosen(order, max(by_std, key=by_std.__getitem__))
-    tried = {"by_lr": [*by_lr.items()], "by_std": [*by_std.items()]}
-    files.write_json(folder / CHOSEN, chosen._asdict() | tried)
+    rest = sorted((other for other in lrs if other != lr), key=lambda lr: by_lr.get(lr, -1.0), reverse=True)
+    chosen = Chosen([lr, *rest] if by_lr[lr] else [], std)
+    tried = [(*settings, worth) for settings, worth in found.items()]
+    files.write_json(folder / CHOSEN, chosen._asdict() | {"tried": tried})
 
 
-def climb(values: Sequence[float], judge: Callable[[float], float]) -> dict[float, float]:
-    """The values that were judged, with what they are worth: from the two in the middle on outwards, to the top.
+def climb(values: Sequence[float], judge: Callable[[float], float], start: float | None = None) -> dict[float, float]:
+    """The values that were judged, with what they are worth: from two neighbours on outwards, to the top.
 
     A worth of 0 is no worth at all: smaller values are then tried to the last.
 
     Args:
         values: any number of them; their worth is taken to rise to one peak, and to fall after it.
         judge: tells what one is worth.
+        start: the lower of the two; null for the two in the middle.
     """
     ordered = sorted(values)
-    middle = (len(ordered) - 1) // 2
-    found = {value: judge(value) for value in ordered[middle : middle + 2]}
-    best = max(found, key=found.__getitem__)
-    step = 1 if best > ordered[middle] else -1
+    first = (len(ordered) - 1) // 2 if start is None else ordered.index(start)
+    found = {value: judge(value) for value in ordered[first : first + 2]}
+    best = _best(found)
+    step = 1 if best > ordered[first] else -1
     place = ordered.index(best) + step
     while 0 <= place < len(ordered):
         value = ordered[place]
@@ -85,6 +92,11 @@ def climb(values: Sequence[float], judge: Callable[[float], float]) -> dict[floa
             break
         best, place = value, place + step
     return found
+
+
+def _best(worth: Mapping[T, float]) -> T:
+    """The key with the most; the first of several."""
+    return max(worth, key=worth.__getitem__)
 
 
 def at_rate(rec: RecConfig, lr: float) -> RecConfig:

@@ -21,9 +21,10 @@ from launch.elephant import attention, claims, sizes
 from launch.elephant.cells import Cells
 from launch.elephant.claims import ranks_of
 from launch.elephant.config import OWN, RANDOM, Cell, ElephantStudy, parts_of
+from llm.fingerprint import fingerprint
 from llm.recformer.config import RecformerSettings
 from llm.recformer.job import FINISHED, RecformerJob
-from llm.recformer.model import width_of
+from llm.recformer.model import resolve, width_of
 from llm.recformer.text import text_columns
 from rec.data.prepared import Prepared
 from rec.evaluation import Metrics, load_ranks, require_cutoffs
@@ -95,7 +96,7 @@ class ElephantRun:
             described = {name: protocol.described() for name, protocol in protocols.items()}
             summed = claims.means(rows)
             sizes.draw(self.out, summed, self._users())
-            held = claims.claims(ranks, serving, self.first)
+            held = claims.claims(ranks, serving, self.first, self.study.margin)
             watch.count()
             return folder.write_result(
                 command,
@@ -136,9 +137,9 @@ class ElephantRun:
         for name in kinds.intersection(self.study.more):
             self._check_width(name, vectors.width_of_source(self.study.more[name], target, self.study.item_text))
         more = {name: vectors.hash_of_source(source) for name, source in self.study.more.items()}
-        RunFolder(self.out).require_the_same_inputs(
-            {"data": {name: data.meta["content_hash"] for name, data in found.items()}, "more": more}
-        )
+        backbones = {own.backbone: fingerprint(resolve(own.backbone)) for own in self.settings.values()}
+        hashes = {name: data.meta["content_hash"] for name, data in found.items()}
+        RunFolder(self.out).require_the_same_inputs({"data": hashes, "backbones": backbones, "more": more})
 
     def _check_width(self, name: str, width: int) -> None:
         for model, rec in self.study.models.items():

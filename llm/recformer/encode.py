@@ -10,21 +10,20 @@ depend on the number of ranks.
 
 import argparse
 import hashlib
-import os
 import shutil
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from llm.fingerprint import fingerprint
 from llm.recformer.batches import SequenceMaker
 from llm.recformer.config import OptimizerConfig, RecformerSettings
-from llm.recformer.model import RecformerModel, load_recformer
+from llm.recformer.model import RecformerModel, load_recformer, resolve
 from llm.recformer.objective import Parts, encode
 from llm.recformer.text import item_tokens
 from rec.data.prepared import Prepared
@@ -33,8 +32,9 @@ from rec.precision import Precision, is_bf16
 from rec.runtime import files
 from rec.runtime.config import hash_of
 from rec.runtime.logs import run_main
+from rec.runtime.process_group import process_group
 from rec.runtime.progress import progress
-from rec.runtime.ranks import Ranks, left_together
+from rec.runtime.ranks import Ranks
 
 CHUNK_ITEMS = 2048
 
@@ -135,7 +135,9 @@ def vectors_of_backbone(settings: RecformerSettings, data: Prepared, out: Path, 
     torch.manual_seed((settings.pretrain or OptimizerConfig()).seed)
     model, tokenizer = load_recformer(settings)
     described = settings.model_dump(mode="json", include={"backbone", "text", "size"})
-    source = {"model": settings.backbone, "kind": "RECFORMER, untuned", "settings": hash_of(described)}
+    weights = fingerprint(resolve(settings.backbone))
+    source = {"model": settings.backbone, "kind": "RECFORMER, untuned", "weights": weights}
+    source["settings"] = hash_of(described)
     write(model, tokenizer, data, out, source, tokens)
 
 
@@ -166,9 +168,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="item_vectors.safetensors to make")
     parser.add_argument("--precision", choices=get_args(Precision), default="fp32")
     arguments = parser.parse_args()
-    several, on_gpu = int(os.environ.get("WORLD_SIZE", "1")) > 1, torch.cuda.is_available()
-    PartialState(cpu=not on_gpu, **({"backend": "gloo"} if several and not on_gpu else {}))
-    with left_together():
+    with process_group():
         vectors_of_model(arguments.model, Prepared.load(arguments.data), arguments.out, precision=arguments.precision)
 
 

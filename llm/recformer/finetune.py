@@ -27,7 +27,7 @@ from llm.recformer.batches import SequenceMaker, TokenSequences
 from llm.recformer.config import RecformerFinetuneConfig
 from llm.recformer.encode import encode_items
 from llm.recformer.engine import Engine, make_accelerator, mean_over_ranks
-from llm.recformer.job import FINISHED, RecformerJob, hash_of_data
+from llm.recformer.job import FINISHED, RecformerJob
 from llm.recformer.model import RecformerModel, load_recformer
 from llm.recformer.objective import Parts, encode
 from llm.recformer.recommender import VECTORS, RecformerRecommender, evaluate_on_all_ranks
@@ -97,6 +97,11 @@ class Prefixes:
         if not len(self.begins):
             raise UserError(f"{data.folder} leaves nothing to fine-tune on: no user has two training interactions")
         size = Ranks.current().size
+        if len(self.begins) < size:
+            raise UserError(
+                f"{data.folder} has {len(self.begins)} users with two training interactions, fewer than"
+                f" llm.recformer.processes={size}"
+            )
         self.count = max(size, round(stage.users_per_epoch * len(self.begins)))
         self.steps = -(-self.count // stage.batch_size)
         # A last batch that has not a row for every rank is left out.
@@ -146,11 +151,11 @@ class Stage:
         self.maker = SequenceMaker(tokens, job.settings.size, tokenizer.cls_token_id)
         self.prefixes = Prefixes(data, self.stage)
         self.epochs = self.stage.epochs if name == "FT1" else self.stage.fixed_epochs
-        self.epochs *= self.stage.tune_layers != "none"
         model.to(accelerator.device)
         if table is None:  # until ``loop`` encodes it, or restores the one of a checkpoint
             table = torch.zeros(data.n_items, model.config.hidden_size)
         train_table = name == "FT2" and self.stage.train_table
+        self.epochs *= train_table or self.stage.tune_layers != "none"
         loss = FullSoftmax(model, table.to(accelerator.device), self.stage, tokenizer.pad_token_id, train_table)
         self.total = self.epochs * self.prefixes.steps
         rates = {"table": self.stage.table_lr}
@@ -159,7 +164,7 @@ class Stage:
         keep = self.stage.keep_checkpoints, self.stage.keep_checkpoint_every
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.ranks, *keep)
         self.stop = StopFile(job.run, self.ranks)
-        self.meta = {"config_hash": job.identity("finetune"), "data_hash": hash_of_data([data])}
+        self.meta = {"config_hash": job.identity("finetune"), **job.inputs([data])}
         self.best, self.best_epoch, self.waited = -1.0, -1, 0
         self.best_weights: dict[str, Tensor] = {}
         self.valid_rows = some_instances(data, "valid", self.stage.valid_users)
@@ -295,12 +300,12 @@ def finetune(job: RecformerJob) -> dict[str, Any]:
     """Run what is not finished of stage-FT1 and stage-FT2; every rank calls this. Returns both stages' facts."""
     settings = job.settings
     folders = {name: job.finetune_folder / name for name in ("FT1", "FT2")}
-    if not all((folder / FINISHED).exists() for folder in folders.values()):
+    done = job.finished("finetune")
+    if len(done) < len(folders):
         # First, so that ranks know of each other when they open the data.
         accelerator = make_accelerator(settings, settings.finetune)
         data = job.open(job.data)
         _check(job, data)
-        done = job.finished("finetune")
         for name, folder in folders.items():
             if folder not in done:
                 begin = folders["FT1"] if name == "FT2" else job.pretrain_folder
@@ -322,14 +327,14 @@ def _beginning(
     """The model that a stage begins with, and the table if the stage before it has one.
 
     Raises:
-        UserError: if stage-PT belongs to the recipe and is not finished.
+        UserError: if stage-PT belongs to the recipe and is not finished, or read something else than there is now.
     """
     settings = job.settings
     torch.manual_seed(settings.finetune.seed)
     if folder == job.pretrain_folder:
         if settings.pretrain is None:
             return *load_recformer(settings), None
-        if not (folder / FINISHED).exists():
+        if not job.finished("pretrain"):
             raise UserError(f"{folder} is not finished: run stage-PT first, or leave llm.recformer.pretrain out")
     saved = settings.model_copy(update={"backbone": str(folder / MODEL)})
     table = folder / VECTORS

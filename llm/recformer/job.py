@@ -7,7 +7,9 @@ from typing import ClassVar, Literal, Self
 from pydantic import model_validator
 
 from llm.config import LLMConfig
+from llm.fingerprint import fingerprint
 from llm.recformer.config import RecformerSettings
+from llm.recformer.model import resolve
 from rec.data.builtin import BUILTIN, prepare_builtin
 from rec.data.prepared import Prepared
 from rec.runtime import files
@@ -68,22 +70,25 @@ class RecformerJob(Section):
         """The folders of a stage that are finished: one of stage-PT, FT1's and FT2's. Every rank calls this.
 
         Raises:
-            UserError: if one was trained on other data than there is now.
+            UserError: if one was trained on other data, or began with another backbone, than there is now.
         """
         folders = [self.pretrain_folder]
         if stage == "finetune":
             folders = [self.finetune_folder / name for name in ("FT1", "FT2")]
         found = [folder for folder in folders if (folder / FINISHED).exists()]
-        now = self.data_hash(stage) if found else ""
+        sources = self.settings.pretrain.sources if stage == "pretrain" else []
+        now = self.inputs([self.open(name) for name in sources or [self.data]]) if found else {}
         for folder in found:
-            if files.read_json(folder / FINISHED)["data_hash"] != now:
-                raise UserError(f"{folder} was trained on other data than there is now: delete it and all made of it")
+            facts = files.read_json(folder / FINISHED)
+            for name, what in (("data_hash", "on other data"), ("backbone_hash", "from another backbone")):
+                if facts.get(name) != now[name]:
+                    raise UserError(f"{folder} was trained {what} than there is now: delete it and all made of it")
         return found
 
-    def data_hash(self, stage: Literal["pretrain", "finetune"]) -> str:
-        """A hash of all data that a stage is trained on."""
-        sources = self.settings.pretrain.sources if stage == "pretrain" else []
-        return hash_of_data([self.open(name) for name in sources or [self.data]])
+    def inputs(self, data: Sequence[Prepared]) -> dict[str, str]:
+        """Hashes of what a stage that is trained on ``data`` reads, beside its recipe. Every rank calls this."""
+        backbone = Ranks.current().from_first(lambda: fingerprint(resolve(self.settings.backbone)))
+        return {"data_hash": " ".join(own.meta["content_hash"] for own in data), "backbone_hash": backbone}
 
     def open(self, name: str) -> Prepared:
         """A prepared folder; a built-in data set is prepared in the run folder first. Every rank calls this."""
@@ -94,11 +99,6 @@ class RecformerJob(Section):
             prepare_builtin(name, folder)
         ranks.barrier()
         return Prepared.load(folder)
-
-
-def hash_of_data(data: Sequence[Prepared]) -> str:
-    """A hash of prepared folders, in their order."""
-    return " ".join(own.meta["content_hash"] for own in data)
 
 
 def load_job(path: Path, overrides: Sequence[str] = ()) -> RecformerJob:

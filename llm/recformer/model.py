@@ -202,6 +202,7 @@ def load_recformer(settings: RecformerSettings) -> tuple[RecformerModel, PreTrai
         backbone = AutoModel.from_pretrained(name, config=config, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise UserError(f"{name} is no text encoder: {str(error).strip().splitlines()[0]}") from error
+    _require_encoder(backbone, name)
     backbone = _with_positions(backbone, name, settings.size)
     return wrap(backbone, settings), tokenizer
 
@@ -229,6 +230,22 @@ def _load_saved(name: str, config: RecformerConfig, settings: RecformerSettings)
             f" {settings.temperature:g}: give the same"
         )
     return model
+
+
+@torch.no_grad()
+def _require_encoder(backbone: PreTrainedModel, name: str) -> None:
+    """Raise a UserError if a sequence's first token does not see those after it, or embeddings cannot be given."""
+    dim = backbone.get_input_embeddings().embedding_dim
+    texts = torch.randn(2, 8, dim, generator=torch.Generator().manual_seed(0))
+    texts[1, 0] = texts[0, 0]
+    was_training = backbone.training
+    try:
+        one, other = backbone.eval()(inputs_embeds=texts, attention_mask=texts.new_ones(2, 8).long())[0][:, 0]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{name} is no encoder that RECFORMER can be built on: {str(error).splitlines()[0]}") from error
+    backbone.train(was_training)
+    if torch.equal(one, other):
+        raise UserError(f"{name} is no encoder that RECFORMER can be built on: its [CLS] does not see what comes after")
 
 
 def _with_positions(backbone: PreTrainedModel, name: str, size: SizeConfig) -> PreTrainedModel:

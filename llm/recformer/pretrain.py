@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from llm.recformer.batches import SequenceMaker
 from llm.recformer.contrastive import item_contrast
 from llm.recformer.engine import Engine, make_accelerator, mean_over_ranks
-from llm.recformer.job import FINISHED, RecformerJob, hash_of_data
+from llm.recformer.job import FINISHED, RecformerJob
 from llm.recformer.mlm import MaskedLMHead
 from llm.recformer.model import RecformerModel, load_recformer, resolve
 from llm.recformer.objective import Objective, Parts, encode
@@ -75,7 +75,7 @@ class Pretraining:
         keep = self.stage.keep_checkpoints, self.stage.keep_checkpoint_every
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.ranks, *keep)
         self.stop = StopFile(job.run, self.ranks)
-        self.meta = {"config_hash": job.identity("pretrain"), "data_hash": hash_of_data(data)}
+        self.meta = {"config_hash": job.identity("pretrain"), **job.inputs(data)}
         self.best, self.best_step, self.best_weights = -1.0, 0, self.engine.weights()
 
     def loop(self) -> Path:
@@ -174,7 +174,7 @@ def accuracy_of(objective: Objective, sources: Sources, batches: BatchMaker) -> 
 
 def pretrain(job: RecformerJob) -> dict[str, Any]:
     """Run stage-PT to its end, or say what it found if it is finished; every rank calls this."""
-    if not (job.pretrain_folder / FINISHED).exists():
+    if not job.finished("pretrain"):
         Pretraining(job, make_accelerator(job.settings, job.settings.pretrain)).loop()
     return files.read_json(job.pretrain_folder / FINISHED)
 

@@ -1,23 +1,17 @@
 """RECFORMER as a recommender: the cosine of a history's vector with every item's, ranked by rec's own evaluation."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoTokenizer
 
 from llm.recformer.batches import SequenceMaker
-from llm.recformer.config import OptimizerConfig
 from llm.recformer.model import RecformerModel
 from llm.recformer.objective import Parts, encode
-from llm.recformer.text import item_tokens
 from rec.data.prepared import Prepared
 from rec.evaluation import Metrics, evaluate_many
-from rec.items import load_vectors
 from rec.models.base import Recommender
-from rec.precision import Precision
 from rec.protocol import Part, Protocol
 from rec.runtime.config import Section
 from rec.runtime.ranks import Ranks
@@ -50,23 +44,6 @@ class RecformerRecommender(Recommender):
         self.temperature = model.config.temperature
         self.register_buffer("table", F.normalize(table.float(), dim=-1), persistent=False)
 
-    @classmethod
-    def load(
-        cls, folder: Path, vectors: Path, data: Prepared, tokens: Path, precision: Precision = "fp32"
-    ) -> "RecformerRecommender":
-        """A saved model with a saved item table.
-
-        Raises:
-            UserError: if the table does not fit the data.
-        """
-        model = RecformerModel.from_pretrained(folder, dtype=torch.float32)
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        text, size = model.config.text_config(), model.config.size_config()
-        maker = SequenceMaker(item_tokens(data, text, tokenizer, tokens), size, tokenizer.cls_token_id)
-        parts = Parts(model, tokenizer.pad_token_id, OptimizerConfig(precision=precision))
-        return cls(model, load_vectors(vectors, data).to(parts.device), maker, parts).eval()
-
     def score_all(self, users: Tensor, items: Tensor, lengths: Tensor) -> Tensor:
         histories = [row[:length] for row, length in zip(items.cpu().numpy(), lengths.tolist(), strict=True)]
         states = encode(self.model, self.maker(histories), self.parts)
@@ -84,9 +61,12 @@ def evaluate_on_all_ranks(
     """``evaluate_many`` with the instances shared out over the ranks; the same result on all of them."""
     ranks = Ranks.current()
     chosen = torch.arange(len(data.instances(part)[1])) if instances is None else instances
-    if ranks.size == 1 or len(chosen) < ranks.size:
+    is_warm = data.train_counts[data.targets(part)[chosen]] > 0
+    if ranks.size == 1 or is_warm.sum() < ranks.size:
         return evaluate_many(model, data, part, protocols, batch_size, chosen)
-    own = evaluate_many(model, data, part, protocols, batch_size, chosen[ranks.rank :: ranks.size])
+    # Every rank has a warm target: one that has none is refused where cold ones are left out.
+    shared = torch.cat([chosen[is_warm], chosen[~is_warm]])
+    own = evaluate_many(model, data, part, protocols, batch_size, shared[ranks.rank :: ranks.size])
     everyone: list[dict[str, Metrics]] = [{} for _ in range(ranks.size)]
     torch.distributed.all_gather_object(everyone, own)
     return {name: _joined([found[name] for found in everyone]) for name in protocols}

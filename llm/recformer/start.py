@@ -3,8 +3,7 @@
 import argparse
 import contextlib
 import os
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +12,8 @@ from rec.runtime.errors import UserError
 from rec.runtime.parent import die_with_parent_if_asked
 from rec.runtime.ranks import left_together, lost_contact_is_named
 from rec.runtime.runfolder import RunFolder
+
+STARTED = "stage_started"
 
 
 def run_stage(
@@ -32,10 +33,21 @@ def run_stage(
     with lost_contact_is_named(), folder.lock("trainer", wait_s=30) if first else contextlib.nullcontext():
         if first:
             folder.claim(job)
-        begin = time.monotonic()
-        try:
-            with left_together():
-                job_of(job)
-        finally:
-            if first:
-                folder.log("stage", title=stage, seconds=round(time.monotonic() - begin, 1))
+            folder.log(STARTED, title=stage)
+        with left_together():
+            job_of(job)
+        if first:
+            folder.log("stage", title=stage)
+
+
+def worked_s(events: Sequence[dict[str, Any]]) -> float:
+    """Seconds that the processes of all stages were at work, those that were killed up to the last line they wrote."""
+    spans: list[list[float]] = []
+    newest: dict[int, list[float]] = {}
+    for row in events:
+        if row["event"] == STARTED:
+            newest[row["pid"]] = [row["time_s"], row["time_s"]]
+            spans.append(newest[row["pid"]])
+        elif row["pid"] in newest:
+            newest[row["pid"]][1] = row["time_s"]
+    return sum(end - begin for begin, end in spans)

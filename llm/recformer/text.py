@@ -9,6 +9,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from unicodedata import category
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +26,8 @@ from rec.runtime.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+UNSEEN = {"Cc", "Cf"}  # Unicode's control and format characters, which tokenizers leave out
 CLS, KEY, VALUE, PADDING = range(4)  # the token types
 
 
@@ -102,10 +104,12 @@ def tokenise(
     cut = 0
     for column in columns:
         key = _encode(tokenizer, [column.replace("_", " ")])[0][0][:attribute_tokens]
-        told = [row for row, text in enumerate(items[column].to_pylist()) if (text or "").strip()]
+        told = [row for row, text in enumerate(items[column].to_pylist()) if _is_text(text)]
         texts = [str(items[column][row]).strip() for row in told]
         room = attribute_tokens - len(key)
         for row, (value, own_words) in zip(told, _encode(tokenizer, texts), strict=True):
+            if not value:
+                continue
             cut += len(value) > room
             first = words[row][-1] + 1 if words[row] else 0
             ids[row] += [*key, *value[:room]]
@@ -127,7 +131,16 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[tu
         return []
     # With a space before it, so that a word inside an item has the tokens that it has inside a sentence.
     found = tokenizer([f" {text}" for text in texts], add_special_tokens=False, verbose=False)
-    return [(ids, found.word_ids(row)) for row, ids in enumerate(found["input_ids"])]
+    # A title that says "[MASK]" is not to be predicted.
+    unknown = tokenizer.unk_token_id
+    special = set(tokenizer.all_special_ids) if unknown is not None else set()
+    plain = [[unknown if token in special else token for token in ids] for ids in found["input_ids"]]
+    return [(ids, found.word_ids(row)) for row, ids in enumerate(plain)]
+
+
+def _is_text(text: str | None) -> bool:
+    """Whether anything of it can be seen."""
+    return any(not (letter.isspace() or category(letter) in UNSEEN) for letter in text or "")
 
 
 def _flat(rows: list[list[int]], kind: type) -> np.ndarray:
@@ -147,9 +160,7 @@ def text_columns(data: Prepared, config: TextConfig) -> list[str]:
             f" {', '.join(data.items.column_names)}"
         )
     texts = [data.items[name].to_pylist() for name in columns]
-    empty = [
-        row for row, values in enumerate(zip(*texts, strict=True)) if not any((text or "").strip() for text in values)
-    ]
+    empty = [row for row, values in enumerate(zip(*texts, strict=True)) if not any(map(_is_text, values))]
     if empty and not config.allow_empty:
         raise UserError(
             f"{len(empty)} of {data.n_items} items of {data.folder} have no text in {', '.join(columns)}, e.g."

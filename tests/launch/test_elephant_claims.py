@@ -70,6 +70,18 @@ def test_a_difference_within_noise_is_neither_yes_nor_no(claim, one, other):
         assert found["undecided"]
 
 
+def test_what_differs_by_less_than_the_margin_does_not_help_and_reaches():
+    figures = {("SASRec", "random"): 0.5, ("RECFORMER", "RECFORMER FT2"): 0.5}
+    for share, beats, reaches in ((0.5, False, True), (0.55, True, True), (0.45, False, False)):
+        own = {("SASRec", "trainable vanilla"): share, ("SASRec", "frozen FT"): share}
+        vanilla, frozen = claims.claims(made_up(figures | own), {}, "R", margin=0.02)[:2]
+        assert (vanilla["holds"], frozen["holds"]) == (not beats, reaches)
+        assert (vanilla["bound"], frozen["bound"]) == (0.01, -0.01)
+        assert "undecided" not in vanilla | frozen
+    [claim] = claims.claims(made_up({("SASRec", "random"): 0.5, ("SASRec", "trainable PT"): 0.5}), {}, "R", 0.02)[:1]
+    assert claim["undecided"]  # to beat is to be better, by however little
+
+
 def test_variants_without_a_common_seed_are_not_compared():
     """One of them diverged at the other's."""
     found = {

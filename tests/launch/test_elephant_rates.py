@@ -35,6 +35,19 @@ def test_the_search_climbs_from_the_middle_and_stops_after_the_top(worth, tried)
     assert list(found.items()) == [(float(place), worth[place]) for place in tried]
 
 
+@pytest.mark.parametrize(
+    ("start", "worth", "tried"),
+    [
+        (0, [3, 4, 2, 1], [0, 1, 2]),
+        (1, [4, 3, 2, 1], [1, 2, 0]),
+        (3, [4, 3, 2, 1], [3, 2, 1, 0]),
+        (3, [1, 2, 3, 4], [3, 2]),
+    ],
+)
+def test_the_search_can_begin_anywhere(start, worth, tried):
+    assert list(climb(range(len(worth)), worth.__getitem__, start)) == tried
+
+
 @pytest.fixture
 def rec(small_data, tmp_path):
     torch.manual_seed(0)
@@ -54,16 +67,16 @@ def test_what_validation_says_best_is_chosen_and_kept_with_all_figures(rec, smal
     folder = tmp_path / "chosen"
     choose(rec, str(small_data.folder), folder, RATES, [0.02, None])
     found = json.loads((folder / "chosen.json").read_text())
-    by_lr, by_std = (dict(found[name]) for name in ("by_lr", "by_std"))
-    assert set(by_lr) < set(RATES)
-    assert {1e-3, 3e-3} < set(by_lr)
-    best = max(by_lr, key=by_lr.get)
-    assert found["lrs"][0] == best
+    worth = {(lr, std): value for lr, std, value in found["tried"]}
+    at_first = {lr: value for (lr, std), value in worth.items() if std == 0.02}
+    assert {1e-3, 3e-3} < set(at_first) < set(RATES)
+    settings = max(worth, key=worth.get)
+    assert (found["lrs"][0], found["std"]) == settings
     assert sorted(found["lrs"]) == RATES
-    assert [by_lr.get(lr, -1) for lr in found["lrs"]] == sorted((by_lr.get(lr, -1) for lr in RATES), reverse=True)
-    assert by_std[0.02] == by_lr[best]
-    assert found["std"] == max(by_std, key=by_std.get)
-    for name, value in [*((f"lr={lr}", value) for lr, value in by_lr.items()), ("std=None", by_std[None])]:
+    order = [worth.get((lr, settings[1]), -1) for lr in found["lrs"]]
+    assert order == sorted(order, reverse=True)
+    for (lr, std), value in worth.items():
+        name = f"lr={lr}" if std == 0.02 else f"lr={lr}-std={std}"
         assert json.loads((folder / name / "finished.json").read_text())["valid_NDCG@10"] == value
     assert load_chosen(folder) == (found["lrs"], found["std"])
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
@@ -79,6 +92,20 @@ def test_of_rates_that_are_worth_the_same_one_is_chosen_for_the_deviation_and_th
     choose(rec, str(small_data.folder), tmp_path / "tie", RATES, [0.02, None])
     assert judged == [(1e-3, 0.02), (3e-3, 0.02), (3e-4, 0.02), (1e-3, None)]
     assert load_chosen(tmp_path / "tie").lrs[0] == 1e-3
+
+
+def test_a_deviation_that_is_better_has_a_rate_of_its_own(rec, small_data, tmp_path, monkeypatch):
+    worth = {(3e-4, 0.02): 5, (1e-3, 0.02): 4, (3e-3, 0.02): 3, (3e-4, None): 6, (1e-3, None): 8, (3e-3, None): 7}
+    judged = []
+
+    def judge(own, data, run):
+        judged.append((own.train.lr, own.items.std))
+        return worth[judged[-1]] / 10
+
+    monkeypatch.setattr(rates, "_valid", judge)
+    choose(rec, str(small_data.folder), tmp_path / "own", RATES, [0.02, None])
+    assert judged == [(1e-3, 0.02), (3e-3, 0.02), (3e-4, 0.02), (3e-4, None), (1e-3, None), (3e-3, None)]
+    assert load_chosen(tmp_path / "own") == ([1e-3, 3e-3, 3e-4, 1e-2], None)
 
 
 def test_rates_that_diverge_are_worth_nothing(rec, small_data, tmp_path):

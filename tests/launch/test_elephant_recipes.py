@@ -131,6 +131,17 @@ def test_neither_does_a_source_of_pretraining_or_another_model_of_more_vectors(s
         run._check()
 
 
+def test_nor_does_another_backbone(small_data, backbone, tmp_path):
+    own = tmp_path / "own"
+    shutil.copytree(backbone, own)
+    run = ElephantRun(recipe_of(tmp_path, small_data.folder, own))
+    run._check()
+    weights = load_file(own / "model.safetensors")
+    save_file({name: value + 1 for name, value in weights.items()}, own / "model.safetensors")
+    with pytest.raises(UserError, match="were made anew"):
+        run._check()
+
+
 def test_a_recformer_is_judged_as_the_recommenders_are_whatever_its_overrides_say(small_data, tmp_path):
     changes = ["finetune.protocols=[elephant-100]", "finetune.cold_targets=rank", "finetune.evaluate.cutoffs=[3]"]
     path = recipe_of(tmp_path, small_data.folder, tmp_path, recformers={"a": changes})

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from llm.config import EngineConfig, LMRecConfig
 from llm.engine import Engine, adapted, check_adaptable
-from llm.knowledge import fingerprint
+from llm.fingerprint import fingerprint
 from llm.lmrec import build_lmrec
 from llm.tokenizer import train_tokenizer
 from rec.runtime.errors import UserError

@@ -12,7 +12,8 @@ from worlds import make_raw
 from llm import knowledge
 from llm.config import EngineConfig, LLMConfig, LMRecConfig
 from llm.engine import Engine
-from llm.knowledge import KnowledgeFile, Said, fingerprint, generate_knowledge, text_keys
+from llm.fingerprint import fingerprint
+from llm.knowledge import KnowledgeFile, Said, generate_knowledge, text_keys
 from llm.lmrec import build_lmrec
 from llm.tokenizer import train_tokenizer
 from rec.data.prepare import Filters, prepare

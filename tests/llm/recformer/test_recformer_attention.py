@@ -107,3 +107,11 @@ def test_both_models_are_drawn_side_by_side(bert, small_data, tmp_path):
     assert found["tuned"]["histories"] == 5
     assert len(found["tuned"]["layer_similarity"]) == 3
     assert (tmp_path / "attention.png").stat().st_size > 5_000
+
+
+def test_histories_that_are_all_too_short_leave_no_figures_and_no_error(bert, small_data, tmp_path, monkeypatch):
+    config, model, _, tokenizer = setting(bert, small_data)
+    model.save_pretrained(tmp_path / "tuned")
+    tokenizer.save_pretrained(tmp_path / "tuned")
+    monkeypatch.setattr(attention, "SHOWN_ITEMS", 99)
+    assert attention.analyse(config, tmp_path / "tuned", small_data, tmp_path / "tokens", tmp_path / "out") == {}

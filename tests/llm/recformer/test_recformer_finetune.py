@@ -3,12 +3,13 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_recformer import RECFORMER
 from torch.nn import functional as F
 
@@ -19,9 +20,11 @@ from llm.recformer.finetune import FullSoftmax, Prefixes, Stage, finetune
 from llm.recformer.job import RecformerJob
 from llm.recformer.model import load_recformer
 from llm.recformer.objective import Parts
+from llm.recformer.pretrain import pretrain
 from llm.recformer.recommender import RecformerRecommender, evaluate_on_all_ranks
 from rec.data.prepared import META, Prepared
 from rec.evaluation import evaluate_many, load_ranks
+from rec.items import load_vectors
 from rec.protocol import Protocol
 from rec.runtime.checkpoint import Checkpoints
 from rec.runtime.config import build
@@ -192,7 +195,15 @@ def test_scores_are_cosines_over_the_temperature_and_ranks_share_the_evaluation(
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
 
     protocols = {"all": Protocol(), "warm": Protocol(cold_targets="drop", cutoffs=(5,))}
-    whole = evaluate_many(scorer, small_data, "test", protocols, 16)
+    # Every other target is cold: one of two ranks would have no other.
+    counts = small_data.train_counts.clone()
+    counts[small_data.targets("test")[1::2]] = 0
+    cold = counts[small_data.targets("test")] == 0
+    assert cold[1::2].all()
+    assert not cold[::2].all()
+    data = replace(small_data)
+    data.__dict__["train_counts"] = counts
+    whole = evaluate_many(scorer, data, "test", protocols, 16)
     found = []
 
     def gather(into, own):
@@ -202,7 +213,7 @@ def test_scores_are_cosines_over_the_temperature_and_ranks_share_the_evaluation(
     for rank in range(2):
         monkeypatch.setattr(Ranks, "current", classmethod(lambda cls, rank=rank: cls(rank, 2)))
         monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-        evaluate_on_all_ranks(scorer, small_data, "test", protocols, 16)
+        evaluate_on_all_ranks(scorer, data, "test", protocols, 16)
     monkeypatch.undo()
     for name, metrics in whole.items():
         joined = recommender._joined([own[name] for own in found])
@@ -243,12 +254,29 @@ def test_a_last_batch_without_a_row_for_every_rank_is_left_out(small_data, monke
     assert Prefixes(small_data, stage.settings.finetune).steps == 4  # 13, 13, 13 and 1 of the 40 users
     monkeypatch.setattr(Ranks, "current", classmethod(lambda cls: cls(0, 2)))
     assert Prefixes(small_data, stage.settings.finetune).steps == 3
+    monkeypatch.setattr(Ranks, "current", classmethod(lambda cls: cls(0, 41)))
+    with pytest.raises(UserError, match=r"40 users .* fewer than llm\.recformer\.processes=41"):
+        Prefixes(small_data, stage.settings.finetune)
 
 
 def test_nothing_is_tuned_with_none_and_the_stages_are_only_judged(bert, small_data, tmp_path):
     job = make_job(bert, small_data, tmp_path / "run", tune_layers="none")
     facts = finetune(job)
     assert facts["FT1"]["best_epoch"] == facts["FT2"]["best_epoch"] == -1
+    before = load_recformer(job.settings)[0].state_dict()
+    after = load_file(job.finetune_folder / "FT2/model/model.safetensors")
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+
+
+def test_with_a_fixed_encoder_the_second_stage_still_trains_the_table(bert, small_data, tmp_path):
+    job = make_job(bert, small_data, tmp_path / "run", tune_layers="none", train_table=True)
+    finetune(job)
+    run = RunFolder(job.run)
+    assert not run.steps("ft1_step")
+    assert len(run.steps("ft2_step")) == 3 * 5
+    state = torch.load(job.finetune_folder / "FT2/checkpoints/step-15/rank-0.pt", "cpu", weights_only=True)["state"]
+    moved = state["module"]["table"] - load_vectors(job.finetune_folder / "FT1/item_vectors.safetensors", small_data)
+    assert moved.abs().max() > 1e-3
     before = load_recformer(job.settings)[0].state_dict()
     after = load_file(job.finetune_folder / "FT2/model/model.safetensors")
     assert all(torch.equal(value, before[name]) for name, value in after.items())
@@ -275,3 +303,19 @@ def test_what_was_trained_on_other_data_is_not_taken_for_this(bert, small_data, 
     (data / META).write_text(json.dumps(meta | {"content_hash": "another"}))
     with pytest.raises(UserError, match=r"FT1 was trained on other data than there is now"):
         finetune(job)
+
+
+def test_what_began_with_another_backbone_is_not_taken_for_this(bert, small_data, tmp_path):
+    backbone = tmp_path / "backbone"
+    shutil.copytree(bert, backbone)
+    pretraining = {**RECFORMER["pretrain"], "epochs": 1, "precision": "fp32"}
+    stages = {"pretrain": (pretrain, pretraining), "finetune": (finetune, RECFORMER["finetune"])}
+    for name, (run, stage) in stages.items():
+        own = {**RECFORMER, "backbone": str(backbone), "pretrain": None, "finetune": None, name: stage}
+        content = {"data": str(small_data.folder), "run": str(tmp_path / name), "llm": {"recformer": own}}
+        job = build(RecformerJob, content)
+        assert run(job) == run(job)
+        weights = load_file(backbone / "model.safetensors")
+        save_file({key: value + 1 for key, value in weights.items()}, backbone / "model.safetensors", {"format": "pt"})
+        with pytest.raises(UserError, match="was trained from another backbone than there is now"):
+            run(job)

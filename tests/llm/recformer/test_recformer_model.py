@@ -14,8 +14,12 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoTokenizer,
+    BartConfig,
+    BartModel,
     BertConfig,
     BertModel,
+    GPT2Config,
+    GPT2Model,
     RobertaConfig,
     RobertaModel,
 )
@@ -79,10 +83,10 @@ def test_attention_is_trained_in_float32_under_bfloat16_and_is_the_same(bert, sm
         seen.append(q.dtype)
         return plain(q, *inputs, **options)
 
-    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
     model, tokenizer = load_recformer(settings(bert))
     batch = make_batch(small_data, tokenizer, settings(bert))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
     with torch.autocast("cpu", torch.bfloat16):
         trained = model.vectors(batch)
         with torch.no_grad():
@@ -223,6 +227,21 @@ def test_what_is_no_encoder_is_one_clear_line(tmp_path, bert):
     tokenizer.save_pretrained(tmp_path / "no-cls")
     with pytest.raises(UserError, match=r"needs a \[CLS\] and a \[PAD\]"):
         load_recformer(settings(tmp_path / "no-cls"))
+    own = AutoTokenizer.from_pretrained(bert)
+    size = {"vocab_size": 300, "max_position_embeddings": 64}
+    decoder = GPT2Model(GPT2Config(n_positions=64, vocab_size=300, n_embd=8, n_layer=1, n_head=1))
+    both = BartModel(
+        BartConfig(
+            **size, d_model=8, encoder_layers=1, decoder_layers=1, encoder_attention_heads=1, decoder_attention_heads=1,
+            encoder_ffn_dim=8, decoder_ffn_dim=8,
+        )
+    )  # fmt: skip
+    for model, why in ((decoder, "does not see what comes after"), (both, "is no encoder that RECFORMER can be built")):
+        folder = tmp_path / model.config.model_type
+        model.save_pretrained(folder)
+        own.save_pretrained(folder)
+        with pytest.raises(UserError, match=why):
+            load_recformer(settings(folder))
 
 
 @pytest.mark.parametrize("wanted", ["all", "none", [1], [0, 2]])

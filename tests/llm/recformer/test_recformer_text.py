@@ -3,6 +3,7 @@
 import copy
 import logging
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -109,8 +110,6 @@ def test_attributes_that_are_too_long_are_cut_and_said(tokenizer, caplog):
 
 
 def test_items_without_any_text_are_one_clear_line_or_taken_as_they_are(small_data, tokenizer, tmp_path):
-    from dataclasses import replace
-
     items = small_data.items.set_column(1, "title", pa.array(["", *["Thing"] * (small_data.n_items - 1)]))
     data = replace(small_data, items=items.drop_columns(["kind"]))
     with pytest.raises(UserError, match=r"1 of 30 items .* no text in title, e\.g\. i\d+: .*allow_empty=true"):
@@ -119,6 +118,22 @@ def test_items_without_any_text_are_one_clear_line_or_taken_as_they_are(small_da
     assert words(tokenizer, tokens.ids[: tokens.offsets[1]]) == "title"
     with pytest.raises(UserError, match=r"none of llm\.recformer\.text\.attributes \(brand\); its items have: item_id"):
         item_tokens(data, TextConfig(attributes=["brand"]), tokenizer, tmp_path)
+
+
+def test_what_cannot_be_seen_is_no_text(small_data, tokenizer, tmp_path):
+    titles = ["\u200b \n\u200e", None, *["Thing"] * (small_data.n_items - 2)]
+    data = replace(small_data, items=small_data.items.set_column(1, "title", pa.array(titles)).drop_columns(["kind"]))
+    with pytest.raises(UserError, match=r"2 of 30 items .* have no text in title"):
+        item_tokens(data, TextConfig(), tokenizer, tmp_path)
+    # A character that the tokenizer leaves out leaves no key behind either.
+    items = pa.table({"title": ["Thing", "Thing"], "brand": ["\ufffd", "toy"]})
+    tokens = tokenise(items, ["title", "brand"], 32, tokenizer)
+    assert words(tokenizer, tokens.ids[: tokens.offsets[1]]) == "title thing"
+
+
+def test_special_tokens_that_a_title_spells_out_are_unknown_words(tokenizer):
+    tokens = tokenise(pa.table({"title": ["Thing [MASK] [PAD] toy"]}), ["title"], 32, tokenizer)
+    assert tokenizer.convert_ids_to_tokens(tokens.ids) == ["title", "thing", "[UNK]", "[UNK]", "toy"]
 
 
 def test_tokens_are_made_once_for_what_decides_them(small_data, tokenizer, tmp_path, monkeypatch):
