@@ -10,10 +10,11 @@ from align.objective import Baseline, Denominator
 from llm.config import LLMConfig
 from rec.config import RecConfig, TrainConfig
 from rec.data.builtin import BUILTIN
+from rec.items import IDItems
 from rec.runtime import files
 from rec.runtime.config import Section, hash_of, load, without
 from rec.runtime.errors import UserError
-from rec.runtime.runfolder import is_run_config
+from rec.runtime.runfolder import run_override
 
 TEMPERATURE = "temperature.json"
 
@@ -229,6 +230,15 @@ class MainJob(Section):
         return self
 
     @model_validator(mode="after")
+    def _recommenders_begin_with_their_own_items(self) -> Self:
+        if not isinstance(self.rec.items, IDItems) or self.rec.train.start is not None:
+            raise ValueError(
+                "rec.items and rec.train.start are for 'recalign train': the main job's recommenders begin with IDs of"
+                " their own, or the rows beside each other would not be of the same item table"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _calibrates_by_what_is_not_trained_on(self) -> Self:
         if self.align.objective.temperature == "calibrated" and self.rec.train.on != "train":
             raise ValueError("align.objective.temperature=calibrated needs validation items: set rec.train.on=train")
@@ -261,8 +271,7 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> MainJob:
     Raises:
         UserError: on a missing file, an unknown key or an impossible value.
     """
-    here = [f"run={path.parent}"] if is_run_config(path) else []
-    job = load(MainJob, path, [*here, *overrides])
+    job = load(MainJob, path, [*run_override(path), *overrides])
     if job.rec.grid:
         raise UserError("rec.grid is for 'recalign train': the main job trains its recommender once")
     return job

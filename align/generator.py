@@ -238,6 +238,7 @@ class Generator:
         self.run.log(
             "generated",
             step=steps.start,
+            generator=self.turns.number,
             batches=len(steps),
             version=self.snapshot.version,
             texts=len(completions),

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 Backend = Literal["gloo", "nccl"]
 GENERATOR_MISSES_S = 60
+ANSWERS_WITHIN = timedelta(seconds=5)
 """How long the trainer waits for a generator that has asked, and may have died since."""
 HELD, ASKED, WHAT = "held", "asked", "what"
 
@@ -129,9 +130,7 @@ class Taker:
                 at = files.read_json(self.place)
                 self._require_reachable(at["address"], at["host"])
                 # A trainer that has died leaves its file; its successor, a minute later, another one.
-                self.store = dist.TCPStore(
-                    at["address"], at["port"], timeout=timedelta(seconds=5), wait_for_workers=False
-                )
+                self.store = dist.TCPStore(at["address"], at["port"], timeout=ANSWERS_WITHIN, wait_for_workers=False)
             return int(self.store.get(HELD))
         except (OSError, RuntimeError):
             self.store = None
@@ -168,6 +167,8 @@ class Taker:
         except RuntimeError as error:
             self.store = None
             raise TransferFailed(f"the trainer has gone in the middle of a transfer: {_line(error)}") from error
+        # The view of it above has set the patience of both.
+        self.store.set_timeout(ANSWERS_WITHIN)
         return version, found
 
 

@@ -68,6 +68,7 @@ def replacing(folder: Path) -> Iterator[None]:
     from rec.runtime.files import TEMPORARY_PREFIX
     from rec.runtime.runfolder import CONFIG, RunFolder, is_run_config
 
+    folder = folder.resolve()  # of a link what it leads to
     if not folder.exists():
         yield
         return

@@ -8,7 +8,7 @@ from typing import Any
 from launch import pretraining, recformer_tables, supervise
 from launch.commands import delete_run
 from llm.recformer.job import FINISHED, RecformerJob, load_job
-from llm.recformer.start import worked_s
+from llm.recformer.start import STARTED
 from rec.runtime import files
 from rec.runtime.checkpoint import Checkpoints
 from rec.runtime.config import hash_of
@@ -51,7 +51,7 @@ def run(job: RecformerJob, command: str) -> dict[str, Any]:
                 _watch(job, stage)
                 if not _is_finished(job, stage):
                     raise StopFile(job.run).stopped(f"in {stage}")
-        wall_s = worked_s(folder.events())
+        wall_s = folder.worked_s("attempt", STARTED)
         identity = hash_of([job.identity("finetune"), job.data])
         return folder.write_result(command, identity, {}, rows_of(job), wall_s, speed=speed_of(folder))
 

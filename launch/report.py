@@ -104,7 +104,8 @@ def compare(sections: Sequence[dict[str, Any]]) -> list[tuple[str, list[str], li
     groups: dict[tuple[str, str], list[tuple[str, dict[str, Any]]]] = {}
     for section in sections:
         result = section["result"]
-        data = text_of({key: value for key, value in result.get("data", {}).items() if key in DATA})
+        told = result.get("data")
+        data = text_of({key: told[key] for key in told if key in DATA}) if isinstance(told, dict) else ""
         common = result.get("protocol", {}).get("hash", ""), data
         if not data:
             continue

@@ -109,7 +109,8 @@ def print_bench_align(result: dict[str, Any]) -> None:
 
 def _print_claims(claims: list[dict[str, Any]], out: Console) -> None:
     for claim in claims:
-        figure = claim["figure"] if isinstance(claim["figure"], str) else f"{claim['figure']:.3f}"
+        figure = "-" if claim["figure"] is None else claim["figure"]
+        figure = figure if isinstance(figure, str) else f"{figure:.3f}"
         out.print(f"{'holds' if claim['holds'] else 'MISSED'}  {claim['id']}: {figure}", soft_wrap=True)
 
 

@@ -12,7 +12,7 @@ from rec.config import EvaluateConfig
 from rec.precision import Precision
 from rec.runtime.config import Section, apply_overrides, build, hash_of, read_recipe, without
 from rec.runtime.errors import UserError
-from rec.runtime.runfolder import is_run_config
+from rec.runtime.runfolder import run_override
 
 TARGET = "target"
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -269,8 +269,7 @@ class LMRecJob(Section):
 
 def read(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """A pretraining recipe's content; the ``config.yaml`` of a run folder means that folder, wherever it lies now."""
-    here = [f"run={path.parent}"] if is_run_config(path) else []
-    return apply_overrides(read_recipe(path), [*here, *overrides])
+    return apply_overrides(read_recipe(path), [*run_override(path), *overrides])
 
 
 def is_recformer(content: dict[str, Any]) -> bool:

@@ -49,7 +49,7 @@ class TrainConfig(Section):
     """Through torch.compile: a minute of compiling, then faster steps, most of all on GPU."""
     checkpoint_every: int = Field(5, ge=1)
     """Epochs between checkpoints."""
-    keep_checkpoints: int = Field(1, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
     """Newest checkpoints that are kept."""
     keep_checkpoint_every: int | None = Field(None, ge=1)
     """The first checkpoint of every so many steps is kept for good; null for none."""

@@ -179,7 +179,8 @@ def require_cutoffs(protocol: Protocol, data: Prepared, whose: str) -> None:
     """Raise a UserError if the protocol (called ``whose``) asks for longer lists than the data has items."""
     if max(protocol.cutoffs) > data.n_items:
         raise UserError(
-            f"{whose} asks for the best {max(protocol.cutoffs)} of {data.n_items} items; use smaller cutoffs"
+            f"{whose} asks for the best {max(protocol.cutoffs)} of {data.n_items} items; use smaller cutoffs (10"
+            " at least in training, which stops by NDCG@10)"
         )
 
 

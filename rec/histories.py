@@ -132,11 +132,11 @@ def _resolve(run: FinishedRun, catalog: Catalog, source: Path, skip_unknown: boo
         absent = content.get(HISTORY) is None or (label is not None and _is_blank(content[HISTORY]))
         known = users.get(label)
         try:
-            if absent and label is None:
-                raise UserError(f"neither {HISTORY!r} nor {USER!r}")
-            if absent and known is None and skip_unknown and HISTORY in content:  # a label, of somebody without history
+            if absent and known is None and skip_unknown and HISTORY in content:  # of somebody without history
                 empty += 1
                 continue
+            if absent and label is None:
+                raise UserError(f"neither {HISTORY!r} nor {USER!r}")
             if absent:
                 request = request_for_user(run.data, user_number(run.data, label) if known is None else known)
             elif skip_unknown and _is_blank(content[HISTORY]):

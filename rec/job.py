@@ -16,7 +16,7 @@ from rec.protocol import TrainedOn
 from rec.runtime import files
 from rec.runtime.config import Section, apply_overrides, build, load, read_recipe
 from rec.runtime.errors import UserError
-from rec.runtime.runfolder import CONFIG, is_run_config, root_of
+from rec.runtime.runfolder import CONFIG, is_run_config, root_of, run_override
 
 
 class RecJob(Section):
@@ -51,8 +51,7 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> RecJob:
     Raises:
         UserError: on a missing file, an unknown key or an impossible value, also one of the grid's.
     """
-    here = [f"run={path.parent}"] if is_run_config(path) else []
-    job = load(RecJob, path, [*here, *overrides])
+    job = load(RecJob, path, [*run_override(path), *overrides])
     grid_of(job.rec)
     return job
 

@@ -49,9 +49,11 @@ def run(job: RecJob, command: str) -> dict[str, Any]:
     with folder.lock("trainer", wait_s=30) if ranks.is_first else contextlib.nullcontext():
         result = None
         if ranks.is_first:
-            folder.claim(job)
+            folder.check(job)
             _require_the_same_inputs(job, open_data(job.data, job.run / "data"), folder)
             result = folder.result()
+            if result is None:
+                folder.claim(job)
         result = ranks.broadcast(result)
         if result is not None:
             return result

@@ -4,6 +4,7 @@ import logging
 
 from align.config import MainJob
 from align.order import set_aside
+from align.snapshots import CANARY_TOKENS
 from llm.engine import check_adaptable, check_head_dim, check_model
 from llm.pretrain import make_tokenizer
 from llm.prompts import item_texts, prompt_tokens, require_column
@@ -48,6 +49,10 @@ def check(job: MainJob, data: Prepared) -> None:
         raise UserError(
             f"the longest prompt and its answer need {longest} tokens, llm.lmrec.context is {llm.lmrec.context}:"
             " raise it, or shorten llm.item_text or llm.knowledge.max_new_tokens"
+        )
+    elif llm.lmrec.context <= CANARY_TOKENS:
+        raise UserError(
+            f"llm.lmrec.context is {llm.lmrec.context}: every refresh is proved on {CANARY_TOKENS} tokens and the next"
         )
     for column in job.align.watch:
         require_column(data.items, column, "align.watch")

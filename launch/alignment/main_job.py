@@ -20,6 +20,7 @@ from launch.alignment import summary
 from launch.alignment.case_study import case_study
 from launch.alignment.check import check
 from launch.alignment.precondition import PRECONDITION, is_closed_world, precondition
+from llm.fingerprint import fingerprint
 from llm.knowledge import count_texts
 from llm.pretrain import pretrain
 from llm.prompts import NO_TEXT, item_texts
@@ -41,6 +42,9 @@ from rec.runtime.stopping import StopFile
 from rec.trainer import train
 
 log = logging.getLogger(__name__)
+
+LAUNCHED = "launched"
+BEGINS = ("attempt", LAUNCHED)  # of a batch job, and of this
 
 
 def require_the_same_data(job: MainJob, run: RunFolder) -> None:
@@ -74,6 +78,7 @@ class MainJobRun:
         with self.run.lock("launcher"):
             self.run.claim(self.job)
             require_the_same_data(self.job, self.run)
+            self.run.log(LAUNCHED)
             finished = self.run.result()
             if finished is not None:
                 log.info("%s is finished; --fresh starts over", self.run.path)
@@ -99,8 +104,7 @@ class MainJobRun:
                 started = time.monotonic()
                 stage()
                 self.run.log("stage", step=number, title=title, seconds=round(time.monotonic() - started, 1))
-            # Over every attempt that finished a stage, not this one alone.
-            return self._conclude(command, sum(row["seconds"] for row in self.run.events("stage")))
+            return self._conclude(command, self.run.worked_s(*BEGINS))
 
     def prepare(self) -> None:
         """A prepared folder, and every mistake in the recipe that can be seen without training anything."""
@@ -109,6 +113,9 @@ class MainJobRun:
             prepare_builtin(self.job.data, folder)
         self.data = training_data(self.job, Prepared.load(folder))
         check(self.job, self.data)
+        named = {"llm.model": self.job.llm.model, "llm.encoder.model": self.job.llm.encoder.model}
+        models = {key: fingerprint(name) for key, name in named.items() if name not in (None, "llm")}
+        self.run.require_the_same_inputs(models)
 
     def train_base(self) -> None:
         """The recommender without knowledge; frozen, it is Rec_f, which gives p(y|x)."""

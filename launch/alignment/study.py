@@ -18,7 +18,7 @@ from pydantic import Field
 
 from align.config import AlignConfig, MainJob, TrainerConfig, load_job
 from launch.alignment import closed_world, study_plot
-from launch.alignment.main_job import MainJobRun, require_the_same_data
+from launch.alignment.main_job import BEGINS, MainJobRun, require_the_same_data
 from launch.seeds import means
 from rec.data.builtin import BUILTIN
 from rec.data.prepare import Filters, prepare
@@ -139,7 +139,7 @@ class StudyRun:
         told = {"seed": seed, "variant": name}
         # Every attempt, and what was done before for all variants, whoever did it.
         wall_s = sum(row["seconds"] for row in folder.events("studied"))
-        shared_s = sum(row["seconds"] for row in before.events("stage"))
+        shared_s = before.worked_s(*BEGINS)
         content = {
             "rows": [{**told, **row} for row in (*result["rows"], *result.get("ablations", ()))],
             "world": {**told, **figures, "shared_s": shared_s, "wall_s": wall_s} if is_world else None,
@@ -176,7 +176,11 @@ def share_what_comes_before(job: MainJob) -> RunFolder:
 
 def _take_what_others_made(common: Path, parts: dict[str, str]) -> None:
     """Stages that another job's folder beside this one has, and that are the same for both."""
+    own = RunFolder(common).inputs()
     for other in sorted(common.parent.glob(f"before-alignment-*/{COMPLETE}")):
+        theirs = RunFolder(other.parent).inputs()
+        if any(own.get(name, value) != value for name, value in theirs.items()):
+            continue  # of other data, or another model, than there is now
         made = files.read_json(other)
         for name, decided_by in parts.items():
             source = other.parent / name

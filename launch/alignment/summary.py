@@ -22,13 +22,12 @@ WAITS_LITTLE = 0.1
 def asynchronous(run: RunFolder) -> dict[str, Any]:
     """Figures of the asynchronous training, from the metrics file alone.
 
-    Waiting shares leave out the first step: there both jobs wait for each other to start.
+    Waiting shares leave out the first step of every process: there the jobs wait for each other to start.
     """
     train, generated = run.steps("train"), run.steps("generated")
     published, refreshed = run.steps("published"), run.events("refresh")  # of every generator, and every start
     started = run.events("trainer_started")
-    later_train, later_generated = train[1:] or train, generated[1:] or generated
-    seconds = sum(row["generate_s"] for row in later_generated)
+    later_train, later_generated = train[1:] or train, _after_starting(generated)
     saving = saving_seconds(run)
     trainer_waits = _waiting_share(later_train, sum(saving.get(row["step"], 0.0) for row in later_train))
     generator_waits = _waiting_share(later_generated)
@@ -41,7 +40,7 @@ def asynchronous(run: RunFolder) -> dict[str, Any]:
         "versions_consumed": len({version for row in train for version in row["versions"]}),
         "lag_steps_mean": _round(sum(row["lag_steps_mean"] for row in train) / len(train)),
         "lag_steps_max": max(row["lag_steps"] for row in train),
-        "tokens_per_s": _round(sum(row["tokens"] for row in later_generated) / max(seconds, 1e-9)),
+        "tokens_per_s": _tokens_per_s(later_generated),
         "texts_generated": sum(row["texts"] for row in generated),
         "empty_texts": sum(row["empty_texts"] for row in generated),
         "trainer_waiting_share": trainer_waits,
@@ -174,6 +173,22 @@ def _dress(axis: Axes, title: str, x: str, y: str) -> None:
 def moving_mean(values: list[float], width: int) -> list[float]:
     """The mean of up to ``width`` values that end at each place."""
     return [sum(values[max(0, i - width + 1) : i + 1]) / (i + 1 - max(0, i - width + 1)) for i in range(len(values))]
+
+
+def _after_starting(generated: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without the first row of every generator's process."""
+    firsts: dict[int, int] = {}
+    later = [row for place, row in enumerate(generated) if firsts.setdefault(row["pid"], place) != place]
+    return later or generated
+
+
+def _tokens_per_s(generated: list[dict[str, Any]]) -> float:
+    """Of all generators, which are at work beside each other."""
+    rates = []
+    for number in {row.get("generator", 0) for row in generated}:
+        own = [row for row in generated if row.get("generator", 0) == number]
+        rates.append(sum(row["tokens"] for row in own) / max(sum(row["generate_s"] for row in own), 1e-9))
+    return _round(sum(rates))
 
 
 def _waiting_share(rows: list[dict[str, Any]], besides_s: float = 0.0) -> float:

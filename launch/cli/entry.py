@@ -1,6 +1,7 @@
 """The ``recalign`` command."""
 
 import argparse
+import json
 import os
 import shlex
 import sys
@@ -80,7 +81,9 @@ examples:
 
 def _demo(arguments: argparse.Namespace) -> None:
     recipe = Path(str(resources.files("launch.recipes").joinpath(DEMO_RECIPE)))
-    _run_main_job(recipe, [*_ranks_for_gpus(), f"run={arguments.run}", *arguments.overrides], arguments.fresh)
+    _run_main_job(
+        recipe, [*_ranks_for_gpus(), f"run={json.dumps(str(arguments.run))}", *arguments.overrides], arguments.fresh
+    )
 
 
 def _align(arguments: argparse.Namespace) -> None:
@@ -100,6 +103,8 @@ def _replay(arguments: argparse.Namespace) -> None:
     from launch.alignment.replay import replay
 
     out = arguments.out or arguments.replay / "replay"
+    if out.resolve() == arguments.replay.resolve():
+        raise UserError(f"--out {out} is the run that is replayed: name another folder")
     if arguments.fresh:
         delete_run(out)
     result = replay(arguments.replay, out, shlex.join(["recalign", *sys.argv[1:]]))

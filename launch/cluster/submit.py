@@ -7,6 +7,7 @@ recipe afterwards changes nothing.
 
 import contextlib
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -196,7 +197,7 @@ def _state_of(job: str) -> str:
 def _resolved(wish: Wish) -> tuple[Section, str]:
     """The recipe with its overrides, checked, and which script runs it."""
     run = run_of(wish.recipe, wish.overrides).absolute()
-    content = apply_overrides(read_recipe(wish.recipe), [*wish.overrides, f"run={run}"])
+    content = apply_overrides(read_recipe(wish.recipe), [*wish.overrides, f"run={json.dumps(str(run))}"])
     kind = "align" if "align" in content else "pretrain" if "llm" in content else "train"
     if kind == "pretrain":
         section: type[Section] = RecformerJob if is_recformer(content) else LMRecJob

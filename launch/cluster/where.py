@@ -13,7 +13,7 @@ from llm.lmrec_job import is_recformer
 from rec.runtime.config import apply_overrides, read_recipe
 from rec.runtime.errors import UserError
 from rec.runtime.logs import run_main
-from rec.runtime.runfolder import is_run_config
+from rec.runtime.runfolder import run_override
 
 # Overrides of an alignment's recipe where only the nodes will say how many processes there are: one divides any batch.
 ONE_PROCESS = ("align.trainer.processes=1", "align.generator.processes=1")
@@ -53,8 +53,7 @@ def stages_of(content: dict[str, Any]) -> tuple[str, list[str]]:
 
 
 def _content(recipe: Path, overrides: list[str]) -> dict[str, Any]:
-    here = [f"run={recipe.parent}"] if is_run_config(recipe) else []
-    return apply_overrides(read_recipe(recipe), [*here, *overrides])
+    return apply_overrides(read_recipe(recipe), [*run_override(recipe), *overrides])
 
 
 def _run_in(content: dict[str, Any], recipe: Path) -> Path:

@@ -1,17 +1,20 @@
 # What the scripts of alignment share: trainer and generators as two steps of one job, which meet in the run folder.
 GENERATOR_RESTARTS=3 GAVE_UP=3
 
+# refuse WHY: the job's end, for a mistake of whoever submitted it.
+refuse() { echo "error: $1" >"$LOGS/batch.log"; finish 2; }
+
 # divide: which nodes train and which generate, and how many processes each of them starts.
 divide() {
   local n=${GENERATOR_NODES:-1}
   if [ "$n" -lt 0 ] || { [ "$n" -eq 0 ] && [ ${#HOSTS[@]} -gt 1 ]; }; then
-    echo "error: GENERATOR_NODES=$n of ${#HOSTS[@]} nodes: 0 divides one node"; exit 2
+    refuse "GENERATOR_NODES=$n of ${#HOSTS[@]} nodes: 0 divides one node"
   fi
   if [ "$n" -gt 0 ]; then
     GENERATORS=${GENERATORS:-$PER_NODE}
     TRAINERS=("${HOSTS[@]:0:${#HOSTS[@]}-n}") GENERATORS_ON=("${HOSTS[@]: -n}")
     TRAINER_OPTIONS="" GENERATOR_OPTIONS=""
-    [ ${#TRAINERS[@]} -gt 0 ] || { echo "error: ${#HOSTS[@]} nodes leave none to train on beside $n that generate"; exit 2; }
+    [ ${#TRAINERS[@]} -gt 0 ] || refuse "${#HOSTS[@]} nodes leave none to train on beside $n that generate"
   else
     GENERATORS=${GENERATORS:-1}
     TRAINERS=("${HOSTS[0]}") GENERATORS_ON=("${HOSTS[0]}")
@@ -24,7 +27,7 @@ divide_node() {
   local gpus=$1 cores=$2 theirs
   if [ "$gpus" -gt 1 ]; then
     PER_NODE=$((PER_NODE - GENERATORS))
-    [ $PER_NODE -gt 0 ] || { echo "error: $gpus GPUs leave none to train on beside $GENERATORS generators"; exit 2; }
+    [ $PER_NODE -gt 0 ] || refuse "$gpus GPUs leave none to train on beside $GENERATORS generators"
   fi
   theirs=$((cores * GENERATORS / (GENERATORS + PER_NODE)))
   if [ "$gpus" -eq 1 ] || [ $theirs -lt "$GENERATORS" ]; then

@@ -59,7 +59,7 @@ class OptimizerConfig(Section):
     caching): memory then does not depend on the batch. Loss and gradient are the same."""
     checkpoint_every: int = Field(100, ge=1)
     """Steps."""
-    keep_checkpoints: int = Field(1, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
     """Newest checkpoints that are kept."""
     keep_checkpoint_every: int | None = Field(None, ge=1)
     """The first checkpoint of every so many steps is kept for good; null for none."""

@@ -16,7 +16,7 @@ from rec.runtime import files
 from rec.runtime.config import Section, hash_of, load
 from rec.runtime.errors import UserError
 from rec.runtime.ranks import Ranks
-from rec.runtime.runfolder import is_run_config
+from rec.runtime.runfolder import run_override
 
 Stage = Literal["vanilla", "PT", "FT"]
 FINISHED = "finished.json"
@@ -107,5 +107,4 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> RecformerJob:
     Raises:
         UserError: on a missing file, an unknown key or an impossible value.
     """
-    here = [f"run={path.parent}"] if is_run_config(path) else []
-    return load(RecformerJob, path, [*here, *overrides])
+    return load(RecformerJob, path, [*run_override(path), *overrides])

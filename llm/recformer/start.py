@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,16 +38,3 @@ def run_stage(
             job_of(job)
         if first:
             folder.log("stage", title=stage)
-
-
-def worked_s(events: Sequence[dict[str, Any]]) -> float:
-    """Seconds that the processes of all stages were at work, those that were killed up to the last line they wrote."""
-    spans: list[list[float]] = []
-    newest: dict[int, list[float]] = {}
-    for row in events:
-        if row["event"] == STARTED:
-            newest[row["pid"]] = [row["time_s"], row["time_s"]]
-            spans.append(newest[row["pid"]])
-        elif row["pid"] in newest:
-            newest[row["pid"]][1] = row["time_s"]
-    return sum(end - begin for begin, end in spans)

@@ -21,6 +21,7 @@ used only through the ``write`` callback below.
 """
 
 import logging
+import pickle
 import random
 import re
 import shutil
@@ -43,6 +44,7 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 2
 SEEN_WITHIN_S = 120.0
+OWN_FILE = re.compile(r"rank-\d+\.pt")
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Checkpoint:
         """What is wrong inside the files, of which each of ``ranks`` reads a part; the same answer on every rank."""
         ranks = ranks or Ranks()
         names = sorted(files.read_json(self.folder / MANIFEST)["files"])[ranks.rank :: ranks.size]
-        problems = ranks.gather(next(filter(None, (files.archive_problem(self.folder / name) for name in names)), None))
+        problems = ranks.gather(next(filter(None, (_problem_inside(self.folder / name) for name in names)), None))
         return next(filter(None, problems), None)
 
 
@@ -92,6 +94,7 @@ class Checkpoints:
         self.folder = folder
         self.ranks = ranks or Ranks()
         self.keep_last, self.keep_every = keep_last, keep_every
+        self.damaged: set[int] = set()
 
     def save(
         self,
@@ -147,8 +150,10 @@ class Checkpoints:
         return self.ranks.broadcast(self._newest_complete(below) if self.ranks.is_first else None)
 
     def holds(self, step: int) -> bool:
-        """Whether there is a complete checkpoint of ``step``; the same answer on every rank."""
-        return self.ranks.broadcast(self.ranks.is_first and self._examine(step).problem is None)
+        """Whether there is a complete checkpoint of ``step`` that ``resume`` did not find damaged; the same answer on
+        every rank."""
+        whole = self.ranks.is_first and step not in self.damaged and self._examine(step).problem is None
+        return self.ranks.broadcast(whole)
 
     def examine(self) -> Iterator[Finding]:
         """Everything that is named like a checkpoint, newest first, and whether it is one."""
@@ -173,6 +178,7 @@ class Checkpoints:
         while checkpoint is not None and (problem := checkpoint.damage(self.ranks)):
             if self.ranks.is_first:
                 log.warning("ignoring checkpoint %s: %s", checkpoint.folder, problem)
+            self.damaged.add(checkpoint.step)
             checkpoint = self.newest(checkpoint.step)
         if checkpoint is None:
             return None
@@ -254,6 +260,19 @@ class Checkpoints:
 
 def _own_file(rank: int) -> str:
     return f"rank-{rank}.pt"
+
+
+def _problem_inside(path: Path) -> str | None:
+    """What is wrong with the content of a checkpoint's file; None if nothing is."""
+    problem = files.archive_problem(path)
+    if problem is None and OWN_FILE.fullmatch(path.name):
+        try:
+            torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # reads the tables, not the tensors
+        except pickle.UnpicklingError:
+            return None  # whole, but not what a checkpoint may hold: loading it says so
+        except Exception as error:  # whatever damaged tables make of it
+            problem = f"{path.name} cannot be loaded ({type(error).__name__})"
+    return problem
 
 
 def _merged(seen: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:

@@ -11,6 +11,8 @@ import resource
 import socket
 import time
 from collections.abc import Iterator
+from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,6 +37,11 @@ def is_run_config(path: Path) -> bool:
         return stream.readline() == CONFIG_HEADER.encode()
 
 
+def run_override(recipe: Path) -> list[str]:
+    """The override by which the resolved recipe of a run means the folder that it lies in, wherever that is now."""
+    return [f"run={json.dumps(str(recipe.parent))}"] if is_run_config(recipe) else []
+
+
 def root_of(folder: Path) -> Path:
     """The run folder that ``folder`` is, or that it holds one stage of; ``folder`` itself where there is none."""
     above = Path(folder).absolute().parents[:2]
@@ -51,7 +58,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self.path.resolve().mkdir(parents=True, exist_ok=True)  # a link may lead nowhere yet
         except OSError as error:
             raise UserError(f"cannot create the run folder {path}: {error.strerror}") from error
 
@@ -91,16 +98,22 @@ class RunFolder:
             hashes: of the contents of data and models, by a name.
 
         Raises:
-            UserError: if not: what lies here already was computed from what there was then.
+            UserError: if not, and the user has not said --resume-anyway: what lies here already was computed from what
+                there was then.
         """
-        path = self.path / INPUTS
-        if not path.exists():
-            files.write_json(path, hashes)
-        elif files.read_json(path) != hashes:
-            raise UserError(
-                f"the data or the model that {self.path} reads were made anew since it was begun: start over with"
-                " --fresh, or take another run folder"
+        before = self.inputs()
+        if any(before.get(name, value) != value for name, value in hashes.items()):
+            refuse_unless_told(
+                f"the data or the model that {self.path} reads were made anew since it was begun",
+                "start over with --fresh, take another run folder",
             )
+        if before | hashes != before:
+            files.write_json(self.path / INPUTS, before | hashes)
+
+    def inputs(self) -> dict[str, Any]:
+        """The hashes of what the recipe names, as far as they are known."""
+        path = self.path / INPUTS
+        return files.read_json(path) if path.exists() else {}
 
     def log(self, event: str, **fields: Any) -> None:
         """Append one line to the metrics file; one write call, so that lines of several processes never mix.
@@ -142,6 +155,12 @@ class RunFolder:
     def steps(self, event: str) -> list[dict[str, Any]]:
         """One row a step: a step that ran again after a resume counts once, the last time."""
         return [row for _, row in sorted({row["step"]: row for row in self.events(event)}.items())]
+
+    def worked_s(self, *begins: str) -> float:
+        """Seconds from the first line of the metrics file to the last, without those before every line of the events
+        ``begins``: between attempts nobody was at work. Of one that was killed, up to its last line."""
+        rows = sorted(self.events(), key=itemgetter("time_s"))
+        return sum(row["time_s"] - last["time_s"] for last, row in pairwise(rows) if row["event"] not in begins)
 
     def write_result(
         self,

@@ -44,6 +44,12 @@ def test_a_last_training_that_would_not_be_what_it_says_is_refused(tmp_path, ali
         job(tmp_path, **align)
 
 
+@pytest.mark.parametrize("rec", [{"items": {"kind": "vectors", "file": "x"}}, {"train": {"start": "runs/x"}}])
+def test_recommenders_that_would_not_begin_alike_are_refused(tmp_path, rec):
+    with pytest.raises(UserError, match=r"rec\.items and rec\.train\.start are for 'recalign train'"):
+        build(MainJob, {"data": "x", "run": str(tmp_path), "rec": rec})
+
+
 @pytest.fixture
 def trainer(tmp_path) -> Trainer:
     """As far as it is before it asks its models anything."""

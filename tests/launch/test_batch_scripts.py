@@ -154,7 +154,7 @@ def test_one_node_is_divided_so_that_each_has_its_own(tmp_path, gpus, cores, per
     PER_NODE={per_node} GENERATORS={generators}; divide_node {gpus} {cores}
     echo "$PER_NODE $TRAINER_OPTIONS | $GENERATOR_OPTIONS"
     """
-    assert bash(tmp_path, program).stdout.strip() == expected.replace("OWN", "--exact --mem=0")
+    assert bash(tmp_path, program).stdout.splitlines()[0] == expected.replace("OWN", "--exact --mem=0")
 
 
 def test_each_process_has_a_thread_for_each_of_its_own_cores(tmp_path):
@@ -170,6 +170,7 @@ def test_an_impossible_number_of_generator_nodes_ends_the_job(tmp_path, nodes, o
         tmp_path, f"HOSTS=({nodes}) GENERATOR_NODES={of_them} PER_NODE=1 SLURM_CPUS_ON_NODE=8; divide; echo on"
     )
     assert (found.returncode, found.stdout.startswith(f"error: GENERATOR_NODES={of_them} of")) == (2, True)
+    assert told(tmp_path) == ["failed"]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 from launch.bench import rec
 from launch.bench.rec_rows import claims_of, rows_of, seconds_to_reach
 from launch.bench.rec_tasks import Settings, tasks
+from launch.tables import print_bench
 from rec.protocol import Protocol
 from rec.runtime import files
 from rec.runtime.errors import UserError
@@ -70,11 +71,13 @@ def test_never_getting_where_the_peer_gets_is_a_missed_claim():
     assert seconds_to_reach(ours["epochs"], 0.04) is None
 
 
-def test_without_a_sasrec_to_compare_with_a_model_has_met_nothing():
+def test_without_a_sasrec_to_compare_with_a_model_has_met_nothing(capsys):
     alone = {**epoch("LightSANs-50", "recalign", 9.0), "stage": "models", "model": "LightSANs"}
     killed = {"stage": "models", "name": "SASRec-50", "peer": "recalign", "data": "d", "failed": "killed"}
     [claim] = claims_of(rows_of([killed, alone]))
     assert (claim["holds"], claim["figure"]) == (False, None)
+    print_bench({"rows": [], "claims": [claim]})
+    assert capsys.readouterr().out.endswith(": -\n")
 
 
 def test_folders_of_one_name_are_refused(small_data, tmp_path):

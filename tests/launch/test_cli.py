@@ -13,9 +13,12 @@ import yaml
 from refusals import assert_one_line
 
 from launch.cli import entry
+from launch.commands import delete_run
 from llm.config import LMRecConfig
 from llm.lmrec import build_lmrec
+from rec.job import RecJob
 from rec.runtime.errors import UserError
+from rec.runtime.runfolder import RunFolder
 
 ROOT = Path(__file__).parents[2]
 
@@ -128,6 +131,15 @@ def test_fresh_deletes_nothing_but_a_run(recalign, tmp_path):
     recipe = write_recipe(tmp_path, "ml-100k")
     assert_one_line(recalign("align", recipe, "--fresh"), "is no run folder")
     assert (tmp_path / "run" / "thesis.txt").exists()
+
+
+def test_fresh_empties_what_a_link_leads_to(tmp_path):
+    RunFolder(tmp_path / "scratch").claim(RecJob(data="x", run=tmp_path / "run"))
+    (tmp_path / "run").symlink_to(tmp_path / "scratch")
+    delete_run(tmp_path / "run")
+    assert not (tmp_path / "scratch").exists()
+    assert (tmp_path / "run").is_symlink()
+    RunFolder(tmp_path / "run").claim(RecJob(data="x", run=tmp_path / "run"))
 
 
 def test_debug_shows_where_a_mistake_was_noticed(recalign, tmp_path):

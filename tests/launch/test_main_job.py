@@ -241,6 +241,7 @@ def test_a_replay_needs_a_finished_run_and_nothing_else(finished, tmp_path):
         ([run.path], "is not finished: it needs all 40 steps"),
         ([tmp_path / "none"], "is no run folder"),
         ([finished.path, "align.trainer.lr=1"], "without a recipe or overrides"),
+        ([finished.path, "--out", finished.path, "--fresh"], "is the run that is replayed"),
     ):
         process = start_replay(*arguments, stderr=subprocess.PIPE)
         assert message in process.communicate(timeout=900)[1].decode()

@@ -96,7 +96,7 @@ def test_only_like_is_compared_with_like(tmp_path):
     runs = [finished(tmp_path / name, hit) for name, hit in (("one", 0.1), ("two", 0.2))]
     runs.append(finished(tmp_path / "three", 0.9, {**PROTOCOL, "hash": "other"}))
     runs.append(finished(tmp_path / "four", 0.9, data={**DATA, "content_hash": "ba2"}))
-    runs += [finished(tmp_path / name, 0.9, data=None) for name in ("five", "six")]
+    runs += [finished(tmp_path / name, 0.9, data=data) for name, data in (("five", None), ("six", "a/folder"))]
     _, found = page(*runs, out=tmp_path / "report.html")
     together = found.tables[0]
     assert [cells[0] for cells in together] == ["run", "one", "two"]

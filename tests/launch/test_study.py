@@ -100,6 +100,17 @@ def test_a_study_does_not_go_on_with_data_that_were_prepared_anew(recipe, small_
             StudyRun(recipe, [*overrides, f"variants={variants}"]).execute("test")
 
 
+def test_a_new_variant_takes_no_stage_of_data_that_there_were_before(recipe, small_data, tmp_path):
+    shutil.copytree(small_data.folder, tmp_path / "data")
+    overrides = [f"job.data={tmp_path / 'data'}", "seeds=[3]"]
+    StudyRun(recipe, [*overrides, "variants={small: []}"]).execute("test")
+    meta = json.loads((tmp_path / "data" / "meta.json").read_text())
+    (tmp_path / "data" / "meta.json").write_text(json.dumps(meta | {"content_hash": "another"}))
+    before = len(Pretended.ran)
+    StudyRun(recipe, [*overrides, "variants={wide: [rec.model.dim=32]}"]).execute("test")
+    assert [name for name, _ in Pretended.ran[before:]] == [f"seed-3 {name}" for name in BEFORE]
+
+
 def test_another_recommender_shares_the_llm_and_another_llm_the_recommender(recipe):
     variants = "{small: [], wide: [rec.model.dim=32], other: [llm.train.epochs=7], few: [train_users=0.5]}"
     StudyRun(recipe, ["seeds=[3]", f"variants={variants}"]).execute("test")

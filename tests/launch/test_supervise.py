@@ -10,7 +10,7 @@ import torch
 from align.config import MainJob
 from launch import supervise
 from launch.alignment.main_job import MainJobRun
-from launch.alignment.summary import verdict
+from launch.alignment.summary import _after_starting, _tokens_per_s, verdict
 from launch.supervise import Child, cpu_split, watch_once
 from rec.runtime.config import build
 from rec.runtime.errors import UserError
@@ -55,6 +55,18 @@ def test_only_who_starts_the_jobs_here_needs_their_gpus_here(monkeypatch, tmp_pa
 )
 def test_the_job_that_waits_is_not_the_one_that_needs_devices(trainer_waits, generator_waits, said):
     assert verdict(trainer_waits, generator_waits).startswith(said)
+
+
+def test_generators_beside_each_other_are_as_fast_as_all_and_none_counts_its_start():
+    rows = [(0, 11, 9.0, 10), (1, 12, 9.0, 10), (0, 11, 1.0, 50), (1, 12, 2.0, 50), (1, 13, 9.0, 10), (1, 13, 3.0, 100)]
+    generated = [
+        {"generator": number, "pid": pid, "generate_s": seconds, "tokens": tokens}
+        for number, pid, seconds, tokens in rows
+    ]
+    later = _after_starting(generated)
+    assert later == [generated[2], generated[3], generated[5]]
+    assert _tokens_per_s(later) == 50 / 1 + 150 / 5
+    assert _after_starting(generated[:2]) == generated[:2]
 
 
 def child(folder: Path, name: str, program: str, **options: object) -> Child:

@@ -122,8 +122,26 @@ def test_damage_that_leaves_every_size_is_found_before_anything_is_resumed(tmp_p
     assert state["weights"].unique().tolist() == [1.0]
     assert "ignoring checkpoint" in caplog.text
     assert "rank-0.pt does not match its checksums" in caplog.text
+    # Whoever trains step 2 again saves it again.
+    assert not checkpoints.holds(2)
+    assert checkpoints.holds(1)
     path.write_bytes(bytes(len(content)))
     assert "rank-0.pt cannot be read" in checkpoints.newest().damage()
+
+
+def test_a_flipped_byte_in_an_archives_tables_is_named_or_can_be_loaded(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 1)
+    path = tmp_path / "step-1" / "rank-0.pt"
+    whole = path.read_bytes()
+    found = set()
+    for place in [*range(0, 400, 3), *range(len(whole) - 1200, len(whole), 3)]:  # where the archive's tables lie
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        problem = checkpoints.newest().damage()
+        found.add(problem is None)
+        if problem is None:
+            assert checkpoints.newest().state(0)["state"]["weights"].shape == (300,)
+    assert found == {True, False}
 
 
 def test_a_manifest_without_the_file_of_a_rank_is_none(tmp_path):

@@ -347,6 +347,8 @@ def test_empty_histories_are_counted_when_unknown_ones_are(sasrec, tmp_path):
     assert {line.partition(",")[0] for line in (tmp_path / "out.csv").read_text().splitlines()} == {"row", "1", "4"}
     (tmp_path / "in.csv").write_text('user_id,history\ncart1,i1\ncart2,\ncart3," "\ncart4,","\n')
     assert answer(sasrec, tmp_path / "in.csv", tmp_path / "out.csv", skip_unknown=True) == [1, 0, 3, 0, 0]
+    (tmp_path / "in.jsonl").write_text('{"history": ["i1"]}\n{"history": null}\n{"history": []}\n')
+    assert answer(sasrec, tmp_path / "in.jsonl", tmp_path / "out.csv", skip_unknown=True) == [1, 0, 2, 0, 0]
     with pytest.raises(UserError, match="data row 2: unknown user 'cart2'"):
         answer(sasrec, tmp_path / "in.csv", tmp_path / "out.csv")
 

@@ -21,7 +21,7 @@ from rec.runtime.checkpoint import Checkpoints
 from rec.runtime.errors import UserError
 from rec.runtime.logs import run_main
 from rec.runtime.ranks import Ranks
-from rec.runtime.runfolder import METRICS, RunFolder
+from rec.runtime.runfolder import METRICS, RunFolder, run_override
 
 
 class Inner(config.Section):
@@ -114,12 +114,44 @@ def test_a_result_is_taken_for_no_recipe_but_its_own(tmp_path, monkeypatch):
     folder.claim(Outer())
 
 
-def test_inputs_that_were_made_anew_are_refused(tmp_path):
+def test_inputs_that_were_made_anew_are_refused(tmp_path, monkeypatch):
     folder = RunFolder(tmp_path / "run")
     folder.require_the_same_inputs({"data": "1"})
+    folder.require_the_same_inputs({"data": "1", "model": "a"})
     folder.require_the_same_inputs({"data": "1"})
-    with pytest.raises(UserError, match=r"were made anew since it was begun: start over with --fresh"):
-        folder.require_the_same_inputs({"data": "2"})
+    for changed in ({"data": "2"}, {"model": "b"}):
+        with pytest.raises(UserError, match=r"were made anew since it was begun; start over with --fresh"):
+            folder.require_the_same_inputs(changed)
+    monkeypatch.setenv("RECALIGN_RESUME_ANYWAY", "1")
+    folder.require_the_same_inputs({"data": "2"})
+    monkeypatch.delenv("RECALIGN_RESUME_ANYWAY")
+    folder.require_the_same_inputs({"data": "2"})
+    assert folder.inputs() == {"data": "2", "model": "a"}
+
+
+def test_a_run_folder_may_be_a_link_that_leads_nowhere_yet(tmp_path):
+    (tmp_path / "run").symlink_to(tmp_path / "scratch")
+    RunFolder(tmp_path / "run").claim(Outer())
+    assert (tmp_path / "scratch" / "config.yaml").exists()
+
+
+def test_attempts_count_from_their_start_to_their_last_line(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path / "run")
+    assert folder.worked_s("begun") == 0.0
+    first, second = [("attempt", 0), ("begun", 5), ("step", 15)], [("attempt", 100), ("begun", 101), ("step", 104)]
+    for event, at in [*first, *second, ("begun", 200)]:
+        monkeypatch.setattr(time, "time", lambda at=at: float(at))
+        folder.log(event)
+    assert folder.worked_s("attempt", "begun") == 10.0 + 3.0
+
+
+def test_the_recipe_of_a_run_means_the_folder_that_it_lies_in_whatever_its_name(tmp_path):
+    for name in ("a #b", "2024", "x: y", "[z"):
+        RunFolder(tmp_path / name).claim(Outer(run=Path("elsewhere")))
+        path = tmp_path / name / "config.yaml"
+        assert config.load(Outer, path, run_override(path)).run == tmp_path / name
+    (tmp_path / "recipe.yaml").write_text("run: elsewhere\n")
+    assert run_override(tmp_path / "recipe.yaml") == []
 
 
 def test_a_figure_that_is_none_is_null_in_the_result(tmp_path):
