@@ -167,7 +167,7 @@ def test_two_processes_stop_together_and_two_or_one_go_on(recipe):
     (folder.path / STOP).touch()
     assert f"{STOP} asks for it" in finish(process)
     assert folder.result() is None
-    [checkpoint] = Checkpoints(folder.path / "checkpoints").examine()
+    checkpoint = next(Checkpoints(folder.path / "checkpoints").examine())
     assert checkpoint.checkpoint.world_size == 2
     (folder.path / STOP).unlink()
     alone = folder.path.parent / "alone"
