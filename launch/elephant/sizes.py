@@ -10,6 +10,7 @@ matplotlib.use("Agg")  # before pyplot: no screen is needed
 import matplotlib.pyplot as plt
 
 METRIC, PICTURE = "NDCG@10", "sizes.png"
+WITHOUT = {"random": "--", "trainable vanilla": ":"}  # what no pretraining gives
 
 
 def draw(folder: Path, means: Sequence[dict[str, Any]], users: Mapping[str, int]) -> Path | None:
@@ -38,9 +39,10 @@ def draw(folder: Path, means: Sequence[dict[str, Any]], users: Mapping[str, int]
             if own == protocol:
                 x, y, error = zip(*sorted(points), strict=True)
                 axis.errorbar(x, y, yerr=error, marker="o", capsize=3, label=f"{model}, {variant}")
-        base = [row for row in means if row["variant"] == "random" and row["protocol"] == protocol]
-        for row in base:
-            axis.axhline(row[METRIC], color="grey", linestyle="--", linewidth=1, label=f"{row['model']}, random")
+        for row in means:
+            if row["protocol"] == protocol and row["variant"] in WITHOUT:
+                style = {"color": "grey", "linestyle": WITHOUT[row["variant"]], "linewidth": 1}
+                axis.axhline(row[METRIC], label=f"{row['model']}, {row['variant']}", **style)
         axis.set(title=protocol, xlabel="pretraining users", ylabel=METRIC, xscale="log")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
