@@ -32,8 +32,8 @@ log = logging.getLogger(__name__)
 
 Backend = Literal["gloo", "nccl"]
 GENERATOR_MISSES_S = 60
-ANSWERS_WITHIN = timedelta(seconds=5)
 """How long the trainer waits for a generator that has asked, and may have died since."""
+ANSWERS_WITHIN = timedelta(seconds=5)
 HELD, ASKED, WHAT = "held", "asked", "what"
 
 

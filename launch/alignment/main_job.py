@@ -78,11 +78,11 @@ class MainJobRun:
         with self.run.lock("launcher"):
             self.run.claim(self.job)
             require_the_same_data(self.job, self.run)
-            self.run.log(LAUNCHED)
             finished = self.run.result()
             if finished is not None:
                 log.info("%s is finished; --fresh starts over", self.run.path)
                 return finished
+            self.run.log(LAUNCHED)
             # Of the trainer that ended: nobody is to look for it, on a host that this one may not even reach.
             self.stages.exchange.unlink(missing_ok=True)
             if not (stop_before_alignment or self._is_aligned()):

@@ -52,11 +52,8 @@ def print_study(result: dict[str, Any]) -> None:
     )
     for row in result["means"]:
         seeds = str(row["seeds"]) if row["seeds"] else "-"
-        paper = (
-            " / ".join(f"{row['paper'][name]:.4f}" for name in METRICS if name in row["paper"])
-            if row.get("paper")
-            else "-"
-        )
+        told = row.get("paper") or {}
+        paper = " / ".join(f"{told[name]:.4f}" for name in METRICS if name in told) or "-"
         found = _figures(row) if METRICS[0] in row else ("-", "-")
         table.add_row(row["variant"], seeds, *found, paper)
     out = console()

@@ -89,12 +89,17 @@ def test_what_comes_before_alignment_is_done_once_for_those_that_have_it_in_comm
         StudyRun(recipe, ["seeds=[4]", "job.rec.train.epochs=7"]).execute("test")
 
 
+def prepare_anew(data: Path) -> None:
+    """What a prepared folder looks like after its source has changed."""
+    meta = json.loads((data / "meta.json").read_text())
+    (data / "meta.json").write_text(json.dumps(meta | {"content_hash": "another"}))
+
+
 def test_a_study_does_not_go_on_with_data_that_were_prepared_anew(recipe, small_data, tmp_path):
     shutil.copytree(small_data.folder, tmp_path / "data")
     overrides = [f"job.data={tmp_path / 'data'}", "seeds=[3]"]
     StudyRun(recipe, [*overrides, "variants={plain: []}"]).execute("test")
-    meta = json.loads((tmp_path / "data" / "meta.json").read_text())
-    (tmp_path / "data" / "meta.json").write_text(json.dumps(meta | {"content_hash": "another"}))
+    prepare_anew(tmp_path / "data")
     for variants in ("{plain: []}", "{slow: [align.refresh_every=100]}"):  # done already; what comes before is
         with pytest.raises(UserError, match=r"reads were made anew since it was begun"):
             StudyRun(recipe, [*overrides, f"variants={variants}"]).execute("test")
@@ -104,8 +109,7 @@ def test_a_new_variant_takes_no_stage_of_data_that_there_were_before(recipe, sma
     shutil.copytree(small_data.folder, tmp_path / "data")
     overrides = [f"job.data={tmp_path / 'data'}", "seeds=[3]"]
     StudyRun(recipe, [*overrides, "variants={small: []}"]).execute("test")
-    meta = json.loads((tmp_path / "data" / "meta.json").read_text())
-    (tmp_path / "data" / "meta.json").write_text(json.dumps(meta | {"content_hash": "another"}))
+    prepare_anew(tmp_path / "data")
     before = len(Pretended.ran)
     StudyRun(recipe, [*overrides, "variants={wide: [rec.model.dim=32]}"]).execute("test")
     assert [name for name, _ in Pretended.ran[before:]] == [f"seed-3 {name}" for name in BEFORE]
