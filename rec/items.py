@@ -32,7 +32,10 @@ class VectorItems(Section):
     """``item_vectors.safetensors``: a tensor ``vectors`` [N, K] and the ``item_ids`` that they belong to."""
     trainable: bool = True
     projection: bool = False
-    """Learn a linear map from the file's width to the model's; needed where they differ."""
+    """Learn a linear map from the file's width to the model's; this or ``pca`` is needed where they differ."""
+    pca: bool = False
+    """Begin with the first principal components of the catalog's vectors, as many as the model is wide (Harte et al.,
+    RecSys 2023): the recommender is then what it is without vectors, and costs as much."""
     std: float | None = Field(None, gt=0)
     """Scale the vectors as a whole until they deviate by this much (root mean square) from their mean, which all items
     share and which tells nothing; models expect about 0.02. Null: as they are."""
@@ -44,6 +47,7 @@ class IDPlusVectorItems(Section):
     kind: Literal["id+vectors"] = "id+vectors"
     file: Path
     projection: bool = False
+    pca: bool = False
     std: float | None = Field(None, gt=0)
 
 
@@ -78,10 +82,13 @@ def make_items(config: ItemsConfig, data: Prepared, dim: int) -> ItemEncoder:
         items = KnowledgeConcat(data.n_items, dim, vectors.shape[1], *options)
         items.set_knowledge(vectors)
         return items
+    if config.pca:
+        vectors = _narrowed(vectors, dim, config)
     if vectors.shape[1] != dim and not config.projection:
         raise UserError(
             f"{config.file} holds vectors of width {vectors.shape[1]}, the model's dim is {dim}: set"
-            f" rec.model.dim={vectors.shape[1]}, or rec.items.projection=true to learn a map between them"
+            f" rec.model.dim={vectors.shape[1]}, or rec.items.projection=true to learn a map between them, or"
+            " rec.items.pca=true to begin with their first principal components"
         )
     if config.std is not None:
         deviation = deviation_of(vectors)
@@ -94,6 +101,29 @@ def make_items(config: ItemsConfig, data: Prepared, dim: int) -> ItemEncoder:
         items = IDPlusVectors(data.n_items, dim, vectors.shape[1], config.projection)
     items.set_vectors(vectors)
     return items
+
+
+def _narrowed(vectors: Tensor, dim: int, config: VectorItems | IDPlusVectorItems) -> Tensor:
+    if config.projection:
+        raise UserError("rec.items.pca and rec.items.projection both change the vectors' width: take one")
+    most = min(vectors.shape[1], len(vectors) - 1)
+    if dim > most:
+        raise UserError(
+            f"{config.file}: {len(vectors)} vectors of width {vectors.shape[1]} have {most} principal components, the"
+            f" model's dim is {dim}: lower it, or set rec.items.projection=true"
+        )
+    return principal_components(vectors, dim)
+
+
+def principal_components(vectors: Tensor, dim: int) -> Tensor:
+    """[N, dim]: vectors [N, K] less their mean, along the directions in which they vary most, the first one first.
+
+    A direction's sign is chosen so that its largest entry is positive: the same vectors always give the same.
+    """
+    centred = vectors.double() - vectors.double().mean(0)
+    directions = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)[:, :dim]
+    largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
+    return (centred @ (directions * largest.sign())).to(vectors.dtype)
 
 
 def deviation_of(vectors: Tensor) -> Tensor:

@@ -67,12 +67,15 @@ class Cells:
     def train(self, done: Callable[[], None]) -> list[Cell]:
         """Train what is not trained yet; the cells that have a recommender, in the order of ``all``.
 
+        The whole table is trained with the first seed before any of it is with another.
+
         Args:
             done: called after every training.
         """
         cells = self.all()
         tasks: dict[Hashable, Task] = {}
-        for cell in [*cells, *(start for own in cells for start in self._starts(own))]:
+        by_seed = sorted(cells, key=lambda cell: self.study.seeds.index(cell.seed))
+        for cell in [*by_seed, *(start for own in by_seed for start in self._starts(own))]:
             family = (cell.model, family_of(cell.variant))
             tasks.setdefault(family, Task(self._starts(self._stands_for(*family)), partial(self._choice, *family)))
             tasks[cell] = Task([family, *self._starts(cell)], partial(self._training, cell))
@@ -102,7 +105,8 @@ class Cells:
         items: dict[str, Any] = {"kind": "id"}
         if cell.variant != RANDOM:
             items = {"kind": "vectors", "trainable": how != "frozen"} if how != "id+" else {"kind": "id+vectors"}
-            items |= {"file": str(self.vectors(what, cell.recformer)), "std": std, "projection": study.projection}
+            items |= {"file": str(self.vectors(what, cell.recformer)), "std": std}
+            items |= {"projection": study.projection, "pca": study.pca}
         content = study.models[cell.model].model_dump(mode="json") | {"items": items}
         content["train"] |= {"seed": cell.seed}
         if cell.variant in FURTHER:

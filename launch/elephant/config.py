@@ -70,7 +70,9 @@ class ElephantStudy(Section):
     headline: dict[str, list[str]] = Field(default_factory=dict)
     """Variants that are trained with every seed, by model."""
     projection: bool = False
-    """Learn a map from the vectors' width to the model's, where these differ."""
+    """Learn a map from the vectors' width to the models', where these differ."""
+    pca: bool = False
+    """Begin with as many principal components of the vectors as the models are wide."""
     protocols: list[str] = Field(["elephant-100", "elephant-full"], min_length=1)
     cutoffs: list[int] = Field([5, 10, 50], min_length=1)
     cold_targets: Literal["drop", "rank", "miss"] = "drop"

@@ -143,10 +143,12 @@ class ElephantRun:
 
     def _check_width(self, name: str, width: int) -> None:
         for model, rec in self.study.models.items():
-            if rec.model.dim != width and not self.study.projection:
+            narrows = self.study.pca and rec.model.dim < width
+            if rec.model.dim != width and not self.study.projection and not narrows:
                 raise UserError(
                     f"the vectors of {name} have width {width}, the dim of models.{model} is {rec.model.dim}: set"
-                    f" models.{model}.model.dim={width}, or projection=true to learn a map between them"
+                    f" models.{model}.model.dim={width}, or projection=true to learn a map between them, or (for a"
+                    " narrower model) pca=true to begin with their first principal components"
                 )
 
     def _settings(self, changes: Sequence[str]) -> RecformerSettings:

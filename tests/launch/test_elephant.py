@@ -23,6 +23,7 @@ from llm.config import LMRecConfig
 from llm.lmrec import build_lmrec
 from llm.lmrec_job import LMRecJob
 from llm.tokenizer import train_tokenizer
+from rec.items import load_vectors, principal_components
 from rec.job import RecJob, open_run
 from rec.models.base import Recommender
 from rec.protocol import Protocol
@@ -233,6 +234,13 @@ def test_the_vectors_of_an_lmrecs_run_begin_a_recommender_of_the_study(small_dat
     ids = torch.tensor([[*tokenizer(texts[7])["input_ids"], tokenizer.eos_token_id]])
     expected = model.eval().transformer(ids).last_hidden_state[0, -1]
     torch.testing.assert_close(frozen[7], expected, rtol=1e-4, atol=1e-5)
+
+    narrow = ElephantRun(path, ["models.SASRec.model.dim=16", "pca=true", f"run={tmp_path / 'narrow'}"])
+    found = {row["variant"]: row["parameters"] for row in narrow.execute("test")["rows"]}
+    assert found["trainable lmrec"] == found["random"]
+    table = Recommender.from_pretrained(narrow.out / "SASRec/frozen-lmrec/seed-1/model").items.table()[1:]
+    expected = principal_components(load_vectors(narrow.out / "vectors/lmrec.safetensors", small_data), 16)
+    torch.testing.assert_close(table, expected)
 
 
 @pytest.mark.slow

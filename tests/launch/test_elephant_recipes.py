@@ -78,7 +78,11 @@ def test_a_mistake_is_found_before_anything_runs(small_data, tmp_path, more, mes
         (MORE | {"more": {"lm": "BACKBONE"}, "models": NARROW}, "the vectors of lm have width 32, .* models.A is 16"),
         (
             {"models": NARROW, "headline": {}},
-            "width 32, the dim of models.A is 16: .*projection",
+            "width 32, the dim of models.A is 16: .*projection=true .*pca=true",
+        ),
+        (
+            {"models": {"A": {"model": {"dim": 64}}}, "headline": {}, "pca": True},
+            "width 32, the dim of models.A is 64",
         ),
     ],
 )

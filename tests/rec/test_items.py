@@ -55,12 +55,39 @@ def test_knowledge_vectors_come_from_a_file(small_data, vectors):
 
 
 def test_another_width_needs_a_projection(small_data, vectors):
-    with pytest.raises(UserError, match=r"width 6, the model's dim is 16: set rec.model.dim=6, or .*projection=true"):
+    with pytest.raises(
+        UserError, match=r"width 6, the model's dim is 16: set rec.model.dim=6, or .*projection=true .*pca=true"
+    ):
         items_of(small_data, 16, kind="vectors", file=str(vectors[0]))
     items = items_of(small_data, 16, kind="vectors", file=str(vectors[0]), projection=True, trainable=False)
     assert items.table().shape == (small_data.n_items + 1, 16)
     assert not items.table()[0].any()
     assert [name for name, value in items.named_parameters() if value.requires_grad] == ["projection.weight"]
+
+
+@pytest.mark.parametrize("kind", ["vectors", "id+vectors"])
+def test_a_narrower_model_begins_with_principal_components(small_data, vectors, kind):
+    values = load_vectors(vectors[0], small_data)
+    items = items_of(small_data, 4, kind=kind, file=str(vectors[0]), pca=True)
+    found = items.table()[1:].detach() - (items.ids.weight[1:].detach() if kind == "id+vectors" else 0)
+    left, spread, _ = torch.linalg.svd(values - values.mean(0), full_matrices=False)
+    torch.testing.assert_close(found.abs(), (left * spread)[:, :4].abs(), atol=1e-5, rtol=1e-4)
+    # What is kept is the best approximation of rank 4: what is lost is what the smaller singular values hold.
+    axes = torch.linalg.lstsq(found, values - values.mean(0)).solution
+    lost = (values - values.mean(0) - found @ axes).square().sum()
+    torch.testing.assert_close(lost, spread[4:].square().sum(), atol=1e-4, rtol=1e-4)
+    assert (axes.gather(1, axes.abs().argmax(1, keepdim=True)) > 0).all()
+    assert [name for name, _ in items.named_parameters() if "projection" in name] == []
+
+
+def test_components_are_scaled_and_refused_where_there_are_too_few(small_data, vectors):
+    own = {"kind": "vectors", "file": str(vectors[0]), "pca": True}
+    table = items_of(small_data, 4, **own, std=0.02).table()[1:]
+    assert table.square().mean().sqrt().item() == pytest.approx(0.02)
+    with pytest.raises(UserError, match=r"30 vectors of width 6 have 6 principal components, the model's dim is 16"):
+        items_of(small_data, 16, **own)
+    with pytest.raises(UserError, match="both change the vectors' width"):
+        items_of(small_data, 4, **own, projection=True)
 
 
 def test_vectors_are_scaled_by_how_far_they_are_from_their_mean(small_data, vectors, tmp_path):
