@@ -118,6 +118,21 @@ def test_loss_and_gradient_are_those_of_one_big_batch_however_it_is_divided(
     assert figures["places"] >= figures["tokens"] * (1 if shared_pass else 2)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_loss_and_gradient_on_a_gpu_are_the_cpus(bert, small_data, tmp_path):
+    stage = {"part_tokens": 64, "recompute": True, "mlm_weight": 0.3, "precision": "fp32"}
+    objective, batch = make_setting(bert, small_data.folder, tmp_path, stage)
+    expected, _ = objective(batch)
+    reference = gradients(objective, expected)
+    found, _ = objective.cuda()(batch)
+    own = gradients(objective, found)
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-5)
+    assert own.keys() == reference.keys()
+    for name, value in reference.items():
+        torch.testing.assert_close(own[name].cpu(), value, rtol=5e-3, atol=1e-5, msg=name)
+
+
 @pytest.mark.parametrize(("contrast", "mlm_weight"), [(1, 0.3), (0, 0.3), (2, 0)])
 def test_the_weights_say_what_the_loss_is_made_of(bert, small_data, tmp_path, contrast, mlm_weight):
     stage = {"contrast_weight": contrast, "mlm_weight": mlm_weight, "shared_pass": False, "precision": "fp32"}
