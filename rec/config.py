@@ -34,7 +34,8 @@ class TrainConfig(Section):
     epochs: int = Field(100, ge=1)
     """At most; early stopping usually comes first."""
     patience: int = Field(10, ge=1)
-    """Evaluations without a better validation NDCG@10 before training stops."""
+    """Evaluations without a better validation NDCG@10 before training stops; that of the untrained model is left aside
+    (and kept, where it is the best)."""
     evaluate_every: int = Field(1, ge=1)
     """Epochs between validations."""
     valid_users: int | None = Field(None, ge=1)

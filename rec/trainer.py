@@ -210,7 +210,10 @@ class _State:
         self.rank_seed = [self.ranks.rank] if self.ranks.size > 1 else []
         self.optimizer, self.schedule = _optimizer(model, config)
         self.average = WeightAverage(model, config.train.ema) if config.train.ema else None
-        self.best, self.best_epoch, self.waited = 0.0, -1, 0
+        self.best, self.best_epoch = 0.0, -1
+        # Patience goes by trained epochs alone: what begins with vectors is a recommender at once, falls before it
+        # learns, and would be cut off while it rises.
+        self.peak, self.waited = 0.0, 0
         self.best_weights = self._weights()
         self.epoch, self.losses, self.seconds = 0, [], 0.0
         self.rng: dict[str, Any] | None = None
@@ -252,7 +255,8 @@ class _State:
             self.average.model.load_state_dict(saved["average"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.schedule.load_state_dict(saved["schedule"])
-        self.best, self.best_epoch, self.waited = saved["best"], saved["best_epoch"], saved["waited"]
+        self.best, self.best_epoch = saved["best"], saved["best_epoch"]
+        self.peak, self.waited = saved["peak"], saved["waited"]
         self.best_weights = saved["best_weights"]
         self.epoch, self.seconds = saved["epoch"], saved["seconds"]
         self.losses = list(saved["losses"].to(next(self.model.parameters()).device))
@@ -290,11 +294,7 @@ class _State:
             begin = time.monotonic()
             figures = self._validate()
             row |= figures | {"protocol_hash": self.protocol.hash, "evaluation_seconds": time.monotonic() - begin}
-            if figures[STOP_METRIC] > self.best:
-                self.best, self.best_epoch, self.waited = figures[STOP_METRIC], epoch, 0
-                self.best_weights = self._weights()
-            else:
-                self.waited += 1
+            self._judge(figures[STOP_METRIC])
         if self.ranks.is_first:
             self.run.log("epoch", step=epoch, **row)
         self.epoch, self.losses, self.seconds, self.rng = epoch + 1, [], 0.0, None
@@ -302,6 +302,14 @@ class _State:
             self.save()
         if self.epoch < train.epochs:
             self.stop_if_asked(0.0)
+
+    def _judge(self, value: float) -> None:
+        """Keep the weights if they are the best so far, the untrained ones among them."""
+        if value > self.best:
+            self.best, self.best_epoch = value, self.epoch
+            self.best_weights = self._weights()
+        self.waited = 0 if value > self.peak else self.waited + 1
+        self.peak = max(value, self.peak)
 
     def finish(self, folder: Path) -> None:
         """Save the best weights, or without validation the last ones, and mark the run as finished."""
@@ -343,6 +351,7 @@ class _State:
             "schedule": self.schedule.state_dict(),
             "best": self.best,
             "best_epoch": self.best_epoch,
+            "peak": self.peak,
             "waited": self.waited,
             "best_weights": self.best_weights,
             "epoch": self.epoch,

@@ -137,10 +137,8 @@ class Cells:
             return None
         has_own = family != RANDOM and family not in FURTHER
         stds = self.study.stds if has_own else [self._std(model, family)]
-        rec = self.rec(cell, stds[0])
-        epochs = min(self.study.rate_epochs or rec.train.epochs, rec.train.epochs)
-        rec = rec.model_copy(update={"train": rec.train.model_copy(update={"epochs": epochs})})
-        return rates.choose, (rec, self.data, self._chosen_folder(model, family), self.study.lrs, stds)
+        folder, study = self._chosen_folder(model, family), self.study
+        return rates.choose, (self.rec(cell, stds[0]), self.data, folder, study.lrs, stds, study.rate_epochs)
 
     def _chosen_folder(self, model: str, family: str) -> Path:
         return self.out / model / "chosen" / family.replace(" ", "-")

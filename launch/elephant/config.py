@@ -64,7 +64,7 @@ class ElephantStudy(Section):
     which is chosen at the first of them and, where another is better, once more at that; to train further is to have
     that of ``frozen``, where it starts."""
     rate_epochs: int | None = Field(None, ge=1)
-    """Epochs by which both are chosen; null for whole trainings."""
+    """Epochs after which both are chosen, by what validation says then; null for the best of whole trainings."""
     seeds: list[int] = Field([1], min_length=1)
     """The first of them of all cells; the others of the ``headline`` alone."""
     headline: dict[str, list[str]] = Field(default_factory=dict)

@@ -36,10 +36,27 @@ def load_chosen(folder: Path) -> Chosen:
     return Chosen(*(found[name] for name in Chosen._fields))
 
 
-def choose(rec: RecConfig, data: str, folder: Path, lrs: Sequence[float], stds: Sequence[float | None]) -> None:
+def choose(
+    rec: RecConfig,
+    data: str,
+    folder: Path,
+    lrs: Sequence[float],
+    stds: Sequence[float | None],
+    epochs: int | None = None,
+) -> None:
     """Find the best rate at the first deviation, the best deviation at that rate, and the best rate at that deviation.
 
     A family that diverges at every rate that was tried has none.
+
+    Args:
+        rec: how a trial is trained, but for what is looked for.
+        data: the prepared folder.
+        folder: of the family.
+        lrs: the rates that there are to choose from.
+        stds: the deviations of the vectors.
+        epochs: after which a trial ends, and is worth what validation says of it then: where vectors are a recommender
+            before they are trained, the best of so few epochs would be the same untrained one for all. Null: a trial is
+            a whole training, and worth its best epoch.
     """
     if (folder / CHOSEN).exists():
         return
@@ -47,6 +64,8 @@ def choose(rec: RecConfig, data: str, folder: Path, lrs: Sequence[float], stds: 
         files.write_json(RunFolder(folder).path / CHOSEN, Chosen(list(lrs), stds[0])._asdict())
         return
     prepared = Prepared.load(Path(data))
+    if epochs is not None:
+        rec = _at(rec, "train", epochs=min(epochs, rec.train.epochs))
 
     found: dict[tuple[float, float | None], float] = {}
 
@@ -55,7 +74,7 @@ def choose(rec: RecConfig, data: str, folder: Path, lrs: Sequence[float], stds: 
             own, name = at_rate(rec, lr), f"lr={lr}"
             if std != stds[0]:
                 own, name = _at(own, "items", std=std), f"{name}-std={std}"
-            found[lr, std] = _valid(own, prepared, RunFolder(folder / name))
+            found[lr, std] = _valid(own, prepared, RunFolder(folder / name), at_end=epochs is not None)
         return found[lr, std]
 
     lr = _best(climb(lrs, lambda lr: judge(lr, stds[0])))
@@ -108,11 +127,13 @@ def _at(rec: RecConfig, section: str, **changes: Any) -> RecConfig:
     return rec.model_copy(update={section: getattr(rec, section).model_copy(update=changes)})
 
 
-def _valid(rec: RecConfig, data: Prepared, run: RunFolder) -> float:
-    """Validation NDCG@10; 0 where training diverges."""
+def _valid(rec: RecConfig, data: Prepared, run: RunFolder, at_end: bool) -> float:
+    """Validation NDCG@10 of the last epoch or of the best; 0 where training diverges."""
     try:
         train(build_model(rec, data), data, rec, run, f"{rec.model.name} {run.path.name}")
     except Diverged as error:
         log.warning("%s is out: %s", run.path, error)
         return 0.0
+    if at_end:
+        return run.events("epoch")[-1][STOP_METRIC]
     return files.read_json(run.path / FINISHED)[f"valid_{STOP_METRIC}"]

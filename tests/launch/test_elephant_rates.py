@@ -10,6 +10,7 @@ from launch.elephant.rates import choose, climb, load_chosen
 from rec.config import RecConfig
 from rec.items import save_vectors
 from rec.runtime.config import build
+from rec.runtime.runfolder import RunFolder
 
 RATES = [3e-4, 1e-3, 3e-3, 1e-2]
 
@@ -58,14 +59,15 @@ def rec(small_data, tmp_path):
         {
             "model": {"dim": 16, "blocks": 1, "max_length": 8},
             "items": {"kind": "vectors", "file": str(tmp_path / "vectors"), "std": 0.02},
-            "train": {"epochs": 1, "batch_size": 16},
+            "train": {"epochs": 3, "batch_size": 16},
         },
     )
 
 
-def test_what_validation_says_best_is_chosen_and_kept_with_all_figures(rec, small_data, tmp_path):
+@pytest.mark.parametrize("epochs", [2, None])
+def test_what_validation_says_best_is_chosen_and_kept_with_all_figures(rec, small_data, tmp_path, epochs):
     folder = tmp_path / "chosen"
-    choose(rec, str(small_data.folder), folder, RATES, [0.02, None])
+    choose(rec, str(small_data.folder), folder, RATES, [0.02, None], epochs)
     found = json.loads((folder / "chosen.json").read_text())
     worth = {(lr, std): value for lr, std, value in found["tried"]}
     at_first = {lr: value for (lr, std), value in worth.items() if std == 0.02}
@@ -77,10 +79,13 @@ def test_what_validation_says_best_is_chosen_and_kept_with_all_figures(rec, smal
     assert order == sorted(order, reverse=True)
     for (lr, std), value in worth.items():
         name = f"lr={lr}" if std == 0.02 else f"lr={lr}-std={std}"
-        assert json.loads((folder / name / "finished.json").read_text())["valid_NDCG@10"] == value
+        trained = [row["NDCG@10"] for row in RunFolder(folder / name).events("epoch")]
+        best = json.loads((folder / name / "finished.json").read_text())["valid_NDCG@10"]
+        assert value == (trained[-1] if epochs else best)
+        assert len(trained) == (epochs or 3)
     assert load_chosen(folder) == (found["lrs"], found["std"])
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    choose(rec, str(small_data.folder), folder, RATES, [0.02, None])
+    choose(rec, str(small_data.folder), folder, RATES, [0.02, None], epochs)
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
@@ -88,7 +93,7 @@ def test_of_rates_that_are_worth_the_same_one_is_chosen_for_the_deviation_and_th
     rec, small_data, tmp_path, monkeypatch
 ):
     judged = []
-    monkeypatch.setattr(rates, "_valid", lambda own, data, run: judged.append((own.train.lr, own.items.std)) or 0.02)
+    monkeypatch.setattr(rates, "_valid", lambda own, *_, **__: judged.append((own.train.lr, own.items.std)) or 0.02)
     choose(rec, str(small_data.folder), tmp_path / "tie", RATES, [0.02, None])
     assert judged == [(1e-3, 0.02), (3e-3, 0.02), (3e-4, 0.02), (1e-3, None)]
     assert load_chosen(tmp_path / "tie").lrs[0] == 1e-3
@@ -98,7 +103,7 @@ def test_a_deviation_that_is_better_has_a_rate_of_its_own(rec, small_data, tmp_p
     worth = {(3e-4, 0.02): 5, (1e-3, 0.02): 4, (3e-3, 0.02): 3, (3e-4, None): 6, (1e-3, None): 8, (3e-3, None): 7}
     judged = []
 
-    def judge(own, data, run):
+    def judge(own, data, run, at_end):
         judged.append((own.train.lr, own.items.std))
         return worth[judged[-1]] / 10
 

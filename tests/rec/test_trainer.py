@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import pytest
@@ -140,6 +141,27 @@ def test_a_trained_model_never_loses_to_its_own_first_epoch(small_data, tmp_path
     after = train(good, small_data, ruin, RunFolder(tmp_path / "b"), "test")
     assert RunFolder(tmp_path / "b").steps("epoch")
     assert torch.equal(after.items.ids.weight, before)
+
+
+@pytest.mark.parametrize(
+    ("untrained", "after", "trained", "best"),
+    [
+        (0.5, [0.1, 0.2, 0.3, 0.25, 0.3, 0.9], 5, -1),
+        (0.5, [0.1, 0.2, 0.6, 0.4, 0.3], 5, 2),
+        (0.1, [0.2, 0.1, 0.1], 3, 0),
+    ],
+)
+def test_patience_goes_by_trained_epochs_and_the_best_of_all_is_kept(
+    small_data, tmp_path, monkeypatch, untrained, after, trained, best
+):
+    values = iter([untrained, *after])
+    monkeypatch.setattr(trainer._State, "_validate", lambda state: {"NDCG@10": next(values)})
+    config = changed(patience=2)
+    train(build_model(config, small_data), small_data, config, RunFolder(tmp_path), "test")
+    assert len(RunFolder(tmp_path).events("epoch")) == trained
+    facts = json.loads((tmp_path / "finished.json").read_text())
+    assert facts["best_epoch"] == best
+    assert facts["valid_NDCG@10"] == [*after, untrained][best]
 
 
 def test_knowledge_that_tells_the_next_item_helps(small_data, tmp_path):
