@@ -3,10 +3,10 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -24,13 +24,11 @@ class IDItems(Section):
     kind: Literal["id"] = "id"
 
 
-class VectorItems(Section):
-    """A table that begins as the vectors of a file."""
+class _FromVectors(Section):
+    """What begins with a file of vectors, and how they get the model's width and scale."""
 
-    kind: Literal["vectors"] = "vectors"
     file: Path
     """``item_vectors.safetensors``: a tensor ``vectors`` [N, K] and the ``item_ids`` that they belong to."""
-    trainable: bool = True
     projection: bool = False
     """Learn a linear map from the file's width to the model's; this or ``pca`` is needed where they differ."""
     pca: bool = False
@@ -40,15 +38,24 @@ class VectorItems(Section):
     """Scale the vectors as a whole until they deviate by this much (root mean square) from their mean, which all items
     share and which tells nothing; models expect about 0.02. Null: as they are."""
 
+    @model_validator(mode="after")
+    def _one_way_to_another_width(self) -> Self:
+        if self.pca and self.projection:
+            raise ValueError("pca and projection both change the vectors' width: take one")
+        return self
 
-class IDPlusVectorItems(Section):
+
+class VectorItems(_FromVectors):
+    """A table that begins as the vectors of a file."""
+
+    kind: Literal["vectors"] = "vectors"
+    trainable: bool = True
+
+
+class IDPlusVectorItems(_FromVectors):
     """A trainable ID vector plus the fixed vectors of a file."""
 
     kind: Literal["id+vectors"] = "id+vectors"
-    file: Path
-    projection: bool = False
-    pca: bool = False
-    std: float | None = Field(None, gt=0)
 
 
 class KnowledgeItems(Section):
@@ -83,7 +90,7 @@ def make_items(config: ItemsConfig, data: Prepared, dim: int) -> ItemEncoder:
         items.set_knowledge(vectors)
         return items
     if config.pca:
-        vectors = _narrowed(vectors, dim, config)
+        vectors = _narrowed(vectors, dim, config.file)
     if vectors.shape[1] != dim and not config.projection:
         raise UserError(
             f"{config.file} holds vectors of width {vectors.shape[1]}, the model's dim is {dim}: set"
@@ -103,13 +110,11 @@ def make_items(config: ItemsConfig, data: Prepared, dim: int) -> ItemEncoder:
     return items
 
 
-def _narrowed(vectors: Tensor, dim: int, config: VectorItems | IDPlusVectorItems) -> Tensor:
-    if config.projection:
-        raise UserError("rec.items.pca and rec.items.projection both change the vectors' width: take one")
+def _narrowed(vectors: Tensor, dim: int, path: Path) -> Tensor:
     most = min(vectors.shape[1], len(vectors) - 1)
     if dim > most:
         raise UserError(
-            f"{config.file}: {len(vectors)} vectors of width {vectors.shape[1]} have {most} principal components, the"
+            f"{path}: {len(vectors)} vectors of width {vectors.shape[1]} have {most} principal components, the"
             f" model's dim is {dim}: lower it, or set rec.items.projection=true"
         )
     return principal_components(vectors, dim)

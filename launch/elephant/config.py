@@ -106,12 +106,6 @@ class ElephantStudy(Section):
         return self
 
     @model_validator(mode="after")
-    def _one_way_to_another_width(self) -> Self:
-        if self.pca and self.projection:
-            raise ValueError("pca and projection both change the vectors' width: take one")
-        return self
-
-    @model_validator(mode="after")
     def _rates_are_the_studys_to_choose(self) -> Self:
         for name, rec in self.models.items():
             if rec.grid:
