@@ -122,6 +122,7 @@ class _Compared:
             ("c", "trainable FT", "frozen FT", "beats"),
             *(("d", "further items", other, "beats") for other in self._next_best("further items")),
             ("e", "frozen FT", "RECFORMER FT2", "reaches"),
+            ("e", "trainable FT", "RECFORMER FT2", "reaches"),
         ]
         return [
             _Pair(
