@@ -1,10 +1,12 @@
 """What tests share: a ring of items to make, where real data may lie, and small models."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
+from rec.data.prepared import META
 from rec.data.raw import RawData
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -46,3 +48,9 @@ def make_raw(folder: Path, n_users: int = 40, n_items: int = 30, length: int = 1
         ),
         [folder / "source.txt"],
     )
+
+
+def prepare_anew(data: Path) -> None:
+    """What a prepared folder looks like after its source has changed."""
+    meta = json.loads((data / META).read_text())
+    (data / META).write_text(json.dumps(meta | {"content_hash": "another"}))

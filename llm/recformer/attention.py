@@ -137,4 +137,4 @@ def _head_similarity(own: AttentionMap) -> Tensor:
 
 
 def _rounded(values: Tensor) -> list:
-    return torch.round(values, decimals=4).tolist()
+    return torch.round(values.double(), decimals=4).tolist()

@@ -1,6 +1,5 @@
 """Mistakes in a study's recipe are found before anything runs, and what a recipe may leave out."""
 
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "llm" / "recformer"))
 from backbones import save_bert
 from safetensors.torch import load_file, save_file
 from tiny_elephant import recipe_of
+from worlds import prepare_anew
 
 from launch.elephant.study import ElephantRun
 from rec.runtime.errors import UserError
@@ -110,8 +110,7 @@ def test_a_target_that_was_prepared_anew_does_not_go_into_a_study_that_has_begun
     run = ElephantRun(recipe_of(tmp_path, data, backbone, **no_rows))
     run._check()
     run._check()
-    meta = json.loads((data / "meta.json").read_text())
-    (data / "meta.json").write_text(json.dumps(meta | {"content_hash": "another"}))
+    prepare_anew(data)
     with pytest.raises(UserError, match=r"the data or the model that .* reads were made anew since it was begun"):
         run._check()
 
@@ -124,11 +123,11 @@ def test_neither_does_a_source_of_pretraining_or_another_model_of_more_vectors(s
     path = recipe_of(tmp_path, small_data.folder, backbone, **more)
     run = ElephantRun(path, [f"recformer.pretrain.sources=[{sources}]"])
     run._check()
-    meta = json.loads((sources / "meta.json").read_text())
-    (sources / "meta.json").write_text(json.dumps(meta | {"content_hash": "another"}))
+    meta = (sources / "meta.json").read_text()
+    prepare_anew(sources)
     with pytest.raises(UserError, match="were made anew"):
         run._check()
-    (sources / "meta.json").write_text(json.dumps(meta))
+    (sources / "meta.json").write_text(meta)
     run._check()
     weights = load_file(other / "model.safetensors")
     save_file({name: value + 1 for name, value in weights.items()}, other / "model.safetensors")

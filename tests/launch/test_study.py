@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import pyarrow as pa
 import pytest
 import yaml
+from worlds import prepare_anew
 
 from align.config import Stages
 from launch.alignment import closed_world, study, study_plot
@@ -87,12 +88,6 @@ def test_what_comes_before_alignment_is_done_once_for_those_that_have_it_in_comm
     assert fewer["rows"] == [row for row in result["rows"] if (row["seed"], row["variant"]) == (4, "plain")]
     with pytest.raises(UserError, match="holds a run of another recipe"):
         StudyRun(recipe, ["seeds=[4]", "job.rec.train.epochs=7"]).execute("test")
-
-
-def prepare_anew(data: Path) -> None:
-    """What a prepared folder looks like after its source has changed."""
-    meta = json.loads((data / "meta.json").read_text())
-    (data / "meta.json").write_text(json.dumps(meta | {"content_hash": "another"}))
 
 
 def test_a_study_does_not_go_on_with_data_that_were_prepared_anew(recipe, small_data, tmp_path):

@@ -2,7 +2,6 @@
 
 import gzip
 import itertools
-import json
 import math
 import os
 import shutil
@@ -18,7 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
 )
-from worlds import make_raw
+from worlds import make_raw, prepare_anew
 
 from llm import joint, lmrec_run
 from llm.lmrec_job import LMRecEvaluation, LMRecJob, LMRecLLM, LMRecTrainConfig, load_job
@@ -206,8 +205,7 @@ def test_a_run_whose_data_were_prepared_anew_is_not_gone_on_with(tmp_path, small
         patched.setattr(lmrec_run, "_conclude", killed)
         with pytest.raises(KeyboardInterrupt):
             run(own, "test")
-    meta = json.loads((data / "meta.json").read_text())
-    (data / "meta.json").write_text(json.dumps(meta | {"content_hash": "another"}))
+    prepare_anew(data)
     with pytest.raises(UserError, match=r"the data or the model that .*run reads were made anew since it was begun"):
         run(own, "test")
 

@@ -1,6 +1,5 @@
 """stage-FT1 and FT2's loss and table, scoring, and evaluation on several ranks."""
 
-import json
 import math
 import shutil
 from dataclasses import replace
@@ -12,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_recformer import RECFORMER
 from torch.nn import functional as F
+from worlds import prepare_anew
 
 from llm.recformer import finetune as finetuning
 from llm.recformer import recommender
@@ -22,7 +22,7 @@ from llm.recformer.model import load_recformer
 from llm.recformer.objective import Parts
 from llm.recformer.pretrain import pretrain
 from llm.recformer.recommender import RecformerRecommender, evaluate_on_all_ranks
-from rec.data.prepared import META, Prepared
+from rec.data.prepared import Prepared
 from rec.evaluation import evaluate_many, load_ranks
 from rec.items import load_vectors
 from rec.protocol import Protocol
@@ -299,8 +299,7 @@ def test_what_was_trained_on_other_data_is_not_taken_for_this(bert, small_data, 
     finetune(job)
     assert len(job.finished("finetune")) == 2
     shutil.rmtree(job.finetune_folder / "FT2")
-    meta = json.loads((data / META).read_text())
-    (data / META).write_text(json.dumps(meta | {"content_hash": "another"}))
+    prepare_anew(data)
     with pytest.raises(UserError, match=r"FT1 was trained on other data than there is now"):
         finetune(job)
 
