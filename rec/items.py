@@ -90,7 +90,8 @@ def make_items(config: ItemsConfig, data: Prepared, dim: int) -> ItemEncoder:
         items.set_knowledge(vectors)
         return items
     if config.pca:
-        vectors = _narrowed(vectors, dim, config.file)
+        require_components(*vectors.shape, dim, str(config.file))
+        vectors = principal_components(vectors, dim)
     if vectors.shape[1] != dim and not config.projection:
         raise UserError(
             f"{config.file} holds vectors of width {vectors.shape[1]}, the model's dim is {dim}: set"
@@ -110,14 +111,14 @@ def make_items(config: ItemsConfig, data: Prepared, dim: int) -> ItemEncoder:
     return items
 
 
-def _narrowed(vectors: Tensor, dim: int, path: Path) -> Tensor:
-    most = min(vectors.shape[1], len(vectors) - 1)
+def require_components(count: int, width: int, dim: int, whose: str) -> None:
+    """Raise a UserError if ``count`` vectors of ``width``, called ``whose``, have not ``dim`` principal components."""
+    most = min(width, count - 1)
     if dim > most:
         raise UserError(
-            f"{path}: {len(vectors)} vectors of width {vectors.shape[1]} have {most} principal components, the"
-            f" model's dim is {dim}: lower it, or set rec.items.projection=true"
+            f"{whose}: {count} vectors of width {width} have {most} principal components, the model's dim is {dim}:"
+            " lower it, or learn a projection instead of pca"
         )
-    return principal_components(vectors, dim)
 
 
 def principal_components(vectors: Tensor, dim: int) -> Tensor:

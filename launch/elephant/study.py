@@ -28,6 +28,7 @@ from llm.recformer.model import resolve, width_of
 from llm.recformer.text import text_columns
 from rec.data.prepared import Prepared
 from rec.evaluation import Metrics, load_ranks, require_cutoffs
+from rec.items import require_components
 from rec.negatives import require_negatives
 from rec.protocol import Protocol, preset
 from rec.runtime import files
@@ -131,20 +132,22 @@ class ElephantRun:
             for read in (*([self.data] if reads_target else ()), *(own.pretrain.sources if own.pretrain else ())):
                 text_columns(found[read], own.text)
             if kinds.intersection(OWN):
-                self._check_width(name, width_of(own.backbone))
+                self._check_width(name, width_of(own.backbone), target.n_items)
             if "vanilla" in kinds:
                 vectors.require_untuned(own.backbone)
         for name in kinds.intersection(self.study.more):
-            self._check_width(name, vectors.width_of_source(self.study.more[name], target, self.study.item_text))
+            width = vectors.width_of_source(self.study.more[name], target, self.study.item_text)
+            self._check_width(name, width, target.n_items)
         more = {name: vectors.hash_of_source(source) for name, source in self.study.more.items()}
         backbones = {own.backbone: fingerprint(resolve(own.backbone)) for own in self.settings.values()}
         hashes = {name: data.meta["content_hash"] for name, data in found.items()}
         RunFolder(self.out).require_the_same_inputs({"data": hashes, "backbones": backbones, "more": more})
 
-    def _check_width(self, name: str, width: int) -> None:
+    def _check_width(self, name: str, width: int, items: int) -> None:
         for model, rec in self.study.models.items():
-            narrows = self.study.pca and rec.model.dim < width
-            if rec.model.dim != width and not self.study.projection and not narrows:
+            if self.study.pca:
+                require_components(items, width, rec.model.dim, f"{name}, models.{model}")
+            elif rec.model.dim != width and not self.study.projection:
                 raise UserError(
                     f"the vectors of {name} have width {width}, the dim of models.{model} is {rec.model.dim}: set"
                     f" models.{model}.model.dim={width}, or projection=true to learn a map between them, or (for a"
