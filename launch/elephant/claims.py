@@ -55,13 +55,13 @@ def claims(
     Args:
         ranks: of the test items, by cell and protocol; RECFORMER's too.
         serving: from ``serving``.
-        first: the RECFORMER whose variants are compared; of the others, those on PT vectors.
+        first: the RECFORMER whose variants are compared; of the others, those on PT vectors and stage-FT2 itself.
         margin: a difference that does not matter, as a share of the NDCG@10 that is compared with.
     """
     found: list[dict[str, Any]] = []
     for protocol in next(iter(ranks.values()), ()):
         own = [_Compared(name, ranks, protocol, first) for name in dict.fromkeys(cell.model for cell in ranks)]
-        pairs = [pair for model in own if model.name != RECFORMER for pair in model.pairs()]
+        pairs = [pair for model in own for pair in model.pairs()]
         if pairs:
             # One bootstrap for all: every pair meets the same draws of users.
             intervals = bootstrap({pair.name: pair.differences for pair in pairs}, pairs[0].users)
@@ -123,6 +123,15 @@ class _Compared:
             *(("d", "further items", other, "beats") for other in self._next_best("further items")),
             ("e", "frozen FT", "RECFORMER FT2", "reaches"),
             ("e", "trainable FT", "RECFORMER FT2", "reaches"),
+            ("f", "id+vanilla", "random", "does not beat"),
+            ("f", "id+PT", "random", "beats"),
+            ("f", "id+FT", "random", "beats"),
+            *(
+                ("g", own, "RECFORMER FT2", claim)
+                for own in self.found
+                if own.startswith("RECFORMER FT2 of ")
+                for claim in ("beats", "reaches")
+            ),
         ]
         return [
             _Pair(

@@ -118,3 +118,21 @@ def test_figure_and_interval_are_of_the_seeds_that_both_have():
     claim = claims.claims(ranks, {}, "R")[0]
     assert claim["figure"] == pytest.approx(0.15)
     assert claim["low"] < 0.15 < claim["high"]
+
+
+def test_fixed_vectors_beside_an_id_and_recformers_are_compared_with_the_first_ones():
+    figures = {("SASRec", "random"): 0.4, ("SASRec", "id+vanilla"): 0.4, ("SASRec", "id+PT"): 0.5}
+    ranks = made_up(figures | {("RECFORMER", "RECFORMER FT2"): 0.3})
+    for name, share in (("trained table", 0.4), ("layer 1", 0.2)):
+        ranks |= {
+            cell._replace(recformer=name): own for cell, own in made_up({("RECFORMER", "RECFORMER FT2"): share}).items()
+        }
+    found = claims.claims(ranks, {}, "R", margin=0.02)
+    assert {claim["id"].partition(" (NDCG")[0]: claim["holds"] for claim in found} == {
+        "SASRec: (f) id+vanilla does not beat random": True,
+        "SASRec: (f) id+PT beats random": True,
+        "RECFORMER: (g) RECFORMER FT2 of trained table beats RECFORMER FT2": True,
+        "RECFORMER: (g) RECFORMER FT2 of trained table reaches RECFORMER FT2": True,
+        "RECFORMER: (g) RECFORMER FT2 of layer 1 beats RECFORMER FT2": False,
+        "RECFORMER: (g) RECFORMER FT2 of layer 1 reaches RECFORMER FT2": False,
+    }
