@@ -165,7 +165,9 @@ class Stage:
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.ranks, *keep)
         self.stop = StopFile(job.run, self.ranks)
         self.meta = {"config_hash": job.identity("finetune"), **job.inputs([data])}
-        self.best, self.best_epoch, self.waited = -1.0, -1, 0
+        self.best, self.best_epoch = -1.0, -1
+        # Patience goes by trained epochs alone: what a stage begins with is good before anything is tuned.
+        self.peak, self.waited = -1.0, 0
         self.best_weights: dict[str, Tensor] = {}
         self.valid_rows = some_instances(data, "valid", self.stage.valid_users)
 
@@ -204,7 +206,8 @@ class Stage:
             self._judge(-1)
             return 0
         done, state = found
-        self.best, self.best_epoch, self.waited = (state[name] for name in ("best", "best_epoch", "waited"))
+        for name in ("best", "best_epoch", "peak", "waited"):
+            setattr(self, name, state[name])
         self.best_weights = state["weights"]
         if "table" in state:
             with torch.no_grad():
@@ -217,7 +220,8 @@ class Stage:
 
     def _state(self) -> dict[str, Any]:
         state = {
-            "best": self.best, "best_epoch": self.best_epoch, "waited": self.waited, "weights": self.best_weights,
+            "best": self.best, "best_epoch": self.best_epoch, "peak": self.peak, "waited": self.waited,
+            "weights": self.best_weights,
         }  # fmt: skip
         # DeepSpeed gives another number of ranks what has an optimizer state, and nothing else.
         return state | ({"table": self.loss.table.detach().cpu()} if self.engine.sharded else {})
@@ -270,11 +274,12 @@ class Stage:
                 "none of the validation items that stage-FT1 and FT2 stop by occurs in training: raise"
                 " llm.recformer.finetune.valid_users, or set cold_targets=rank"
             )
-        if figures[STOP_METRIC] > self.best:
-            self.best, self.best_epoch, self.waited = figures[STOP_METRIC], epoch, 0
-            self.best_weights = {name: value.detach().cpu().clone() for name, value in self.loss.state_dict().items()}
-        else:
-            self.waited += 1
+        value = figures[STOP_METRIC]
+        if value > self.best:
+            self.best, self.best_epoch = value, epoch
+            self.best_weights = {name: own.detach().cpu().clone() for name, own in self.loss.state_dict().items()}
+        if epoch >= 0:
+            self.peak, self.waited = max(self.peak, value), 0 if value > self.peak else self.waited + 1
         return figures
 
     def _finish(self) -> None:

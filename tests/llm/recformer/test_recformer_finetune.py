@@ -4,6 +4,7 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -235,7 +236,19 @@ def test_a_stage_that_gets_no_better_ends_after_its_patience(bert, small_data, t
     still = {"lr": 1e-12, "epochs": 9, "fixed_epochs": 0, "evaluate_every": 1, "patience": 2}
     job = make_job(bert, small_data, tmp_path / "run", **still)
     assert finetune(job)["FT1"]["best_epoch"] == -1
-    assert len(RunFolder(job.run).steps("ft1_step")) == 2 * 5
+    assert len(RunFolder(job.run).steps("ft1_step")) == (1 + 2) * 5  # the first trained epoch is the best of these
+
+
+def test_patience_goes_by_what_was_trained(stage, monkeypatch):
+    told = iter([0.5, 0.1, 0.2, 0.2, 0.3, 0.1])
+    figures = SimpleNamespace(summary=lambda: {finetuning.STOP_METRIC: next(told)})
+    monkeypatch.setattr(stage, "evaluate", lambda part: {"valid": figures})
+    waited = []
+    for epoch in range(-1, 5):
+        stage._judge(epoch)
+        waited.append(stage.waited)
+    assert waited == [0, 0, 0, 1, 0, 1]
+    assert (stage.best, stage.best_epoch) == (0.5, -1)
 
 
 def test_gradients_are_clipped(bert, small_data, tmp_path):
