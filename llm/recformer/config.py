@@ -133,6 +133,8 @@ class RecformerFinetuneConfig(OptimizerConfig):
     """Validations without a better NDCG@10 before a stage ends; the paper's code waits 5, then 3 or 5."""
     valid_users: int | None = Field(None, ge=1)
     """Validate on so many users, drawn once and for all; null for all."""
+    test_users: int | None = Field(None, ge=1)
+    """Rank so many test items, drawn once and for all; null for all."""
     test_first_stage: bool = False
     """Rank the test items with stage-FT1's best too, which is what stage-FT2 begins with."""
     train_table: bool = False

@@ -255,7 +255,8 @@ class Stage:
         scorer = RecformerRecommender(model, self.loss.table.detach(), self.maker, parts)
         protocols, rows = {"valid": stage.evaluate.protocol}, self.valid_rows
         if part == "test":
-            protocols, rows = {name: self._protocol(name) for name in stage.protocols}, None
+            protocols = {name: self._protocol(name) for name in stage.protocols}
+            rows = some_instances(self.data, "test", stage.test_users)
         return evaluate_on_all_ranks(scorer, self.data, part, protocols, stage.evaluate.batch_size, rows)
 
     def _protocol(self, name: str) -> Protocol:

@@ -232,6 +232,15 @@ def test_validation_is_of_the_validation_items_with_the_table_as_it_is(stage, sm
     assert by_hand != pytest.approx(evaluate_many(scorer, small_data, "test", protocols, 7)["own"].summary())
 
 
+def test_some_test_items_are_ranked_as_they_are_among_all(stage):
+    stage._refresh_table(0)
+    whole = stage.evaluate("test")
+    stage.stage = stage.stage.model_copy(update={"test_users": 9})
+    for name, some in stage.evaluate("test").items():
+        assert len(some.ranks) <= 9 < len(whole[name].ranks)
+        assert torch.equal(some.ranks, whole[name].of(torch.isin(whole[name].instances, some.instances)).ranks)
+
+
 def test_a_stage_that_gets_no_better_ends_after_its_patience(bert, small_data, tmp_path):
     still = {"lr": 1e-12, "epochs": 9, "fixed_epochs": 0, "evaluate_every": 1, "patience": 2}
     job = make_job(bert, small_data, tmp_path / "run", **still)
