@@ -117,7 +117,7 @@ def require_components(count: int, width: int, dim: int, whose: str) -> None:
     if dim > most:
         raise UserError(
             f"{whose}: {count} vectors of width {width} have {most} principal components, the model's dim is {dim}:"
-            " lower it, or learn a projection instead of pca"
+            " lower it, or take projection=true instead of pca"
         )
 
 

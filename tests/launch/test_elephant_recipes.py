@@ -83,6 +83,10 @@ def test_a_mistake_is_found_before_anything_runs(small_data, tmp_path, more, mes
             "width 32, the dim of models.A is 16: .*projection=true .*pca=true",
         ),
         (
+            {"models": {"A": {"model": {"dim": 64}}}, "headline": {}, "pca": True},
+            "vectors of width 32 have 29 principal components, the model's dim is 64: .*projection=true",
+        ),
+        (
             {"models": {"A": {"model": {"dim": 32}}}, "headline": {}, "pca": True},
             "models.A: 30 vectors of width 32 have 29 principal components, the model's dim is 32",
         ),
