@@ -12,7 +12,7 @@ from torch import Tensor
 from launch import seeds
 from launch.elephant.config import Cell
 from launch.tables import console, with_error
-from rec.compare import bootstrap
+from rec.compare import bootstrap, paired
 from rec.evaluate import rank_run
 from rec.evaluation import Metrics, load_ranks, save_ranks
 from rec.job import open_run
@@ -63,8 +63,7 @@ def claims(
         own = [_Compared(name, ranks, protocol, first) for name in dict.fromkeys(cell.model for cell in ranks)]
         pairs = [pair for model in own for pair in model.pairs()]
         if pairs:
-            # One bootstrap for all: every pair meets the same draws of users.
-            intervals = bootstrap({pair.name: pair.differences for pair in pairs}, pairs[0].users)
+            intervals = _intervals(pairs)
             found += [_row(pair, intervals[pair.name], margin) for pair in pairs]
     for model, figures in serving.items():
         same = figures["parameters"][0] == figures["parameters"][1]
@@ -83,6 +82,17 @@ class _Pair(NamedTuple):
     other: float
     """What the second of them is worth."""
     users: Tensor
+
+
+def _intervals(pairs: Sequence[_Pair]) -> dict[str, dict[str, float]]:
+    """One bootstrap for all pairs of the same users, so that they meet the same draws."""
+    alike: dict[bytes, list[_Pair]] = {}
+    for pair in pairs:
+        alike.setdefault(pair.users.numpy().tobytes(), []).append(pair)
+    found = {}
+    for own in alike.values():
+        found |= bootstrap({pair.name: pair.differences for pair in own}, own[0].users)
+    return found
 
 
 def _row(pair: _Pair, interval: Mapping[str, float], margin: float) -> dict[str, Any]:
@@ -138,7 +148,6 @@ class _Compared:
                 f"{self.name}: ({letter}) {one} {claim} {other} ({METRIC}, {self.protocol})",
                 claim,
                 *self._differences(one, other),
-                next(iter(self.found[one].values())).users,
             )
             for letter, one, other, claim in asked
             if self._comparable(one, other)
@@ -159,15 +168,17 @@ class _Compared:
     def _comparable(self, one: str, other: str) -> bool:
         return bool(self._seeds(one, other))
 
-    def _differences(self, one: str, other: str) -> tuple[Tensor, float]:
-        """[M] differences, each value the mean over the seeds that both have; and what the other is worth."""
+    def _differences(self, one: str, other: str) -> tuple[Tensor, float, Tensor]:
+        """[M] differences, each value the mean over the seeds that both have; what the other is worth; [M] the users.
+
+        A RECFORMER that ranked a sample of the test items (``finetune.test_users``) is compared on those alone.
+        """
         ones, others, seeds = self.found[one], self.found[other], self._seeds(one, other)
         if other == "RECFORMER FT2":
             others = dict.fromkeys(ones, next(iter(others.values())))
-        if not all(torch.equal(ones[seed].instances, others[seed].instances) for seed in seeds):
-            raise ValueError(f"{one} and {other} were not evaluated on the same instances")
-        first, second = (torch.stack([own[seed].values()[METRIC] for seed in seeds]).mean(0) for own in (ones, others))
-        return first - second, second.mean().item()
+        pairs = [paired(ones[seed], others[seed]) for seed in seeds]
+        first, second = (torch.stack([pair[side].values()[METRIC] for pair in pairs]).mean(0) for side in (0, 1))
+        return first - second, second.mean().item(), pairs[0][0].users
 
 
 def serving(folders: Mapping[Cell, Path]) -> dict[str, dict[str, Any]]:

@@ -58,10 +58,6 @@ class ElephantRun:
             name: preset(name).model_copy(update={"cutoffs": tuple(study.cutoffs), "cold_targets": study.cold_targets})
             for name in study.protocols
         }
-        if study.models and any(own.finetune and own.finetune.test_users for own in self.settings.values()):
-            raise UserError(
-                "recformer.finetune.test_users ranks other test items than models do: leave it out, or models"
-            )
         self.first = next(iter(study.recformers))
         self.cells = Cells(study, self.data, self.out, self.protocols, self._vectors_path)
         for cell in self.cells.all():

@@ -136,3 +136,22 @@ def test_fixed_vectors_beside_an_id_and_recformers_are_compared_with_the_first_o
         "RECFORMER: (g) RECFORMER FT2 of layer 1 beats RECFORMER FT2": False,
         "RECFORMER: (g) RECFORMER FT2 of layer 1 reaches RECFORMER FT2": False,
     }
+
+
+def test_a_recformer_that_ranked_a_sample_is_compared_on_those_users_alone():
+    ranks = made_up({("SASRec", "random"): 0.25, ("SASRec", "trainable PT"): 0.5, ("SASRec", "frozen FT"): 0.5})
+    cell = Cell("RECFORMER", "RECFORMER FT2", "R", 1)
+    sample = torch.arange(0, 400, 4)
+    own = {protocol: metrics([99.0] * 400).of(sample) for protocol in ("elephant-100", "elephant-full")}
+    # A quarter of the sample is hit, and all users outside it.
+    hits = metrics([1.0 if user % 4 or user < 100 else 99.0 for user in range(400)])
+    ranks[Cell("SASRec", "frozen FT", "R", 1)] = dict.fromkeys(own, hits)
+    whole = claims.claims(ranks, {}, "R")
+    sampled = {claim["id"]: claim for claim in claims.claims(ranks | {cell: own}, {}, "R")}
+    for claim in whole:
+        assert sampled.pop(claim["id"]) == claim
+    for claim in sampled.values():
+        assert "(e) frozen FT reaches RECFORMER FT2" in claim["id"]
+        assert claim["figure"] == 0.25
+        assert 0.15 < claim["low"] < 0.25 < claim["high"] < 0.35
+    assert len(sampled) == 2

@@ -55,7 +55,6 @@ def test_a_model_that_is_null_is_left_out_with_its_headline(small_data, tmp_path
         ),
         ({"headline": {"GRU4Rec": []}}, "unknown model 'GRU4Rec'; there are: BERT4Rec, SASRec"),
         ({"models": None}, "models: "),
-        ({"recformers": {"R": ["finetune.test_users=9"]}}, "finetune.test_users ranks other test items than models do"),
         ({"pca": True, "projection": True}, "pca and projection both change the vectors' width"),
     ],
 )
